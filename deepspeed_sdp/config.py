@@ -1,0 +1,193 @@
+"""The SDP block: what a user writes under ``"subnetwork_data_parallel"`` or into the file of ``--sdp_config``."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deepspeed_sdp.errors import ConfigError
+
+BLOCK = "subnetwork_data_parallel"
+
+DEFAULT_COVERAGE = 0.5
+
+# Keys of the design whose feature is not built yet: (key, the values that work today, what is missing).
+_NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("masking", ("forward",), "backward masking"),
+    ("granularity", ("neuron",), "block units"),
+    ("resample_interval", (0,), "resampling the plan in mid-run"),
+    ("sync_interval", (1,), "synchronising every H steps"),
+)
+
+
+class SDPConfig(BaseModel):
+    """The typed block. Every error names the key, what it got and what it takes.
+
+    Raises (through :meth:`parse`): :class:`ConfigError`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    enabled: bool = Field(True, description="false: plain DeepSpeed, as if the block were absent")
+    masking: Literal["forward", "backward"] = Field("forward", description="what is done with units not owned")
+    granularity: Literal["neuron", "block"] = Field("neuron", description="what a unit is")
+    num_subnetworks: int | None = Field(None, ge=1, description="N; divides the world size, which is the default")
+    coverage: float | None = Field(None, gt=0, le=1, description="K/N, the share of the units that one worker holds")
+    owners_per_unit: int | None = Field(None, ge=1, description="K, instead of coverage")
+    partition: tuple[Literal["mlp", "attention"], ...] = Field(
+        ("mlp", "attention"), min_length=1, description="kinds of units that are partitioned"
+    )
+    shared_modules: tuple[str, ...] = Field((), description="name patterns of modules that all workers own")
+    output_scaling: Literal["none", "inverse_sqrt_coverage", "inverse_coverage"] = Field(
+        "inverse_sqrt_coverage",
+        description="factor on what the partitioned units add to the residual stream of a subnetwork",
+    )
+    design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
+    max_owner_sets: int = Field(64, ge=1, description="upper bound of the number of process groups")
+    chunk_multiple: int = Field(64, ge=1, description="chunk borders are multiples of this where sizes allow")
+    seed: int = Field(0, ge=0, description="seed of the plan and of the unit-wise initialisation")
+    resample_interval: int = Field(0, ge=0, description="steps between two plans, 0: never")
+    sync_interval: int = Field(1, ge=1, description="steps between two synchronisations")
+
+    @field_validator("partition", "shared_modules", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("coverage", mode="before")
+    @classmethod
+    def _int_coverage(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_of_coverage_and_owners(self) -> Self:
+        if self.coverage is not None and self.owners_per_unit is not None:
+            raise ConfigError(
+                f"{BLOCK}: got both coverage={self.coverage} and owners_per_unit={self.owners_per_unit}; "
+                "takes one of the two"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, block: Mapping[str, Any]) -> Self:
+        """Validate a plain dict.
+
+        Raises:
+            ConfigError: unknown key, impossible value, contradicting values, or a feature that is not built yet.
+        """
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"{BLOCK}: got {type(block).__name__}; takes an object with keys, see the README")
+        try:
+            config = cls(**block)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+        for key, built, feature in _NOT_BUILT:
+            if getattr(config, key) not in built:
+                takes = " or ".join(json.dumps(value) for value in built)
+                raise ConfigError(
+                    f"{BLOCK}.{key}: got {json.dumps(getattr(config, key))}; takes {takes} in this version "
+                    f"({feature} is not available yet)"
+                )
+        return config
+
+    def subnetworks(self, world_size: int) -> int:
+        """``N`` for a world of ``world_size`` ranks.
+
+        Raises:
+            ConfigError: ``num_subnetworks`` does not divide the world size.
+        """
+        count = self.num_subnetworks or world_size
+        if world_size % count:
+            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ConfigError(
+                f"{BLOCK}.num_subnetworks: got {count} with a world size of {world_size}; takes a number that "
+                f"divides the world size: {', '.join(map(str, divisors))}"
+            )
+        return count
+
+    def owners(self, num_subnetworks: int) -> int:
+        """``K`` for ``N`` subnetworks.
+
+        Raises:
+            ConfigError: the coverage gives no whole ``K``, or ``K > N``.
+        """
+        n = num_subnetworks
+        if self.owners_per_unit is not None:
+            if self.owners_per_unit > n:
+                raise ConfigError(
+                    f"{BLOCK}.owners_per_unit: got {self.owners_per_unit} with {n} subnetworks; takes 1 to {n}"
+                )
+            return self.owners_per_unit
+        coverage = DEFAULT_COVERAGE if self.coverage is None else self.coverage
+        # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
+        owners = round(coverage * n)
+        if owners < 1 or abs(coverage - owners / n) > 1e-3 * coverage:
+            takes = ", ".join(_fraction(k, n) for k in range(1, n + 1))
+            default = " (the default)" if self.coverage is None else ""
+            raise ConfigError(
+                f"{BLOCK}.coverage: got {coverage:g}{default} with {n} subnetworks, which gives {coverage * n:g} owners "
+                f"per unit; takes a whole number of owners: {takes}"
+            )
+        return owners
+
+
+def split_block(ds_config: Mapping[str, Any], sdp_config: Mapping[str, Any] | str | Path | None) -> SDPConfig:
+    """The SDP block of a job, from ``sdp_config`` (dict or path) or from inside the DeepSpeed config.
+
+    A file may hold the block itself or wrap it under ``"subnetwork_data_parallel"``.
+
+    Raises:
+        ConfigError: no block, two blocks, an unreadable file, or an invalid block.
+    """
+    inside = ds_config.get(BLOCK)
+    if sdp_config is None:
+        if inside is None:
+            raise ConfigError(f'no SDP block: give sdp_config, or "{BLOCK}" in the DeepSpeed config')
+        return SDPConfig.parse(inside)
+    if inside is not None:
+        raise ConfigError(f'two SDP blocks: sdp_config is given and the DeepSpeed config holds "{BLOCK}"; takes one')
+    block: Any = read_json(sdp_config, "sdp_config") if isinstance(sdp_config, str | Path) else sdp_config
+    if isinstance(block, Mapping) and set(block) == {BLOCK}:
+        block = block[BLOCK]
+    return SDPConfig.parse(block)
+
+
+def read_json(path: str | Path, key: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConfigError: names ``key`` and the file when it is missing, unreadable, or holds no JSON object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}: {path} is not a text file") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{key}: {path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: {path} holds a {type(value).__name__}; takes a JSON object")
+    return value
+
+
+def _fraction(k: int, n: int) -> str:
+    fraction = Fraction(k, n)
+    return f"{k / n:g}" if fraction.denominator in (1, 2, 4, 5, 8, 10, 16) else f"{k / n:.4f}"
+
+
+def _describe(item: Any) -> str:
+    raised = item.get("ctx", {}).get("error")
+    if isinstance(raised, ConfigError):
+        return str(raised)
+    key = ".".join(str(part) for part in item["loc"])
+    got = json.dumps(item.get("input"), default=str)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, SDPConfig.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{BLOCK}.{key}: unknown key, got {got}; {hint}takes {', '.join(SDPConfig.model_fields)}"
+    return f"{BLOCK}.{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"

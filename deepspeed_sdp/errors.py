@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each carries one message that says what was got and what is taken."""
+
+
+class SDPError(Exception):
+    """Base class: anything that is reported to a user without a traceback."""
+
+
+class ConfigError(SDPError, ValueError):
+    """A key of the SDP block, of the DeepSpeed config or of the command line is unusable."""
+
+
+class PlanError(SDPError, ValueError):
+    """A subnetwork plan is impossible, or does not fit the model it is used with."""
+
+
+class ModelError(SDPError, ValueError):
+    """A model cannot be partitioned: no adapter knows it, or it has a feature SDP does not support."""
+
+
+class DataError(SDPError, ValueError):
+    """A text source or a tokenizer is missing, unreadable or too small."""
+
+
+class OutputError(SDPError, OSError):
+    """A folder or file cannot be written."""
