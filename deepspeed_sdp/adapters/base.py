@@ -1,0 +1,78 @@
+"""What an adapter says about a model family: which modules fall apart into units, and how their weights do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.plan import UnitSpace
+
+
+@dataclass(frozen=True)
+class PartitionedLinear:
+    """How an ``nn.Linear`` follows the units of its space.
+
+    Attributes:
+        name: name relative to the space's module, e.g. ``"gate_proj"``.
+        cut: ``"out"``: a unit is ``features_per_unit`` rows of the weight (and of the bias);
+            ``"in"``: it is ``features_per_unit`` columns, the bias is shared, and the output joins the residual stream.
+        features_per_unit: features of one unit along the cut dimension.
+    """
+
+    name: str
+    cut: Literal["out", "in"]
+    features_per_unit: int
+
+
+@dataclass(frozen=True)
+class PartitionedModule:
+    """One unit space and the linears that it cuts. The space's name is the module's name in the model."""
+
+    space: UnitSpace
+    linears: tuple[PartitionedLinear, ...]
+
+
+class AbsentModule(nn.Module):
+    """A module without units: it adds nothing but its output bias to the residual stream.
+
+    Its shared parameters stay, since every worker owns them: ``bias`` (of the linear with an ``"in"`` cut) and ``unused``
+    (per-head norms and the like, which get no gradient here).
+    """
+
+    def __init__(self, bias: nn.Parameter | None, unused: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.register_parameter("bias", bias)
+        self.unused = nn.ParameterList(unused)
+
+    def residue(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden] -> [..., hidden]``: the bias, or zero."""
+        zero = torch.zeros_like(x)
+        return zero if self.bias is None else zero + self.bias
+
+
+class Adapter(Protocol):
+    """A model family. One file each; see ``llama.py``."""
+
+    name: str
+    families: tuple[str, ...]
+
+    def knows(self, model: nn.Module) -> bool:
+        """Whether the attribute names of ``model`` are those of this family."""
+
+    def partitioned_modules(self, model: nn.Module, kinds: Sequence[str]) -> list[PartitionedModule]:
+        """The unit spaces of the kinds asked for, in forward order."""
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers, in forward order."""
+
+    def absent(self, kind: str) -> "type[AbsentModule]":
+        """What stands in for a module of which a worker owns no unit."""
+
+
+def linear_numel(linear: nn.Linear, spec: PartitionedLinear) -> int:
+    """Parameters of one unit in ``linear`` (the shared bias of an ``"in"`` cut belongs to no unit)."""
+    if spec.cut == "in":
+        return spec.features_per_unit * linear.out_features
+    return spec.features_per_unit * (linear.in_features + (linear.bias is not None))

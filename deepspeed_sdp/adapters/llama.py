@@ -1,0 +1,107 @@
+"""The Llama family: MLP neurons and KV groups, by attribute names. Llama, Mistral, Qwen2, Qwen3 and their like.
+
+A KV group is one KV head with the query heads that read it; a neuron is a row of ``gate_proj`` and ``up_proj`` with its
+column of ``down_proj``. Norms, embeddings, the output head, and per-head norms (Qwen3's ``q_norm``) are shared.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.adapters.base import AbsentModule, PartitionedLinear, PartitionedModule, linear_numel
+from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.plan import UnitSpace
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class AbsentAttention(AbsentModule):
+    """Attention without a head, and no attention weights."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.residue(hidden_states), None
+
+
+class AbsentMLP(AbsentModule):
+    """An MLP without a neuron."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.residue(x)
+
+
+class LlamaAdapter:
+    """See the module. Implements :class:`deepspeed_sdp.adapters.base.Adapter`."""
+
+    name = "llama"
+    families = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+    def knows(self, model: nn.Module) -> bool:
+        layers = getattr(getattr(model, "model", None), "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return False
+        return all(
+            all(isinstance(getattr(getattr(layer, part, None), name, None), nn.Linear) for name in names)
+            for layer in layers
+            for part, names in (("self_attn", _ATTENTION), ("mlp", _MLP))
+        )
+
+    def partitioned_modules(self, model: nn.Module, kinds: Sequence[str]) -> list[PartitionedModule]:
+        modules = []
+        for index, layer in enumerate(self.layers(model)):
+            prefix = f"model.layers.{index}"
+            if "attention" in kinds:
+                modules.append(_attention(f"{prefix}.self_attn", index, layer.self_attn))
+            if "mlp" in kinds:
+                modules.append(_mlp(f"{prefix}.mlp", index, layer.mlp))
+        return modules
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        layers = model.get_submodule("model.layers")
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def absent(self, kind: str) -> type[AbsentModule]:
+        return AbsentAttention if kind == "attention" else AbsentMLP
+
+
+def _attention(name: str, index: int, attention: nn.Module) -> PartitionedModule:
+    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    kv_heads, kv_rest = divmod(_linear(attention, "k_proj").out_features, head_dim)
+    queries, rest = divmod(_linear(attention, "q_proj").out_features, head_dim * max(kv_heads, 1))
+    if kv_rest or rest or not kv_heads:
+        raise ModelError(
+            f"{name}: q_proj has {_linear(attention, 'q_proj').out_features} and k_proj "
+            f"{_linear(attention, 'k_proj').out_features} outputs; takes whole KV groups of heads of size {head_dim}"
+        )
+    linears = (
+        PartitionedLinear("q_proj", "out", queries * head_dim),
+        PartitionedLinear("k_proj", "out", head_dim),
+        PartitionedLinear("v_proj", "out", head_dim),
+        PartitionedLinear("o_proj", "in", queries * head_dim),
+    )
+    return _module(name, "attention", index, kv_heads, attention, linears)
+
+
+def _mlp(name: str, index: int, mlp: nn.Module) -> PartitionedModule:
+    linears = (
+        PartitionedLinear("gate_proj", "out", 1),
+        PartitionedLinear("up_proj", "out", 1),
+        PartitionedLinear("down_proj", "in", 1),
+    )
+    return _module(name, "mlp", index, _linear(mlp, "gate_proj").out_features, mlp, linears)
+
+
+def _module(
+    name: str, kind: str, index: int, units: int, module: nn.Module, linears: tuple[PartitionedLinear, ...]
+) -> PartitionedModule:
+    numel = sum(linear_numel(_linear(module, spec.name), spec) for spec in linears)
+    return PartitionedModule(UnitSpace(name, kind, index, units, numel), linears)
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    linear = getattr(module, name)
+    assert isinstance(linear, nn.Linear)
+    return linear

@@ -1,0 +1,18 @@
+"""From a full model to one worker's subnetwork."""
+
+from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space, place
+from deepspeed_sdp.subnetwork.materialize import is_meta, materialize
+from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, cut_model, partitioned_modules
+
+__all__ = [
+    "SHARED",
+    "Fragment",
+    "FullParameter",
+    "Subnetwork",
+    "cut_model",
+    "is_meta",
+    "materialize",
+    "partitioned_by_space",
+    "partitioned_modules",
+    "place",
+]

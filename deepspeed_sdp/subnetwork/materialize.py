@@ -1,0 +1,165 @@
+"""Initialise a subnetwork that was cut on the meta device: only what a worker owns ever takes memory.
+
+Every unit of every weight is drawn from a seed of its own, made of (seed, parameter name, unit), by the model family's own
+``_init_weights``. So all owners of a unit agree to the bit without talking, and the union of the subnetworks is one and the
+same full model for every ``N``, ``K`` and plan.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.subnetwork.layout import Fragment
+from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether ``model`` was built on the meta device.
+
+    Raises:
+        ModelError: some parameters are on the meta device and some are not.
+    """
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta and len(meta) < len(list(model.named_parameters())):
+        raise ModelError(f"model: {meta[0]} is on the meta device and other parameters are not; takes all or none")
+    return bool(meta)
+
+
+@torch.no_grad()
+def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 0) -> None:
+    """Give every meta parameter and buffer of ``subnetwork.module`` memory on ``device``, and its initial values.
+
+    Raises:
+        ModelError: the family's ``_init_weights`` leaves a parameter or buffer without a value.
+    """
+    model = subnetwork.module
+    tied = _tied(model)
+    fresh: dict[int, nn.Parameter] = {}
+    with torch.random.fork_rng(devices=[]):
+        for module_name, module in model.named_modules():
+            parameters = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) not in fresh]
+            for local, parameter in parameters:
+                fresh[id(parameter)] = _real(module, local, parameter, device)
+            _realize_buffers(module, device)
+            if not any(_is_special(subnetwork, _join(module_name, local)) for local, _ in parameters):
+                with _seeded(seed, module_name):
+                    _family_init(model, module)
+                continue
+            for local, _ in parameters:
+                name = _join(module_name, local)
+                if subnetwork.fragments[name].full_name in subnetwork.by_unit:
+                    _init_fragment(subnetwork, name, module.get_parameter(local), seed)
+                else:
+                    _init_shared(subnetwork, name, module.get_parameter(local), seed)
+    for names in tied:
+        for name in names[1:]:
+            _assign(model, name, model.get_parameter(names[0]))
+    for replacements in subnetwork.replaced.values():
+        replacements[:] = [fresh.get(id(parameter), parameter) for parameter in replacements]
+    _check_initialised(model)
+
+
+def _is_special(subnetwork: Subnetwork, name: str) -> bool:
+    """Whether a parameter is drawn on its own: it sits in a linear that falls into units, or was moved by the cut."""
+    full_name = subnetwork.fragments[name].full_name
+    return full_name != name or f"{full_name.rpartition('.')[0]}.weight" in subnetwork.by_unit
+
+
+def _init_fragment(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: int) -> None:
+    """Draw the units of a fragment one by one."""
+    fragment = subnetwork.fragments[name]
+    full = subnetwork.by_unit[fragment.full_name]
+    width, dim = full.features_per_unit, full.dim
+    start = fragment.start if fragment.dim is not None else 0
+    shape = list(full.shape)
+    shape[dim] = width
+    is_bias = len(shape) == 1
+    out_features, in_features = (width, 1) if is_bias else (shape[0], shape[1])
+    unit = nn.Linear(in_features, out_features, bias=is_bias, device="meta", dtype=value.dtype).to_empty(device="cpu")
+    source = unit.bias if is_bias else unit.weight
+    # Units are drawn on the CPU, whose generator does not depend on the accelerator, and copied over in one piece.
+    drawn = torch.empty(value.shape, dtype=value.dtype)
+    for i in range(value.shape[dim] // width):
+        with _seeded(seed, fragment.full_name, start // width + i):
+            _family_init(subnetwork.module, unit)
+        drawn.narrow(dim, i * width, width).copy_(source)
+    value.copy_(drawn)
+
+
+def _init_shared(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: int) -> None:
+    """Draw a shared parameter that sits in a module with partitioned ones: a bias, or a norm of an absent module."""
+    fragment: Fragment = subnetwork.fragments[name]
+    owner_name, _, local = fragment.full_name.rpartition(".")
+    owner = subnetwork.full_skeleton().get_submodule(owner_name)
+    if isinstance(owner, nn.Linear):
+        owner = nn.Linear(1, owner.out_features, bias=True, device="meta", dtype=value.dtype)
+    owner = owner.to_empty(device="cpu")
+    with _seeded(seed, fragment.full_name):
+        _family_init(subnetwork.module, owner)
+    value.copy_(owner.get_parameter(local))
+
+
+def _family_init(model: nn.Module, module: nn.Module) -> None:
+    init: Any = getattr(model, "_init_weights", None)
+    if init is not None:
+        init(module)
+
+
+@contextmanager
+def _seeded(seed: int, *key: object) -> Iterator[None]:
+    digest = hashlib.sha256("\0".join(map(str, (seed, *key))).encode()).digest()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    yield
+
+
+def _real(module: nn.Module, local: str, parameter: nn.Parameter, device: torch.device | str) -> nn.Parameter:
+    # NaN, so that a value which no rule sets is found instead of trained.
+    value = torch.full(parameter.shape, math.nan, dtype=parameter.dtype, device=device)
+    real = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    module.register_parameter(local, real)
+    return real
+
+
+def _realize_buffers(module: nn.Module, device: torch.device | str) -> None:
+    for local, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.is_meta:
+            fill = math.nan if buffer.is_floating_point() else 0
+            persistent = local not in module._non_persistent_buffers_set
+            value = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device)
+            module.register_buffer(local, value, persistent=persistent)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, local = name.rpartition(".")
+    setattr(model.get_submodule(parent), local, parameter)
+
+
+def _is_initialised(value: torch.Tensor) -> bool:
+    return not bool(torch.isnan(value).any())
+
+
+def _check_initialised(model: nn.Module) -> None:
+    for kind, values in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, value in values:
+            if value.is_floating_point() and not _is_initialised(value):
+                raise ModelError(
+                    f"model: {type(model).__name__}._init_weights gives {kind} {name} no value, so the model cannot be built "
+                    "on the meta device; give a model built in memory instead"
+                )
+
+
+def _join(module_name: str, local: str) -> str:
+    return f"{module_name}.{local}" if module_name else local
