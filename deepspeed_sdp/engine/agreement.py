@@ -1,0 +1,52 @@
+"""All ranks must start from the same job. They say so to each other before anything is built."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from deepspeed_sdp.errors import ConfigError, SDPError
+
+
+def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
+    """Collective. Compare what ``describe`` returns over all ranks, key by key.
+
+    Raises:
+        SDPError: ``describe`` raised one on some rank; every rank raises it, so that none waits for the others.
+        ConfigError: ranks differ; the message names the rank, the key and both values.
+    """
+    error: SDPError | None = None
+    mine: dict[str, str] = {}
+    try:
+        mine = flatten(describe())
+    except SDPError as raised:
+        error = raised
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (mine, None if error is None else str(error)))
+    failures = {rank: message for rank, (_, message) in enumerate(reports) if message is not None}
+    if error is not None and len(set(failures.values())) == 1 and len(failures) == len(reports):
+        raise error
+    if failures:
+        rank, message = min(failures.items())
+        raise ConfigError(f"rank {rank}: {message}")
+    expected = reports[0][0]
+    for rank, (values, _) in enumerate(reports[1:], start=1):
+        for key in sorted(set(expected) | set(values)):
+            if expected.get(key) != values.get(key):
+                raise ConfigError(
+                    f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {rank} has "
+                    f"{values.get(key, 'nothing')}; give every rank the same configuration"
+                )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys with JSON values."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = json.dumps(value, sort_keys=True, default=str)
+    return flat

@@ -1,0 +1,157 @@
+"""The full model's loss in mid-run, one gathered layer at a time.
+
+The model's own forward runs twice with its layers swapped: first for layers that only record what they are called with,
+last for layers that replay the result. In between, every layer of the full model is gathered once and applied to all
+batches. So weights travel once per sweep, and the model code stays untouched.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deepspeed_sdp.engine.gather import gather_space, shared_parameters
+from deepspeed_sdp.subnetwork import Subnetwork
+
+# Batches whose hidden states are held at a time.
+BATCHES_PER_SWEEP = 32
+
+
+class _LastLayerReached(Exception):
+    pass
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a layer; what the model asks of the layer beyond calling it, the layer answers."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+
+class _Recorder(_StandIn):
+    def __init__(self, layer: nn.Module, calls: list["_Call"], is_last: bool) -> None:
+        super().__init__(layer)
+        self.__dict__.update(calls=calls, is_last=is_last)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.calls.append((hidden_states, args, kwargs))
+        if self.is_last:
+            raise _LastLayerReached
+        return hidden_states
+
+
+class _Replay(_StandIn):
+    def __init__(self, layer: nn.Module, output: torch.Tensor | None) -> None:
+        super().__init__(layer)
+        self.__dict__["output"] = output
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor | None = self.output
+        return hidden_states if output is None else output
+
+
+_Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
+
+
+@torch.no_grad()
+def evaluate_full(
+    subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device
+) -> float:
+    """Collective; see :meth:`SDPEngine.evaluate_full`. Batches are what the model takes, with ``labels`` ``[B, T]``."""
+    mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
+    dist.all_reduce(sweeps, op=dist.ReduceOp.MAX)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with _eval_mode(subnetwork.module):
+        for sweep in range(int(sweeps)):
+            total += _sweep(subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device)
+    dist.all_reduce(total)
+    if not total[1]:
+        raise ValueError("evaluate_full: no rank brought a batch with a predicted token")
+    return float(total[0] / total[1])
+
+
+def _sweep(
+    subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device
+) -> torch.Tensor:
+    """Sum of losses and number of predicted tokens, ``[2]`` float64."""
+    calls = [_record(subnetwork, batch) for batch in batches]
+    hidden = [call[0][0] for call in calls]
+    skeleton = subnetwork.full_skeleton().eval()
+    for index, layer in enumerate(subnetwork.adapter.layers(skeleton)):
+        weights = _gather_layer(subnetwork, index, skeleton, layer, device)
+        for i, call in enumerate(calls):
+            _, args, kwargs = call[index]
+            output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
+            hidden[i] = output[0] if isinstance(output, tuple) else output
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch, output in zip(batches, hidden, strict=True):
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        with _swapped_layers(subnetwork, _replays(subnetwork, output)):
+            loss = subnetwork.module(**batch).loss
+        if tokens:
+            total += torch.stack([loss.double() * tokens, tokens.double()])
+    return total
+
+
+def _record(subnetwork: Subnetwork, batch: Mapping[str, torch.Tensor]) -> list[_Call]:
+    calls: list[_Call] = []
+    layers = list(subnetwork.adapter.layers(subnetwork.module))
+    recorders = [_Recorder(layer, calls, layer is layers[-1]) for layer in layers]
+    with _swapped_layers(subnetwork, recorders):
+        try:
+            subnetwork.module(**batch)
+        except _LastLayerReached:
+            pass
+    return calls
+
+
+def _replays(subnetwork: Subnetwork, output: torch.Tensor) -> list[_Replay]:
+    layers = list(subnetwork.adapter.layers(subnetwork.module))
+    return [_Replay(layer, output if layer is layers[-1] else None) for layer in layers]
+
+
+def _gather_layer(
+    subnetwork: Subnetwork, index: int, skeleton: nn.Module, layer: nn.Module, device: torch.device
+) -> dict[str, torch.Tensor]:
+    prefix = next(name for name, module in skeleton.named_modules() if module is layer) + "."
+    weights = {name: value for name, value in shared_parameters(subnetwork).items() if name.startswith(prefix)}
+    for planned in subnetwork.plan.spaces:
+        if planned.space.layer == index:
+            weights.update(gather_space(subnetwork, planned, device))
+    weights.update((n, b) for n, b in subnetwork.module.named_buffers() if n.startswith(prefix))
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
+
+
+@contextmanager
+def _swapped_layers(subnetwork: Subnetwork, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+    layers = subnetwork.adapter.layers(subnetwork.module)
+    own = list(layers)
+    try:
+        for i, stand_in in enumerate(stand_ins):
+            layers[i] = stand_in
+        yield
+    finally:
+        for i, layer in enumerate(own):
+            layers[i] = layer
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag

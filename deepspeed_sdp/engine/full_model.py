@@ -1,0 +1,76 @@
+"""The full model, out of all subnetworks: as a state dict on rank 0 and as a HuggingFace folder."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_sdp.engine.gather import gather_space, shared_parameters
+from deepspeed_sdp.errors import OutputError
+from deepspeed_sdp.subnetwork import Subnetwork
+
+
+@torch.no_grad()
+def full_state_dict(
+    subnetwork: Subnetwork, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor] | None:
+    """Collective; see :meth:`SDPEngine.full_state_dict`. Other ranks than 0 never hold more than one unit space."""
+    is_writer = dist.get_rank() == 0
+    weights: dict[str, torch.Tensor] = {}
+
+    def keep(values: dict[str, torch.Tensor]) -> None:
+        if is_writer:
+            for name, value in values.items():
+                weights[name] = value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
+
+    keep(shared_parameters(subnetwork))
+    for planned in subnetwork.plan.spaces:
+        keep(gather_space(subnetwork, planned, device))
+    if not is_writer:
+        return None
+    for name, buffer in subnetwork.module.named_buffers():
+        if not _is_transient(subnetwork, name):
+            weights[name] = buffer.detach().to("cpu", copy=True)
+    skeleton = subnetwork.full_skeleton()
+    owners = {id(p): name for name, p in skeleton.named_parameters()}
+    # Tied weights stand under each of their names, as in the model's own state dict.
+    names = {name: owners.get(id(p), name) for name, p in skeleton.state_dict(keep_vars=True).items()}
+    return {name: weights[owner] for name, owner in names.items()}
+
+
+def _is_transient(subnetwork: Subnetwork, name: str) -> bool:
+    parent, _, local = name.rpartition(".")
+    return local in subnetwork.module.get_submodule(parent)._non_persistent_buffers_set
+
+
+def save_hf(subnetwork: Subnetwork, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Collective; see :meth:`SDPEngine.save_hf`.
+
+    Files are written beside the folder and moved into it one by one, so that a failed save leaves an older one whole.
+    """
+    weights = full_state_dict(subnetwork, device, dtype)
+    failure = [_write(subnetwork, folder, weights) if weights is not None else None]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise OutputError(failure[0])
+
+
+def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
+    model = subnetwork.full_skeleton()
+    model.config.dtype = next(iter(weights.values())).dtype
+    staging = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
+        model.save_pretrained(staging, state_dict=weights)  # type: ignore[operator]
+        for file in sorted(Path(staging).iterdir()):
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        return f"save_hf: cannot write {folder}: {error.strerror or error}"
+    finally:
+        if staging:
+            shutil.rmtree(staging, ignore_errors=True)
+    return None

@@ -1,0 +1,73 @@
+"""Putting full parameters together from the fragments of their owners. All functions are collective over the world."""
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_sdp.plan import Chunk, PlannedSpace
+from deepspeed_sdp.subnetwork import FullParameter, Subnetwork, partitioned_by_space, place
+
+
+def weights_dtype(subnetwork: Subnetwork) -> torch.dtype:
+    """The dtype that the weights are trained in; equal on all ranks."""
+    return next(p.dtype for name, p in subnetwork.module.named_parameters() if p.is_floating_point())
+
+
+def shared_parameters(subnetwork: Subnetwork) -> dict[str, torch.Tensor]:
+    """The parameters that every rank holds whole, by full name."""
+    parameters = subnetwork.module.named_parameters()
+    return {
+        subnetwork.fragments[name].full_name: p.detach()
+        for name, p in parameters
+        if subnetwork.fragments[name].dim is None
+    }
+
+
+def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.device) -> dict[str, torch.Tensor]:
+    """The full parameters of one unit space, on every rank.
+
+    One broadcast per chunk, from one of its owners; owners take turns over the layers, so that none sends most.
+
+    Returns:
+        full name -> tensor of the full shape on ``device``, in the dtype of training.
+    """
+    parameters = partitioned_by_space(subnetwork.partitioned)[planned.space.name]
+    dtype = weights_dtype(subnetwork)
+    full = {p.name: torch.empty(p.shape, dtype=dtype, device=device) for p in parameters}
+    mine = {
+        (subnetwork.fragments[name].full_name, subnetwork.fragments[name].start): p.detach()
+        for name, p in subnetwork.module.named_parameters()
+        if subnetwork.fragments[name].dim is not None
+    }
+    for chunk in planned.chunks:
+        owners = subnetwork.plan.owner_sets[chunk.owner_set]
+        source = owners[planned.space.layer % len(owners)]
+        flat = _broadcast_chunk(parameters, chunk, source, mine, dtype, device)
+        sizes = [_numel(p, chunk) for p in parameters]
+        for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
+            fragment = parameter.fragment(chunk.start, chunk.stop, chunk.owner_set)
+            place(full[parameter.name], fragment, piece.view(parameter.fragment_shape(fragment)))
+    return full
+
+
+def _broadcast_chunk(
+    parameters: list[FullParameter],
+    chunk: Chunk,
+    source: int,
+    mine: dict[tuple[str, int], torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    # Rank w of the first replica trains subnetwork w, so a worker's index is a rank that holds its units.
+    if dist.get_rank() == source:
+        flat = torch.cat([mine[p.name, chunk.start * p.features_per_unit].reshape(-1) for p in parameters])
+        flat = flat.to(device=device, dtype=dtype)
+    else:
+        flat = torch.empty(sum(_numel(p, chunk) for p in parameters), dtype=dtype, device=device)
+    if dist.get_world_size() > 1:
+        dist.broadcast(flat, src=source)
+    return flat
+
+
+def _numel(parameter: FullParameter, chunk: Chunk) -> int:
+    shape = parameter.fragment_shape(parameter.fragment(chunk.start, chunk.stop, chunk.owner_set))
+    return int(torch.Size(shape).numel())

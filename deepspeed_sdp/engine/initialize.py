@@ -1,0 +1,219 @@
+"""``deepspeed_sdp.initialize``: ``deepspeed.initialize`` for a subnetwork."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.config import SDPConfig, read_json, split_block
+from deepspeed_sdp.engine.agreement import agree
+from deepspeed_sdp.engine.engine import SDPEngine
+from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
+from deepspeed_sdp.engine.param_groups import split_optimizer, split_scheduler
+from deepspeed_sdp.engine.support import check_supported
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.plan import SubnetworkPlan, make_plan
+from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, partitioned_modules
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    mesh_param: Any = None,
+    config_params: Mapping[str, Any] | str | Path | None = None,
+    sdp_config: Mapping[str, Any] | str | Path | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Build the engine of this rank's subnetwork. Mirrors ``deepspeed.initialize``, collective like it.
+
+    Args:
+        model: the full model, cut in place to this rank's subnetwork; or one made on the meta device, of which only the
+            subnetwork is ever given memory, with initial values drawn unit by unit from ``seed``.
+        optimizer, model_parameters, lr_scheduler: as in DeepSpeed, with parameters (or groups) of the full model.
+        sdp_config: the SDP block, as a dict or a path to a JSON file; without it the block
+            ``"subnetwork_data_parallel"`` of the DeepSpeed config counts (or ``args.sdp_config``).
+
+    The other arguments are DeepSpeed's. With ``"enabled": false`` this is ``deepspeed.initialize``.
+
+    Returns:
+        ``engine, optimizer, training_dataloader, lr_scheduler``; the engine is an :class:`SDPEngine`.
+
+    Raises:
+        ConfigError: an invalid block, something DeepSpeed offers that SDP cannot, or ranks that differ.
+        ModelError: no adapter knows the model.
+        PlanError: no plan exists for these numbers.
+    """
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    job = _Job()
+
+    def describe() -> Mapping[str, Any]:
+        _read(job, args, config if config is not None else config_params, sdp_config)
+        if job.sdp.enabled:
+            check_supported(job.ds_config, model, optimizer, mpu)
+            assert model is not None
+            job.plan = plan_for(model, job.sdp, dist.get_world_size())
+        return _description(job, model)
+
+    agree(describe)
+    plain = {
+        "args": job.args,
+        "training_data": training_data,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "config": job.ds_config,
+        "mesh_param": mesh_param,
+    }
+    if not job.sdp.enabled:
+        return deepspeed.initialize(  # type: ignore[no-any-return]
+            model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
+        )
+    assert model is not None
+    _check_deepspeed()
+    # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
+    model_parameters = list(model_parameters) if model_parameters is not None else None
+    before_cut = list(model.parameters())
+    groups = OwnerGroups(job.plan)
+    subnetwork, agreed = _build(model, job, groups.subnetwork_index)
+    optimizer = _split_client(optimizer, lr_scheduler, subnetwork)
+    del before_cut
+    build_engine = functools.partial(
+        SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
+    )
+    with _engine_class(build_engine):
+        result = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
+        )
+    # From here on the parameters that the client's were translated to are the only ones.
+    subnetwork.replaced.clear()
+    return result  # type: ignore[no-any-return]
+
+
+def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
+    """The plan of ``model`` (real or meta) under ``sdp`` on ``world_size`` ranks; a pure function.
+
+    Raises:
+        ConfigError, ModelError, PlanError: see :func:`initialize`.
+    """
+    adapter = find_adapter(model)
+    num_subnetworks = sdp.subnetworks(world_size)
+    modules = partitioned_modules(model, adapter, sdp.partition, sdp.shared_modules)
+    plan = make_plan(
+        [module.space for module in modules],
+        num_subnetworks,
+        owners_per_unit=sdp.owners(num_subnetworks),
+        design=sdp.design,
+        max_owner_sets=sdp.max_owner_sets,
+        chunk_multiple=sdp.chunk_multiple,
+        seed=sdp.seed,
+    )
+    plan.validate()
+    return plan
+
+
+class _Job:
+    """What the arguments of one call amount to."""
+
+    args: Any
+    ds_config: dict[str, Any]
+    sdp: SDPConfig
+    plan: SubnetworkPlan
+
+
+def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
+    if config is None:
+        config = getattr(args, "deepspeed_config", None)
+    if config is None:
+        raise ConfigError("config: got nothing; takes a DeepSpeed config as a dict or a path (--deepspeed_config)")
+    job.ds_config = dict(config) if isinstance(config, Mapping) else read_json(config, "deepspeed_config")
+    job.sdp = split_block(job.ds_config, sdp_config if sdp_config is not None else getattr(args, "sdp_config", None))
+    job.args = copy.copy(args)
+    if hasattr(job.args, "deepspeed_config"):
+        job.args.deepspeed_config = None
+
+
+def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
+    model_config = getattr(model, "config", None)
+    return {
+        "deepspeed_config": job.ds_config,
+        "subnetwork_data_parallel": job.sdp.model_dump(),
+        "plan_hash": job.plan.hash if job.sdp.enabled else "",
+        "model": type(model).__name__,
+        "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+
+
+@functools.cache
+def _check_deepspeed() -> None:
+    problems = contract_violations()
+    if problems:
+        raise ConfigError(
+            f"deepspeed {deepspeed.__version__} differs from what this version builds on ({TESTED_DEEPSPEED}): "
+            + "; ".join(problems)
+        )
+
+
+def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
+    on_meta = is_meta(model)
+    subnetwork = cut_model(model, job.plan, index, output_scaling=job.sdp.output_scaling)
+    if on_meta:
+        local_rank = int(getattr(job.args, "local_rank", -1) or -1)
+        if local_rank >= 0:
+            get_accelerator().set_device(local_rank)
+        materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed)
+    return subnetwork, on_meta
+
+
+def _split_client(optimizer: Any, lr_scheduler: Any, subnetwork: Subnetwork) -> Any:
+    if optimizer is None:
+        return None
+    if isinstance(optimizer, torch.optim.Optimizer):
+        client_groups = len(optimizer.param_groups)
+        origins = split_optimizer(optimizer, subnetwork)
+        if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+            split_scheduler(lr_scheduler, origins, client_groups)
+        return optimizer
+
+    def build(parameters: Any) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer = optimizer(parameters)
+        split_optimizer(built, subnetwork)
+        return built
+
+    return build
+
+
+@contextmanager
+def _engine_class(factory: Any) -> Iterator[None]:
+    """``deepspeed.initialize`` builds the ``DeepSpeedEngine`` it finds in its module: put ours there for one call."""
+    original = deepspeed.DeepSpeedEngine
+    assert inspect.isclass(original)
+    deepspeed.DeepSpeedEngine = factory
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine = original

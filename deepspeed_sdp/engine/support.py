@@ -1,0 +1,66 @@
+"""What of DeepSpeed cannot be combined with SDP, refused at start and in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule
+
+from deepspeed_sdp.errors import ConfigError
+
+_DEFAULT = object()
+
+# (key of the DeepSpeed config, values that are fine, why the rest is not).
+_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("zero_optimization.stage", (0, 1, 2), "stage 3 is not available yet; takes 0, 1 or 2"),
+    ("zero_optimization.offload_optimizer.device", ("none", None), "offloading is not available yet"),
+    ("zero_optimization.offload_param.device", ("none", None), "offloading is not available yet"),
+    ("zero_optimization.cpu_offload", (False, None), "offloading is not available yet"),
+    ("zero_optimization.round_robin_gradients", (False,), "gradients are reduced in the order of the plan"),
+    ("zero_optimization.zero_quantized_gradients", (False,), "quantised reduction has no owner groups"),
+    ("zero_optimization.zenflow", (None,), "ZenFlow replaces the optimizer that SDP extends"),
+    ("fp16.enabled", (False, None), "fp16 is not available yet; takes bf16 or fp32"),
+    ("amp.enabled", (False,), "takes bf16 or fp32"),
+    ("torch_autocast.enabled", (False,), "takes bf16 or fp32"),
+    ("bf16.bf16_master_weights_and_grads", (False,), "master weights are fp32"),
+    ("bf16.bf16_optimizer_states", (False,), "optimizer states are fp32"),
+    ("sparse_gradients", (False,), "sparse gradients are not reduced over owners"),
+    ("prescale_gradients", (False,), "gradients are divided by the number of owners"),
+    ("gradient_predivide_factor", (1, 1.0), "gradients are divided by the number of owners"),
+    ("gradient_allreduce_op", ("mean",), "gradients are averaged over owners"),
+    ("tensor_parallel.autotp_size", (0, 1), "tensor parallelism cannot be combined with SDP"),
+    ("sequence_parallel_size", (1,), "sequence parallelism cannot be combined with SDP"),
+    ("expert_parallel.enabled", (False,), "expert parallelism cannot be combined with SDP"),
+    ("hybrid_engine.enabled", (False,), "the hybrid engine replaces the engine that SDP extends"),
+    ("compile.deepcompile", (False,), "DeepCompile replaces the gradient path that SDP extends"),
+)
+
+
+def check_supported(ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any) -> None:
+    """Refuse what would be ignored or go wrong.
+
+    Raises:
+        ConfigError: names the key, what it got and why it is refused.
+    """
+    for key, fine, reason in _REFUSED:
+        value = _lookup(ds_config, key)
+        if value is not _DEFAULT and value not in fine:
+            raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; {reason}")
+    if isinstance(model, PipelineModule):
+        raise ConfigError("model: got a PipelineModule; pipeline parallelism cannot be combined with SDP")
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model: got {type(model).__name__}; takes a torch.nn.Module")
+    if mpu is not None:
+        raise ConfigError("mpu: model parallelism cannot be combined with SDP; takes None")
+    name = str(_lookup(ds_config, "optimizer.type")) if optimizer is None else type(optimizer).__name__
+    if "muon" in name.lower():
+        raise ConfigError(f"optimizer: got {name}, which needs whole weights; takes an element-wise optimizer (AdamW, ...)")
+
+
+def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _DEFAULT
+        value = value[part]
+    return value
