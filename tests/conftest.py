@@ -1,0 +1,27 @@
+import os
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from tests.support.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Pools of ranks by world size, started when first used."""
+    made = {}
+
+    def pool(world_size):
+        return made.setdefault(world_size, RankPool(world_size))
+
+    yield pool
+    for entry in made.values():
+        entry.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks4(pools):
+    return pools(4)

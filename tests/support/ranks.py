@@ -1,0 +1,126 @@
+"""Persistent gloo ranks: started once per test session, sent one case at a time, killed when a case overruns."""
+
+import importlib
+import os
+import pickle
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RankFailure(AssertionError):
+    """A case raised on some rank; the message holds every rank's traceback."""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def rank_environment(**extra):
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "DS_SKIP_CUDA_CHECK": "1",
+        "PYTHONPATH": str(ROOT),
+        **{key: str(value) for key, value in extra.items()},
+    }
+
+
+class RankPool:
+    """``world_size`` processes joined by gloo. ``run`` gives every rank the same call and returns their results."""
+
+    def __init__(self, world_size):
+        self.world_size = world_size
+        self.processes = []
+        self.connections = []
+
+    def start(self):
+        folder = tempfile.mkdtemp(prefix="ranks-")
+        key = secrets.token_hex(16)
+        self.log = Path(folder, "log")
+        with Listener(f"{folder}/socket", "AF_UNIX", authkey=key.encode()) as listener, self.log.open("wb") as log:
+            port = free_port()
+            for rank in range(self.world_size):
+                env = rank_environment(
+                    RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=self.world_size, LOCAL_SIZE=self.world_size,
+                    LOCAL_WORLD_SIZE=self.world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK_POOL_KEY=key,
+                )
+                command = [sys.executable, "-m", "tests.support.ranks", f"{folder}/socket"]
+                self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
+            unordered = [listener.accept() for _ in range(self.world_size)]
+        by_rank = {connection.recv(): connection for connection in unordered}
+        self.connections = [by_rank[rank] for rank in range(self.world_size)]
+
+    def run(self, case, timeout=180, **kwargs):
+        """Call ``module:function`` with ``kwargs`` on every rank; the list of its results, or RankFailure."""
+        if not self.processes:
+            self.start()
+        for connection in self.connections:
+            connection.send((case, kwargs))
+        deadline = time.monotonic() + timeout
+        results = []
+        try:
+            for rank, connection in enumerate(self.connections):
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise RankFailure(f"{case}: rank {rank} gave no answer in {timeout} s\n{self.tail()}")
+                results.append(pickle.loads(connection.recv_bytes()))
+        except (EOFError, ConnectionError, RankFailure) as error:
+            tail = self.tail()
+            self.stop()
+            raise error if isinstance(error, RankFailure) else RankFailure(f"{case}: a rank died\n{tail}") from None
+        failures = [f"--- rank {rank}\n{value}" for rank, (ok, value) in enumerate(results) if not ok]
+        if failures:
+            # Ranks that failed may have left collectives half done.
+            self.stop()
+            raise RankFailure("\n".join(failures))
+        return [value for _, value in results]
+
+    def tail(self):
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        for connection in self.connections:
+            connection.close()
+        self.processes, self.connections = [], []
+
+
+def serve(address):
+    import torch
+
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    connection = Client(address, "AF_UNIX", authkey=os.environ["RANK_POOL_KEY"].encode())
+    connection.send(int(os.environ["RANK"]))
+    while True:
+        try:
+            case, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            module, function = case.split(":")
+            connection.send_bytes(pickle.dumps((True, getattr(importlib.import_module(module), function)(**kwargs))))
+        except BaseException:
+            connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
