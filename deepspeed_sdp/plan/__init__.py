@@ -1,0 +1,25 @@
+"""Who owns what: unit spaces, designs and the plan. Pure data and functions, without a process group.
+
+spaces = [UnitSpace("model.layers.0.mlp", "mlp", 0, 11008, 12288), ...]
+plan = make_plan(spaces, num_subnetworks=8, owners_per_unit=4)
+plan.owners("model.layers.0.mlp", 17)   # (0, 1, 2, 3)
+"""
+
+from deepspeed_sdp.plan.build import make_plan
+from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
+from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass
+from deepspeed_sdp.plan.designs import Design, make_design
+from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
+from deepspeed_sdp.plan.units import UnitSpace
+
+__all__ = [
+    "Chunk",
+    "Design",
+    "OwnerSet",
+    "ParallelClass",
+    "PlannedSpace",
+    "SubnetworkPlan",
+    "UnitSpace",
+    "make_design",
+    "make_plan",
+]

@@ -1,0 +1,142 @@
+"""Designs: which owner sets the layers of a model use. A new design is one function here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from random import Random
+
+from deepspeed_sdp.errors import PlanError
+from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, team_class, window_class
+from deepspeed_sdp.plan.mixing import components, shared_mass, spectral_gap
+from deepspeed_sdp.plan.resolvable import resolvable_classes
+
+DESIGN_NAMES = ("auto", "cyclic", "random")
+# A random pool that leaves the workers apart is drawn again; at 2 classes of pairs this happens, rarely twice.
+_RANDOM_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Design:
+    """The parallel classes that the unit spaces of a model take in turn.
+
+    Attributes:
+        name: `"dense"` (`K = N`), `"resolvable"`, `"cyclic"` or `"random"`.
+        num_subnetworks: `N`.
+        owners_per_unit: `K`.
+        classes: one per unit space in turn; every prefix mixes as well as could be found.
+    """
+
+    name: str
+    num_subnetworks: int
+    owners_per_unit: int
+    classes: tuple[ParallelClass, ...]
+
+    @property
+    def owner_sets(self) -> tuple[OwnerSet, ...]:
+        """The distinct owner sets, sorted."""
+        return tuple(sorted({owners for parallel_class in self.classes for owners in parallel_class}))
+
+    @property
+    def spectral_gap(self) -> float:
+        """`1 - λ₂(W)` of a model whose unit spaces are equally large and use every class equally often."""
+        owned = [(owners, 1.0 / len(c)) for c in self.classes for owners in c]
+        return spectral_gap(shared_mass(owned, self.num_subnetworks))
+
+
+def make_design(
+    name: str, num_subnetworks: int, owners_per_unit: int, *, max_owner_sets: int = 64, seed: int = 0
+) -> Design:
+    """Chooses the owner sets for `N` workers and `K` owners per unit.
+
+    `"auto"` is a resolvable design where `K` divides `N` (one team, so one slice of each weight, per worker and layer)
+    and cyclic windows elsewhere. `K = N` is always `"dense"`.
+
+    Args:
+        name: `"auto"`, `"cyclic"` or `"random"`.
+        num_subnetworks: `N`, at least 1.
+        owners_per_unit: `K`, from 1 to `N`.
+        max_owner_sets: bound on the distinct owner sets; each becomes a process group.
+        seed: of the random and the searched designs.
+
+    Raises:
+        PlanError: for values outside these ranges, or when no design fits into `max_owner_sets`.
+    """
+    check_workers(num_subnetworks, owners_per_unit)
+    if name not in DESIGN_NAMES:
+        raise PlanError(f"design: got {name!r}, takes one of {', '.join(map(repr, DESIGN_NAMES))}")
+    n, k = num_subnetworks, owners_per_unit
+    if k == n:
+        _check_max_owner_sets("dense", n, k, 1, max_owner_sets)
+        return Design("dense", n, k, ((tuple(range(n)),),))
+    if name == "random":
+        return _random_design(n, k, max_owner_sets, seed)
+    if name == "cyclic" or n % k:
+        return _cyclic_design(n, k, max_owner_sets)
+    _check_max_owner_sets("resolvable", n, k, _fewest_teams(n, k), max_owner_sets)
+    return Design("resolvable", n, k, tuple(resolvable_classes(n, k, max_owner_sets, seed)))
+
+
+def check_workers(num_subnetworks: int, owners_per_unit: int) -> None:
+    """Raises PlanError unless `1 ≤ owners_per_unit ≤ num_subnetworks`, naming the key at fault."""
+    check_at_least_one("num_subnetworks", num_subnetworks)
+    check_at_least_one("owners_per_unit", owners_per_unit)
+    if owners_per_unit > num_subnetworks:
+        raise PlanError(
+            f"owners_per_unit: got {owners_per_unit}, takes 1 to num_subnetworks ({num_subnetworks}): "
+            "a unit cannot have more owners than there are workers"
+        )
+
+
+def check_at_least_one(key: str, value: object) -> None:
+    """Raises PlanError unless `value` is an integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{key}: got {value!r}, takes an integer of 1 or more")
+
+
+def _cyclic_design(n: int, k: int, max_owner_sets: int) -> Design:
+    """Windows `{c, …, c+K-1}` modulo `N`.
+
+    Where `K` does not divide `N` the windows are dealt to `gcd(N, K)` classes: a worker then holds `K / gcd(N, K)`
+    chunks of a space, the fewest possible. Where it does, such classes would be partitions, which the resolvable
+    design does better: here all `N` windows form one class, which connects the workers within a single space.
+    """
+    stride = gcd(n, k) if n % k else 1
+    per_class = n // stride
+    _check_max_owner_sets("cyclic", n, k, per_class, max_owner_sets)
+    classes = tuple(window_class(range(n), k, stride, c) for c in range(min(stride, max_owner_sets // per_class)))
+    return Design("cyclic", n, k, classes)
+
+
+def _random_design(n: int, k: int, max_owner_sets: int, seed: int) -> Design:
+    """Random partitions into teams where `K` divides `N`, else cyclic windows of randomly ordered workers."""
+    per_class = n // gcd(n, k)
+    needed = per_class if n % k else _fewest_teams(n, k)
+    _check_max_owner_sets("random", n, k, needed, max_owner_sets)
+    rng = Random(seed)
+    for _ in range(_RANDOM_TRIES):
+        orders = [sorted(range(n), key=lambda _: rng.random()) for _ in range(max_owner_sets // per_class)]
+        if n % k:
+            classes = tuple(window_class(order, k, gcd(n, k)) for order in orders)
+        else:
+            classes = tuple(team_class(order, k) for order in orders)
+        if k == 1 or len(components([owners for c in classes for owners in c], n)) == 1:
+            return Design("random", n, k, classes)
+    raise PlanError(
+        f"max_owner_sets: got {max_owner_sets}, and {_RANDOM_TRIES} random draws for num_subnetworks={n}, "
+        f"owners_per_unit={k} left the workers unconnected; take {2 * needed} or more, or design='auto'"
+    )
+
+
+def _fewest_teams(n: int, k: int) -> int:
+    """Two partitions are needed, and enough, to connect the workers; singletons connect nothing anyway."""
+    return n if k == 1 else 2 * n // k
+
+
+def _check_max_owner_sets(design: str, n: int, k: int, needed: int, max_owner_sets: int) -> None:
+    check_at_least_one("max_owner_sets", max_owner_sets)
+    if max_owner_sets < needed:
+        raise PlanError(
+            f"max_owner_sets: got {max_owner_sets}, takes {needed} or more with the {design} design for "
+            f"num_subnetworks={n}, owners_per_unit={k}"
+        )
