@@ -64,9 +64,7 @@ _Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 @torch.no_grad()
-def evaluate_full(
-    subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device
-) -> float:
+def evaluate_full(subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device) -> float:
     """Collective; see :meth:`SDPEngine.evaluate_full`. Batches are what the model takes, with ``labels`` ``[B, T]``."""
     mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
@@ -81,9 +79,7 @@ def evaluate_full(
     return float(total[0] / total[1])
 
 
-def _sweep(
-    subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device
-) -> torch.Tensor:
+def _sweep(subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
     """Sum of losses and number of predicted tokens, ``[2]`` float64."""
     calls = [_record(subnetwork, batch) for batch in batches]
     hidden = [call[0][0] for call in calls]

@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,9 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
-    job = _Job()
-
-    def describe() -> Mapping[str, Any]:
-        _read(job, args, config if config is not None else config_params, sdp_config)
-        if job.sdp.enabled:
-            check_supported(job.ds_config, model, optimizer, mpu)
-            assert model is not None
-            job.plan = plan_for(model, job.sdp, dist.get_world_size())
-        return _description(job, model)
-
-    agree(describe)
+    job = _agree_on_job(
+        lambda: model, args, config if config is not None else config_params, sdp_config, optimizer, mpu
+    )
     plain = {
         "args": job.args,
         "training_data": training_data,
@@ -113,6 +105,20 @@ def initialize(
     return result  # type: ignore[no-any-return]
 
 
+def check_job(
+    build_model: Callable[[], nn.Module], args: Any = None, config: Any = None, sdp_config: Any = None
+) -> None:
+    """Collective. Everything that :func:`initialize` can find wrong, found before anything expensive is done.
+
+    Args:
+        build_model: makes the full model, best on the meta device; an SDPError it raises counts as found.
+
+    Raises:
+        ConfigError, ModelError, PlanError: see :func:`initialize`; the same on every rank.
+    """
+    _agree_on_job(build_model, args, config, sdp_config, None, None)
+
+
 def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
     """The plan of ``model`` (real or meta) under ``sdp`` on ``world_size`` ranks; a pure function.
 
@@ -133,6 +139,24 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     )
     plan.validate()
     return plan
+
+
+def _agree_on_job(
+    build_model: Callable[[], nn.Module | None], args: Any, config: Any, sdp_config: Any, optimizer: Any, mpu: Any
+) -> "_Job":
+    job = _Job()
+
+    def describe() -> Mapping[str, Any]:
+        _read(job, args, config, sdp_config)
+        model = build_model()
+        if job.sdp.enabled:
+            check_supported(job.ds_config, model, optimizer, mpu)
+            assert model is not None
+            job.plan = plan_for(model, job.sdp, dist.get_world_size())
+        return _description(job, model)
+
+    agree(describe)
+    return job
 
 
 class _Job:

@@ -27,9 +27,7 @@ def model_state_bytes(engine: Any) -> dict[str, int]:
 def gradient_bytes(engine: Any) -> int:
     """Bytes of all live gradient tensors: of parameters, accumulated, reduced, and of master weights."""
     tensors = {(t.data_ptr(), t.numel()): t for t in _gradient_tensors(engine) if t.numel()}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) + getattr(
-        engine.optimizer, "in_flight_bytes", 0
-    )
+    return sum(t.numel() * t.element_size() for t in tensors.values()) + getattr(engine.optimizer, "in_flight_bytes", 0)
 
 
 @dataclass

@@ -11,9 +11,7 @@ from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
-def split_by_owner_set(
-    groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork
-) -> list[tuple[dict[str, Any], int]]:
+def split_by_owner_set(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork) -> list[tuple[dict[str, Any], int]]:
     """Split every client group by owner set, in (client group, owner set) order, which all ranks share.
 
     Parameters may be the full model's (from before the cut) or the subnetwork's; the former become the fragments that

@@ -54,7 +54,9 @@ def check_supported(ds_config: Mapping[str, Any], model: Any, optimizer: Any, mp
         raise ConfigError("mpu: model parallelism cannot be combined with SDP; takes None")
     name = str(_lookup(ds_config, "optimizer.type")) if optimizer is None else type(optimizer).__name__
     if "muon" in name.lower():
-        raise ConfigError(f"optimizer: got {name}, which needs whole weights; takes an element-wise optimizer (AdamW, ...)")
+        raise ConfigError(
+            f"optimizer: got {name}, which needs whole weights; takes an element-wise optimizer (AdamW, ...)"
+        )
 
 
 def _lookup(config: Mapping[str, Any], dotted: str) -> Any:

@@ -192,9 +192,7 @@ def _replace_by_absent(subnetwork: Subnetwork, spec: PartitionedModule, module: 
     _replace(subnetwork.module, name, subnetwork.adapter.absent(spec.space.kind)(bias, unused))
 
 
-def _full_parameters(
-    model: nn.Module, module: PartitionedModule, spec: PartitionedLinear
-) -> dict[str, FullParameter]:
+def _full_parameters(model: nn.Module, module: PartitionedModule, spec: PartitionedLinear) -> dict[str, FullParameter]:
     name = f"{module.space.name}.{spec.name}"
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)

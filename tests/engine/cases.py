@@ -1,5 +1,8 @@
 """What the ranks run. Every function is called on all ranks at once."""
 
+import random
+import time
+
 import torch
 import torch.distributed as dist
 
@@ -18,28 +21,59 @@ def ds_config(stage=1, *, bf16=False, clip=0.0, accumulation=1, bucket=500_000, 
     if optimizer:
         config["optimizer"] = {
             "type": "AdamW",
-            "params": {"lr": lr, "weight_decay": 0.1, "eps": 1e-6, "torch_adam": True},
+            "params": {"lr": lr, "weight_decay": 0.1, "eps": 1e-5, "torch_adam": True},
         }
     if bf16:
         config["bf16"] = {"enabled": True}
     return {**config, **extra}
 
 
-def train(model=None, sdp=None, ds=None, steps=5, seed=1, meta=False, family="llama", full=True):
-    """Train a tiny model for ``steps``; losses, norms, full weights (rank 0), and this rank's weights."""
-    ds = ds_config(**(ds or {}))
+def build_model(family="llama", model=None, meta=False, frozen=(), checkpointing=False):
     module = tiny_model(family, meta=meta, **(model or {}))
-    engine, *_ = deepspeed_sdp.initialize(model=module, config=ds, sdp_config=sdp or {})
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    if checkpointing:
+        module.gradient_checkpointing_enable()
+    return module
+
+
+def train(
+    model=None, sdp=None, ds=None, steps=5, seed=1, meta=False, family="llama", frozen=(), checkpointing=False, sleep=None
+):
+    """Train a tiny model for ``steps``; losses, norms, full weights (rank 0), and this rank's weights."""
+    module = build_model(family, model, meta, frozen, checkpointing)
+    engine, *_ = deepspeed_sdp.initialize(model=module, config=ds_config(**(ds or {})), sdp_config=sdp or {})
+    if sleep is not None:
+        sleep_in_backward(engine.module, sleep)
     result = run_steps(engine, steps, seed)
-    result["plan"] = engine.plan.to_json()
-    result["owned"] = {
-        name: (engine._subnetwork.fragments[name], p.detach().float().clone())
-        for name, p in engine.module.named_parameters()
-    }
-    result["full"] = engine.full_state_dict(torch.float32) if full else None
-    result["stats"] = engine.sdp_stats()
+    result.update(face(engine))
     engine.destroy()
     return result
+
+
+def face(engine):
+    """What a test wants to know of a trained engine."""
+    return {
+        "plan": engine.plan.to_json(),
+        "owned": {
+            name: (engine._subnetwork.fragments[name], p.detach().float().clone())
+            for name, p in engine.module.named_parameters()
+        },
+        "full": engine.full_state_dict(torch.float32),
+        "stats": engine.sdp_stats(),
+    }
+
+
+def sleep_in_backward(module, seed, longest=0.01):
+    """Every rank sleeps now and then in its backward pass, each at other places."""
+    generator = random.Random(seed * 100 + dist.get_rank())
+
+    def hook(_):
+        if generator.random() < 0.2:
+            time.sleep(generator.random() * longest)
+
+    for parameter in module.parameters():
+        parameter.register_hook(hook)
 
 
 def run_steps(engine, steps, seed=1):

@@ -1,8 +1,16 @@
 """Tiny models of the Llama family."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -50,6 +58,9 @@ def token_batches(steps, ranks, micro_batches=1, batch=2, length=12, vocab=97, s
     """``[step][rank][micro-batch]`` -> ids ``[batch, length]``."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        [[torch.randint(0, vocab, (batch, length), generator=generator) for _ in range(micro_batches)] for _ in range(ranks)]
+        [
+            [torch.randint(0, vocab, (batch, length), generator=generator) for _ in range(micro_batches)]
+            for _ in range(ranks)
+        ]
         for _ in range(steps)
     ]

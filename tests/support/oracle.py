@@ -52,7 +52,15 @@ def _owner_count(model, unit_owners, name, parameter, num_workers):
     """|S_u| of every element of a parameter, in a shape that broadcasts to it."""
     parts = name.split(".")
     module, linear, kind = ".".join(parts[:-2]), parts[-2], parts[-1]
-    if module not in unit_owners or linear not in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+    if module not in unit_owners or linear not in (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ):
         return torch.tensor(float(num_workers))
     if linear in ("o_proj", "down_proj") and kind == "bias":
         return torch.tensor(float(num_workers))

@@ -55,8 +55,14 @@ class RankPool:
             port = free_port()
             for rank in range(self.world_size):
                 env = rank_environment(
-                    RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=self.world_size, LOCAL_SIZE=self.world_size,
-                    LOCAL_WORLD_SIZE=self.world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK_POOL_KEY=key,
+                    RANK=rank,
+                    LOCAL_RANK=rank,
+                    WORLD_SIZE=self.world_size,
+                    LOCAL_SIZE=self.world_size,
+                    LOCAL_WORLD_SIZE=self.world_size,
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                    RANK_POOL_KEY=key,
                 )
                 command = [sys.executable, "-m", "tests.support.ranks", f"{folder}/socket"]
                 self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))

@@ -1,0 +1,54 @@
+# Every target does the set-up it needs. Commands run on this machine alone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 4
+DEMO_STEPS ?= 300
+
+export DS_ACCELERATOR ?= cpu
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test test-all checks format clean
+
+help:
+	@echo "make setup     .venv with pinned dependencies and this package"
+	@echo "make demo      pretrain a small LLaMA with 4 workers on this machine; leaves runs/demo"
+	@echo "make test      the quick tests"
+	@echo "make test-all  all tests"
+	@echo "make checks    format, lint and types"
+
+setup: $(VENV)/.done
+
+# torch comes first and pinned: DeepSpeed's build looks for an installed torch.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel packaging
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/deepspeed --num_accelerators $(RANKS) launch/train.py \
+	    --deepspeed_config ds_configs/demo.json --sdp_config ds_configs/demo_sdp.json \
+	    --model_config ds_configs/demo_model.json --vocab_size 2048 --seq_length 128 \
+	    --steps $(DEMO_STEPS) --eval_interval 50 --compare_dense --output_dir runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+checks: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,106 @@
+"""Real text that every Python installation carries: the language reference and the docstrings of what is installed.
+
+Docstrings are read from source files with ``ast``; nothing is imported, so nothing runs.
+"""
+
+import ast
+import hashlib
+import inspect
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from deepspeed_sdp.errors import DataError
+
+MIN_BYTES = 2_000_000
+
+# In this order until the size asked for is reached; what is not installed is passed over.
+_PACKAGES = (
+    "torch", "numpy", "pandas", "matplotlib", "datasets", "accelerate", "deepspeed", "sympy", "networkx",
+    "huggingface_hub", "pydantic", "hypothesis", "transformers", "pyarrow", "fsspec", "httpx", "aiohttp", "mpmath",
+    "setuptools", "pip", "jinja2", "rich", "yaml", "psutil", "PIL", "pytest", "mypy", "dill", "multiprocess",
+)  # fmt: skip
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__", "_vendor"}
+_MIN_CHARACTERS = 200
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+def builtin_documents(max_bytes: int = 8_000_000) -> list[str]:
+    """Cleaned, de-duplicated documents of at least 200 characters, in a fixed order, up to ``max_bytes`` of UTF-8.
+
+    Raises:
+        DataError: this installation holds less than 2 MB of such text, or less is asked for.
+    """
+    if max_bytes < MIN_BYTES:
+        raise DataError(f"built-in text: got a size of {max_bytes / 1e6:g} MB; takes at least {MIN_BYTES / 1e6:g} MB")
+    documents: list[str] = []
+    seen: set[bytes] = set()
+    size = 0
+    for raw in _raw_documents():
+        text = clean(raw)
+        key = _fingerprint(text)
+        if len(text) < _MIN_CHARACTERS or key in seen or not _is_prose(text):
+            continue
+        seen.add(key)
+        documents.append(text)
+        size += len(text.encode())
+        if size >= max_bytes:
+            break
+    if size < MIN_BYTES:
+        raise DataError(
+            f"built-in text: found {size / 1e6:.1f} MB in this Python installation; needs {MIN_BYTES / 1e6:g} MB: give "
+            "text files instead (--text)"
+        )
+    return documents
+
+
+def clean(text: str) -> str:
+    """Unindent, drop control characters and trailing blanks, and keep at most one blank line in a row."""
+    text = _CONTROL.sub("", inspect.cleandoc(text.replace("\r\n", "\n").replace("\t", "    ")))
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
+    return _BLANK_LINES.sub("\n\n", text).strip()
+
+
+def _is_prose(text: str) -> bool:
+    letters = sum(character.isalpha() or character == " " for character in text)
+    return letters > 0.6 * len(text)
+
+
+def _fingerprint(text: str) -> bytes:
+    # Methods that share a template differ in numbers and space only, and mostly after their first lines.
+    return hashlib.sha256(re.sub(r"[\W\d]+", " ", text[:600]).lower().encode()).digest()
+
+
+def _raw_documents() -> Iterator[str]:
+    import pydoc_data.topics
+
+    yield from (pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    yield from _docstrings(Path(sysconfig.get_paths()["stdlib"]))
+    for package in _PACKAGES:
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            yield from _docstrings(Path(folder))
+
+
+def _docstrings(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*.py")):
+        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(folder).parts):
+            yield from _docstrings_of(path)
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's source
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False)
+            if text and len(text) >= _MIN_CHARACTERS:
+                yield text

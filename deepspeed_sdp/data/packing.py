@@ -1,0 +1,109 @@
+"""From documents to training sequences, and which rank sees which."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from deepspeed_sdp.errors import DataError
+
+Tokens = npt.NDArray[np.int32]
+
+_DOCUMENTS_PER_CALL = 512
+
+
+def tokenize_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, progress: bool = False
+) -> Tokens:
+    """One int32 stream ``[tokens]``: every document followed by the end-of-sequence token."""
+    pieces = []
+    starts = range(0, len(documents), _DOCUMENTS_PER_CALL)
+    for start in tqdm(starts, desc="tokenize", disable=not progress, leave=False):
+        batch = list(documents[start : start + _DOCUMENTS_PER_CALL])
+        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            pieces.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
+
+
+def pack(stream: Tokens, seq_length: int) -> Tokens:
+    """Cut a stream into sequences, ``[tokens] -> [sequences, seq_length]``; the rest is dropped.
+
+    Raises:
+        DataError: the stream is shorter than one sequence.
+    """
+    count = len(stream) // seq_length
+    if not count:
+        raise DataError(
+            f"text: {len(stream)} tokens are too few for one sequence of {seq_length}; give more text or a smaller "
+            "--seq_length"
+        )
+    return stream[: count * seq_length].reshape(count, seq_length)
+
+
+class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Packed sequences ``[n, T]`` as ``{"input_ids": int64 [T], "labels": int64 [T]}``; models shift labels themselves."""
+
+    def __init__(self, sequences: Tokens) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.asarray(self.sequences[index], dtype=np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+class RankSampler:
+    """An endless order over ``num_sequences``, a fresh permutation every epoch, the same on every rank."""
+
+    def __init__(self, num_sequences: int, seed: int = 0) -> None:
+        self.num_sequences = num_sequences
+        self.seed = seed
+
+    def batches(
+        self, rank: int, world_size: int, batch_size: int, start_step: int = 0
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """Indices ``[batch_size]`` of this rank's micro-batches, from the one numbered ``start_step`` on.
+
+        Every epoch deals whole global batches of ``world_size * batch_size``; within it no index is dealt twice.
+
+        Raises:
+            DataError: there are fewer sequences than one global batch.
+        """
+        needed = world_size * batch_size
+        per_epoch = self.num_sequences // needed
+        if not per_epoch:
+            raise DataError(
+                f"text: {self.num_sequences} sequences are too few for one batch of {needed} ({world_size} ranks of "
+                f"{batch_size}); give more text, a smaller --seq_length or a smaller train_micro_batch_size_per_gpu"
+            )
+        return self._deal(rank, batch_size, needed, per_epoch, start_step)
+
+    def _deal(
+        self, rank: int, batch_size: int, needed: int, per_epoch: int, step: int
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        epoch, position = divmod(step, per_epoch)
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_sequences)
+            for batch in range(position, per_epoch):
+                start = batch * needed + rank * batch_size
+                yield order[start : start + batch_size]
+            epoch, position = epoch + 1, 0
+
+
+def unigram_loss(train: Tokens, heldout: Tokens, vocab_size: int) -> float:
+    """Entropy baseline: what the best model without context pays for the held-out tokens, in nats per token.
+
+    Args:
+        train: tokens of any shape, whose frequencies (plus one) make the distribution.
+        heldout: packed sequences ``[n, T]``; the first token of each is not predicted and does not count.
+        vocab_size: number of token ids.
+    """
+    counts = np.bincount(train.reshape(-1), minlength=vocab_size).astype(np.float64) + 1.0
+    log_probabilities = np.log(counts) - math.log(counts.sum())
+    return float(-log_probabilities[heldout[:, 1:]].mean())

@@ -1,0 +1,105 @@
+"""Documents from a user's files."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from deepspeed_sdp.errors import DataError
+
+_DOCUMENT_BREAK = re.compile(r"\n(?:[ \t]*\n){2,}|\f")
+
+
+def read_documents(paths: Iterable[Path]) -> list[str]:
+    """All documents of the files, or of the text files in the folders, in order.
+
+    ``.txt``: documents are separated by two or more blank lines or a form feed. ``.jsonl`` (``.jsonl.gz``) and ``.parquet``:
+    one document per row, in the column ``text``.
+
+    Raises:
+        DataError: names the file that is missing, unreadable, broken, of another kind, or empty.
+    """
+    documents: list[str] = []
+    for path in paths:
+        for file in _expand(path):
+            found = [text for text in _read(file) if text.strip()]
+            if not found:
+                raise DataError(f"{file}: holds no text")
+            documents += found
+    return documents
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"{path}: does not exist; takes .txt, .jsonl or .parquet files or folders of them")
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
+    if not files:
+        raise DataError(f"{path}: holds no .txt, .jsonl or .parquet file")
+    return files
+
+
+def _read(file: Path) -> list[str]:
+    reader = _reader(file)
+    if reader is None:
+        raise DataError(f"{file}: is no text file by its name; takes .txt, .jsonl, .jsonl.gz or .parquet")
+    try:
+        return reader(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _reader(file: Path) -> Callable[[Path], list[str]] | None:
+    name = file.name.lower()
+    for suffix, reader in ((".txt", _read_txt), (".jsonl", _read_jsonl), (".jsonl.gz", _read_jsonl)):
+        if name.endswith(suffix):
+            return reader
+    return _read_parquet if name.endswith(".parquet") else None
+
+
+def _read_txt(file: Path) -> list[str]:
+    return _DOCUMENT_BREAK.split(file.read_text(encoding="utf-8"))
+
+
+def _read_jsonl(file: Path) -> list[str]:
+    documents = []
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    documents.append(_text_of(json.loads(line), f"{file}: line {number}"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: line {number} is not valid JSON: {error.msg}") from None
+    except EOFError:
+        raise DataError(f"{file}: is cut off in its compressed data") from None
+    return documents
+
+
+def _text_of(row: object, place: str) -> str:
+    if not isinstance(row, dict) or "text" not in row:
+        keys = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise DataError(f"{place} has {keys}; takes an object with a 'text' column")
+    if not isinstance(row["text"], str):
+        raise DataError(f"{place}: 'text' is a {type(row['text']).__name__}; takes a string")
+    return row["text"]
+
+
+def _read_parquet(file: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if "text" not in names:
+                raise DataError(f"{file}: has the columns {', '.join(map(repr, names))}; takes one named 'text'")
+            column = table.read(columns=["text"])["text"]
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: is no readable parquet file: {str(error).splitlines()[0]}") from None
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        raise DataError(f"{file}: column 'text' is {column.type}; takes strings")
+    return [text for text in column.to_pylist() if text is not None]

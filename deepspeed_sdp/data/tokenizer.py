@@ -1,0 +1,96 @@
+"""A sentencepiece tokenizer, trained on the text at hand and saved as an ordinary HuggingFace tokenizer."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deepspeed_sdp.errors import DataError
+
+# More text does not make a better small vocabulary, only a slower start.
+_TRAINING_CHARACTERS = 4_000_000
+_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": False,
+    "add_prefix_space": False,
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "</s>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
+    """Train a BPE tokenizer with byte fallback and save it into ``folder``; ``decode(encode(text)) == text``.
+
+    Raises:
+        DataError: the text does not support so large (or so small) a vocabulary.
+    """
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as staging:
+        prefix = Path(staging, "tokenizer")
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_lines(documents),
+                model_prefix=str(prefix),
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                add_dummy_prefix=False,
+                split_digits=True,
+                user_defined_symbols=["\n"],
+                max_sentence_length=1 << 16,
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise DataError(f"--vocab_size: got {vocab_size}; {_reason(str(error))}") from None
+        prefix.with_suffix(".model").rename(Path(staging, "tokenizer.model"))
+        Path(staging, "tokenizer_config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+        tokenizer = load_tokenizer(Path(staging))
+        tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A HuggingFace tokenizer from a local folder.
+
+    Raises:
+        DataError: there is none, or it has no end-of-sequence token, which separates documents.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {str(error).splitlines()[0]}") from None
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"--tokenizer: {folder} has no end-of-sequence token, which separates documents")
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _lines(documents: Sequence[str]) -> Iterator[str]:
+    # Evenly spread over the text, whose parts differ.
+    stride = max(1, sum(map(len, documents)) // _TRAINING_CHARACTERS)
+    for text in documents[::stride]:
+        yield from (line for line in text.split("\n") if line)
+
+
+def _reason(message: str) -> str:
+    limit = re.search(r"value <= (\d+)", message)
+    if limit:
+        return f"the text supports at most {limit[1]}"
+    required = re.search(r"required_chars\((\d+)\)|(\d+) vs (\d+)|smaller than required[^0-9]*(\d+)", message)
+    if "required" in message.lower() or required:
+        return "the characters of the text alone need more; takes a larger one"
+    return message.strip().splitlines()[-1]

@@ -1,0 +1,85 @@
+"""One job, one error message: whichever rank fails first reports, the others end silently.
+
+A launcher (``deepspeed``, ``torchrun``) ends the job when one rank exits with an error, so the rank that reports must have
+written its message before any rank exits.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from deepspeed_sdp.errors import SDPError
+
+T = TypeVar("T")
+
+_CLAIM = "deepspeed_sdp/failure"
+# How long a rank that does not report waits for the one that does; launchers end it earlier.
+_GRACE_SECONDS = 10.0
+
+
+@contextmanager
+def one_report() -> Iterator[None]:
+    """Turn any exception inside into one message of one rank on stderr and exit code 1 of all ranks.
+
+    An :class:`SDPError` is printed as its message; anything else with its traceback and the rank it came from.
+    """
+    try:
+        yield
+    except SDPError as error:
+        _end_job(f"error: {error}")
+    except KeyboardInterrupt:
+        _end_job("interrupted")
+    except Exception:
+        _end_job(f"rank {_rank()} failed:\n{traceback.format_exc().rstrip()}")
+
+
+def on_first_rank(work: Callable[[], T]) -> T | None:
+    """Collective. Run ``work`` on rank 0 while the others wait; its :class:`SDPError` is raised on every rank.
+
+    Returns:
+        what ``work`` returned on rank 0, ``None`` elsewhere.
+    """
+    import torch.distributed as dist
+
+    result: T | None = None
+    failure: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except SDPError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+    return result
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _end_job(message: str) -> None:
+    if _claim():
+        sys.stdout.flush()
+        print(f"\n{message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_GRACE_SECONDS)
+    # Not sys.exit: destructors of half-done collectives may wait for ranks that are gone.
+    os._exit(1)
+
+
+def _claim() -> bool:
+    """Whether this rank is the first to fail. Before ranks can talk, all fail alike and rank 0 reports."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return _rank() == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return bool(store.add(_CLAIM, 1) == 1)
+    except Exception:
+        return True

@@ -1,0 +1,6 @@
+"""Reports and plots of a run."""
+
+from deepspeed_sdp.report.plots import plot_loss, plot_plan
+from deepspeed_sdp.report.run_report import RunReport, to_markdown
+
+__all__ = ["RunReport", "plot_loss", "plot_plan", "to_markdown"]

@@ -1,0 +1,87 @@
+"""The pictures of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from deepspeed_sdp.plan import PlannedSpace, SubnetworkPlan
+
+
+def plot_loss(data: dict[str, Any], path: Path) -> None:
+    """Training and full-model validation loss over tokens, from the data of ``report.json``."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (
+        ("train_loss", "training, subnetworks", {"lw": 1.2, "alpha": 0.7}),
+        ("full_model_val_loss", "validation, full model", {"lw": 1.8, "marker": "o", "ms": 4}),
+    ):
+        points = data["history"][key]
+        axes.plot([p["tokens"] for p in points], [p["loss"] for p in points], label=label, **style)
+    axes.axhline(data["unigram_val_loss"], color="gray", ls="--", lw=1, label="unigram baseline")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def plot_plan(plan: SubnetworkPlan, path: Path) -> None:
+    """Workers by layers: the owned part of every unit space, coloured by owner set; each worker's share beside it."""
+    kinds = list(dict.fromkeys(planned.space.kind for planned in plan.spaces))
+    workers = plan.num_subnetworks
+    layers = 1 + max(planned.space.layer for planned in plan.spaces)
+    used = sorted({chunk.owner_set for planned in plan.spaces for chunk in planned.chunks})
+    colors = {owner_set: _color(i, len(used)) for i, owner_set in enumerate(used)}
+    size = (2.2 + 1.15 * min(workers, 16) * len(kinds), 1.6 + 0.32 * layers)
+    figure = Figure(figsize=(max(size[0], 7), max(size[1], 3.6)), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for planned in plan.spaces:
+            if planned.space.kind == kind:
+                _draw_space(axes, plan, planned, colors)
+        shares = [_share(plan, kind, worker) for worker in range(workers)]
+        labels = [f"{worker}\n{share:.0%}" for worker, share in enumerate(shares)]
+        axes.set(xlim=(-0.05, workers), ylim=(layers, -0.1), xlabel="worker, share of the units", title=kind)
+        axes.set_xticks([worker + 0.45 for worker in range(workers)], labels)
+        axes.set_yticks([layer + 0.45 for layer in range(layers)], [str(layer) for layer in range(layers)])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("layer")
+    _legend(figure, plan, used, colors)
+    figure.suptitle(
+        f"{workers} workers, {plan.owners_per_unit} owners per unit, {plan.design} design, "
+        f"spectral gap {plan.spectral_gap:.3f} (bound {plan.spectral_gap_bound:.3f})",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _draw_space(axes: Any, plan: SubnetworkPlan, planned: PlannedSpace, colors: dict[int, Any]) -> None:
+    for worker in range(plan.num_subnetworks):
+        axes.add_patch(Rectangle((worker, planned.space.layer), 0.9, 0.9, color="0.93", lw=0))
+        for chunk in plan.owned(planned.space.name, worker):
+            left = 0.9 * chunk.start / planned.space.num_units
+            width = 0.9 * (chunk.stop - chunk.start) / planned.space.num_units
+            axes.add_patch(
+                Rectangle((worker + left, planned.space.layer), width, 0.9, color=colors[chunk.owner_set], lw=0)
+            )
+
+
+def _share(plan: SubnetworkPlan, kind: str, worker: int) -> float:
+    spaces = [planned for planned in plan.spaces if planned.space.kind == kind]
+    owned = sum(chunk.stop - chunk.start for p in spaces for chunk in plan.owned(p.space.name, worker))
+    return owned / sum(planned.space.num_units for planned in spaces)
+
+
+def _legend(figure: Figure, plan: SubnetworkPlan, used: Sequence[int], colors: dict[int, Any]) -> None:
+    if len(used) <= 16:
+        handles = [Patch(color=colors[s], label=" ".join(map(str, plan.owner_sets[s]))) for s in used]
+        figure.legend(handles=handles, title="owners", loc="outside right upper", frameon=False, fontsize=8)
+
+
+def _color(index: int, count: int) -> Any:
+    return mpl.colormaps["tab20"](index % 20) if count <= 20 else mpl.colormaps["turbo"](index / (count - 1))

@@ -1,0 +1,401 @@
+"""Pretrain a causal language model with Subnetwork Data Parallelism, from raw text to a HuggingFace folder.
+
+    deepspeed --num_accelerators 4 launch/train.py \\
+        --deepspeed_config ds_configs/demo.json --sdp_config ds_configs/demo_sdp.json \\
+        --model_config ds_configs/demo_model.json --output_dir runs/demo
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.failures import on_first_rank, one_report
+
+if TYPE_CHECKING:
+    from deepspeed_sdp.data import Corpus
+
+LOG_INTERVAL = 10
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    job = parser.add_argument_group("job")
+    job.add_argument(
+        "--deepspeed_config",
+        required=True,
+        metavar="JSON",
+        help="DeepSpeed config: batch, optimizer, ZeRO stage, schedule",
+    )
+    job.add_argument(
+        "--sdp_config",
+        metavar="JSON",
+        help='the SDP block; default: "subnetwork_data_parallel" in the DeepSpeed config',
+    )
+    job.add_argument(
+        "--model_config",
+        required=True,
+        metavar="PATH",
+        help="HuggingFace config.json, or a folder with one; its vocab_size follows the tokenizer",
+    )
+    job.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="gets hf/, report.json, report.md, loss.png, plan.png"
+    )
+    job.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="order of the training sequences (default: 0); initial weights follow the SDP block's seed",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        nargs="+",
+        metavar="PATH",
+        help=".txt, .jsonl or .parquet files or folders with a 'text' column; default: Python's own documentation",
+    )
+    text.add_argument(
+        "--max_text_mb", type=float, default=8.0, help="size of the built-in text in MB, at most (default: 8)"
+    )
+    text.add_argument(
+        "--heldout_fraction",
+        type=float,
+        default=0.05,
+        help="share of the documents held out for validation (default: 0.05)",
+    )
+    text.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="folder of a HuggingFace tokenizer; default: a sentencepiece tokenizer is trained on the text",
+    )
+    text.add_argument("--vocab_size", type=int, default=4096, help="size of the trained tokenizer (default: 4096)")
+    text.add_argument("--seq_length", type=int, default=256, help="tokens of one training sequence (default: 256)")
+    text.add_argument(
+        "--data_cache", metavar="DIR", help="prepared text; default: OUTPUT_DIR/data. Must be visible to all nodes"
+    )
+    run = parser.add_argument_group("length and evaluation")
+    length = run.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    length.add_argument("--tokens", type=float, help="training tokens over all ranks, e.g. 1e9")
+    run.add_argument(
+        "--eval_interval", type=int, default=50, help="steps between evaluations of the full model (default: 50)"
+    )
+    run.add_argument(
+        "--eval_sequences",
+        type=int,
+        default=128,
+        help="held-out sequences of an evaluation in mid-run, 0: all (default: 128); the last one takes all",
+    )
+    run.add_argument(
+        "--compare_dense",
+        action="store_true",
+        help="at the end, measure the dense model's state under the same DeepSpeed config; needs the memory for it",
+    )
+    other = parser.add_argument_group("other")
+    other.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
+    other.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
+        sys.exit(0)
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    takes = {
+        "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
+        "tokens": (args.tokens is None or args.tokens >= 1, "a number from 1 on"),
+        "seq_length": (args.seq_length >= 2, "a number from 2 on"),
+        "eval_interval": (args.eval_interval >= 1, "a number from 1 on"),
+        "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
+        "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
+        "max_text_mb": (args.max_text_mb > 0, "a positive number"),
+    }
+    for name, (fine, what) in takes.items():
+        if not fine:
+            raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    with one_report():
+        check_arguments(args)
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    quiet(args.verbose)
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    import deepspeed_sdp
+    from deepspeed_sdp.data import load_corpus
+    from deepspeed_sdp.engine import check_job, gradient_peak, model_state_bytes
+    from deepspeed_sdp.report import RunReport
+
+    if args.local_rank >= 0:
+        get_accelerator().set_device(args.local_rank)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    output = Path(args.output_dir)
+    cache = Path(args.data_cache) if args.data_cache else output / "data"
+    on_first_rank(lambda: make_writable(output))
+    # Before the text is prepared, which takes longer.
+    check_job(lambda: model_from_config(load_model_config(args.model_config)), args)
+    on_first_rank(lambda: prepare_text(args, cache))
+    corpus = load_corpus(cache)
+    # On the meta device: only the subnetwork is ever given memory.
+    model = model_from_config(full_config(args.model_config, corpus))
+    engine, *_ = deepspeed_sdp.initialize(args=args, model=model)
+    steps = args.steps or tokens_to_steps(args.tokens, engine, args.seq_length)
+    tokens_per_step = engine.train_batch_size() * args.seq_length
+
+    batches = training_batches(corpus, engine, args.seed)
+    evaluation = rank_slice(corpus.heldout, args.eval_sequences, rank, world)
+    report = RunReport(plan=engine.plan, tokens_per_step=tokens_per_step, unigram_val_loss=corpus.unigram_val_loss)
+    progress = progress_bar(steps, rank)
+    losses: list[torch.Tensor] = []
+    began = time.monotonic()
+    for step in range(1, steps + 1):
+        if step == min(2, steps):
+            with gradient_peak(engine) as peak:
+                losses.append(train_step(engine, batches))
+        else:
+            losses.append(train_step(engine, batches))
+        if step % LOG_INTERVAL == 0 or step == steps:
+            report.train_losses.append((step, mean_over_ranks(losses)))
+            losses.clear()
+            speed = step * tokens_per_step / (time.monotonic() - began)
+            progress.set_postfix(
+                loss=f"{report.train_loss:.3f}",
+                val=f"{report.val_loss:.3f}" if report.val_losses else "-",
+                tok_s=f"{speed:.0f}",
+            )
+        progress.update()
+        if step % args.eval_interval == 0 and step < steps:
+            report.val_losses.append((step, engine.evaluate_full(eval_batches(evaluation, engine))))
+            write_monitor(engine, report)
+    everything = rank_slice(corpus.heldout, 0, rank, world)
+    report.val_losses.append((steps, engine.evaluate_full(eval_batches(everything, engine))))
+    write_monitor(engine, report)
+    progress.close()
+    report.seconds = time.monotonic() - began
+
+    engine.save_hf(output / "hf")
+    state = model_state_bytes(engine)
+    report.ranks = from_all_ranks({**engine.sdp_stats(), "model_state_bytes": with_peak(state, peak.nbytes)})
+    if args.compare_dense:
+        engine.destroy()
+        del engine
+        report.dense_state_bytes = measure_dense(args, corpus)
+    on_first_rank(lambda: finish(report, corpus, output))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def quiet(verbose: bool) -> None:
+    """Keep DeepSpeed's and the tokenizers' log off the progress bar."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        import logging
+        import warnings
+
+        os.environ.setdefault("DS_LOG_LEVEL", "error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.ERROR)
+
+
+def make_writable(folder: Path) -> None:
+    """Raise OutputError now rather than after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"--output_dir: cannot write {folder}: {error.strerror or error}") from None
+
+
+def prepare_text(args: argparse.Namespace, cache: Path) -> None:
+    from deepspeed_sdp.data import CorpusSpec, prepare_corpus
+
+    print("preparing the text ...", flush=True)
+    spec = CorpusSpec(
+        text_files=tuple(args.text or ()),
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        seq_length=args.seq_length,
+        holdout_fraction=args.heldout_fraction,
+        max_bytes=int(args.max_text_mb * 1e6),
+    )
+    corpus = prepare_corpus(cache, spec, progress=True)
+    print(f"text: {corpus.train_tokens:,} tokens to train on, {corpus.heldout_tokens:,} held out", flush=True)
+
+
+def load_model_config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--model_config: {path} does not exist; takes a HuggingFace config.json or its folder")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--model_config: {path}: {str(error).splitlines()[0]}") from None
+
+
+def model_from_config(config: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigError(f"--model_config: {str(error).splitlines()[0]}") from None
+
+
+def full_config(path: str, corpus: "Corpus") -> Any:
+    """The model's config with the tokenizer's vocabulary and room for the sequences."""
+    from deepspeed_sdp.data import load_tokenizer
+
+    config = load_model_config(path)
+    tokenizer = load_tokenizer(corpus.tokenizer_folder)
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    config.max_position_embeddings = max(config.max_position_embeddings, corpus.train.shape[1])
+    return config
+
+
+def tokens_to_steps(tokens: float, engine: Any, seq_length: int) -> int:
+    return max(1, round(tokens / (engine.train_batch_size() * seq_length)))
+
+
+def training_batches(corpus: "Corpus", engine: Any, seed: int) -> Iterator[dict[str, Any]]:
+    import torch.distributed as dist
+
+    from deepspeed_sdp.data import PackedDataset, RankSampler
+
+    size = engine.train_micro_batch_size_per_gpu()
+    dataset = PackedDataset(corpus.train)
+    sampler = RankSampler(len(dataset), seed=seed)
+    for indices in sampler.batches(dist.get_rank(), dist.get_world_size(), size):
+        yield to_device([dataset[int(i)] for i in indices], engine.device)
+
+
+def eval_batches(sequences: Any, engine: Any) -> Iterator[dict[str, Any]]:
+    from deepspeed_sdp.data import PackedDataset
+
+    size = engine.train_micro_batch_size_per_gpu()
+    dataset = PackedDataset(sequences)
+    for start in range(0, len(dataset), size):
+        yield to_device([dataset[i] for i in range(start, min(start + size, len(dataset)))], engine.device)
+
+
+def to_device(items: list[dict[str, Any]], device: Any) -> dict[str, Any]:
+    import torch
+
+    return {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
+
+
+def rank_slice(sequences: Any, limit: int, rank: int, world: int) -> Any:
+    """Every ``world``-th of the first ``limit`` sequences (0: all), as this rank's share."""
+    return sequences[: limit or len(sequences)][rank::world]
+
+
+def train_step(engine: Any, batches: Iterator[dict[str, Any]]) -> Any:
+    """One optimizer step; the mean loss of its micro-batches, a scalar tensor."""
+    total = 0.0
+    micro_batches = engine.gradient_accumulation_steps()
+    for _ in range(micro_batches):
+        loss = engine(**next(batches)).loss
+        engine.backward(loss)
+        engine.step()
+        total = total + loss.detach() / micro_batches
+    return total
+
+
+def mean_over_ranks(losses: list[Any]) -> float:
+    import torch
+    import torch.distributed as dist
+
+    mean = torch.stack(losses).mean()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def progress_bar(steps: int, rank: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, disable=rank != 0, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0)
+
+
+def write_monitor(engine: Any, report: Any) -> None:
+    if engine.monitor.enabled and engine.global_rank == 0:
+        samples = engine.global_samples
+        engine.monitor.write_events(
+            [
+                ("Train/Samples/loss", report.train_loss, samples),
+                ("Train/Samples/full_model_val_loss", report.val_loss, samples),
+            ]
+        )
+
+
+def with_peak(state: dict[str, int], peak: int) -> dict[str, int]:
+    """Gradients come and go within a step: report their peak."""
+    state = {**state, "gradients": peak}
+    return {**state, "total": state["weights"] + state["gradients"] + state["optimizer"]}
+
+
+def measure_dense(args: argparse.Namespace, corpus: "Corpus") -> list[dict[str, int]]:
+    """Collective. Model state of plain DeepSpeed with the dense model: one step, measured on the live tensors."""
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from deepspeed_sdp.config import BLOCK, read_json
+    from deepspeed_sdp.engine import gradient_peak, model_state_bytes
+
+    config = {
+        key: value for key, value in read_json(args.deepspeed_config, "--deepspeed_config").items() if key != BLOCK
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(full_config(args.model_config, corpus))
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
+    with gradient_peak(engine) as peak:
+        train_step(engine, training_batches(corpus, engine, args.seed))
+    return from_all_ranks(with_peak(model_state_bytes(engine), peak.nbytes))
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Collective: ``value`` of every rank, on every rank."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def finish(report: Any, corpus: "Corpus", output: Path) -> None:
+    from deepspeed_sdp.data import load_tokenizer
+
+    try:
+        load_tokenizer(corpus.tokenizer_folder).save_pretrained(output / "hf")
+        report.write(output)
+    except OSError as error:
+        raise OutputError(f"--output_dir: cannot write {output}: {error.strerror or error}") from None
+    print(report.closing_lines(output), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
