@@ -129,8 +129,8 @@ class SDPConfig(BaseModel):
             takes = ", ".join(_fraction(k, n) for k in range(1, n + 1))
             default = " (the default)" if self.coverage is None else ""
             raise ConfigError(
-                f"{BLOCK}.coverage: got {coverage:g}{default} with {n} subnetworks, which gives {coverage * n:g} owners "
-                f"per unit; takes a whole number of owners: {takes}"
+                f"{BLOCK}.coverage: got {coverage:g}{default} with {n} subnetworks, which gives {coverage * n:g} "
+                f"owners per unit; takes a whole number of owners: {takes}"
             )
         return owners
 

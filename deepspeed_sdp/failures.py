@@ -1,7 +1,7 @@
 """One job, one error message: whichever rank fails first reports, the others end silently.
 
-A launcher (``deepspeed``, ``torchrun``) ends the job when one rank exits with an error, so the rank that reports must have
-written its message before any rank exits.
+A launcher (``deepspeed``, ``torchrun``) ends the job when one rank exits with an error, so the rank that reports must
+have written its message before any rank exits.
 """
 
 import os

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arguments import check_arguments, parse_arguments
+
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.failures import on_first_rank, one_report
 
@@ -22,106 +24,8 @@ if TYPE_CHECKING:
 LOG_INTERVAL = 10
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="launch/train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    job = parser.add_argument_group("job")
-    job.add_argument(
-        "--deepspeed_config",
-        required=True,
-        metavar="JSON",
-        help="DeepSpeed config: batch, optimizer, ZeRO stage, schedule",
-    )
-    job.add_argument(
-        "--sdp_config",
-        metavar="JSON",
-        help='the SDP block; default: "subnetwork_data_parallel" in the DeepSpeed config',
-    )
-    job.add_argument(
-        "--model_config",
-        required=True,
-        metavar="PATH",
-        help="HuggingFace config.json, or a folder with one; its vocab_size follows the tokenizer",
-    )
-    job.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="gets hf/, report.json, report.md, loss.png, plan.png"
-    )
-    job.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="order of the training sequences (default: 0); initial weights follow the SDP block's seed",
-    )
-    text = parser.add_argument_group("text")
-    text.add_argument(
-        "--text",
-        nargs="+",
-        metavar="PATH",
-        help=".txt, .jsonl or .parquet files or folders with a 'text' column; default: Python's own documentation",
-    )
-    text.add_argument(
-        "--max_text_mb", type=float, default=8.0, help="size of the built-in text in MB, at most (default: 8)"
-    )
-    text.add_argument(
-        "--heldout_fraction",
-        type=float,
-        default=0.05,
-        help="share of the documents held out for validation (default: 0.05)",
-    )
-    text.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="folder of a HuggingFace tokenizer; default: a sentencepiece tokenizer is trained on the text",
-    )
-    text.add_argument("--vocab_size", type=int, default=4096, help="size of the trained tokenizer (default: 4096)")
-    text.add_argument("--seq_length", type=int, default=256, help="tokens of one training sequence (default: 256)")
-    text.add_argument(
-        "--data_cache", metavar="DIR", help="prepared text; default: OUTPUT_DIR/data. Must be visible to all nodes"
-    )
-    run = parser.add_argument_group("length and evaluation")
-    length = run.add_mutually_exclusive_group(required=True)
-    length.add_argument("--steps", type=int, help="optimizer steps")
-    length.add_argument("--tokens", type=float, help="training tokens over all ranks, e.g. 1e9")
-    run.add_argument(
-        "--eval_interval", type=int, default=50, help="steps between evaluations of the full model (default: 50)"
-    )
-    run.add_argument(
-        "--eval_sequences",
-        type=int,
-        default=128,
-        help="held-out sequences of an evaluation in mid-run, 0: all (default: 128); the last one takes all",
-    )
-    run.add_argument(
-        "--compare_dense",
-        action="store_true",
-        help="at the end, measure the dense model's state under the same DeepSpeed config; needs the memory for it",
-    )
-    other = parser.add_argument_group("other")
-    other.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
-    other.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
-        sys.exit(0)
-    return parser.parse_args(argv)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    takes = {
-        "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
-        "tokens": (args.tokens is None or args.tokens >= 1, "a number from 1 on"),
-        "seq_length": (args.seq_length >= 2, "a number from 2 on"),
-        "eval_interval": (args.eval_interval >= 1, "a number from 1 on"),
-        "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
-        "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
-        "max_text_mb": (args.max_text_mb > 0, "a positive number"),
-    }
-    for name, (fine, what) in takes.items():
-        if not fine:
-            raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")
-
-
 def main(argv: list[str]) -> None:
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__)
     with one_report():
         check_arguments(args)
         train(args)
@@ -138,6 +42,7 @@ def train(args: argparse.Namespace) -> None:
     from deepspeed_sdp.data import load_corpus
     from deepspeed_sdp.engine import check_job, gradient_peak, model_state_bytes
     from deepspeed_sdp.report import RunReport
+    from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
     if args.local_rank >= 0:
         get_accelerator().set_device(args.local_rank)
@@ -147,11 +52,15 @@ def train(args: argparse.Namespace) -> None:
     cache = Path(args.data_cache) if args.data_cache else output / "data"
     on_first_rank(lambda: make_writable(output))
     # Before the text is prepared, which takes longer.
-    check_job(lambda: model_from_config(load_model_config(args.model_config)), args)
+    sdp = check_job(lambda: meta_model(read_model_config(args.model_config)), args)
+    if not sdp.enabled:
+        raise ConfigError(
+            "subnetwork_data_parallel.enabled: got false; takes true here (coverage 1 trains the dense model)"
+        )
     on_first_rank(lambda: prepare_text(args, cache))
     corpus = load_corpus(cache)
     # On the meta device: only the subnetwork is ever given memory.
-    model = model_from_config(full_config(args.model_config, corpus))
+    model = meta_model(full_config(args.model_config, corpus))
     engine, *_ = deepspeed_sdp.initialize(args=args, model=model)
     steps = args.steps or tokens_to_steps(args.tokens, engine, args.seq_length)
     tokens_per_step = engine.train_batch_size() * args.seq_length
@@ -212,6 +121,10 @@ def quiet(verbose: bool) -> None:
         from deepspeed.utils import logger
 
         logger.setLevel(logging.ERROR)
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def make_writable(folder: Path) -> None:
@@ -241,34 +154,12 @@ def prepare_text(args: argparse.Namespace, cache: Path) -> None:
     print(f"text: {corpus.train_tokens:,} tokens to train on, {corpus.heldout_tokens:,} held out", flush=True)
 
 
-def load_model_config(path: str) -> Any:
-    from transformers import AutoConfig
-
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ConfigError(f"--model_config: {path} does not exist; takes a HuggingFace config.json or its folder")
-    try:
-        return AutoConfig.from_pretrained(file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--model_config: {path}: {str(error).splitlines()[0]}") from None
-
-
-def model_from_config(config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ConfigError(f"--model_config: {str(error).splitlines()[0]}") from None
-
-
 def full_config(path: str, corpus: "Corpus") -> Any:
     """The model's config with the tokenizer's vocabulary and room for the sequences."""
     from deepspeed_sdp.data import load_tokenizer
+    from deepspeed_sdp.subnetwork import read_model_config
 
-    config = load_model_config(path)
+    config = read_model_config(path)
     tokenizer = load_tokenizer(corpus.tokenizer_folder)
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id

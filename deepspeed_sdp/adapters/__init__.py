@@ -22,6 +22,6 @@ def find_adapter(model: nn.Module) -> Adapter:
             return adapter
     known = "; ".join(f"{adapter.name} ({', '.join(adapter.families)})" for adapter in ADAPTERS)
     raise ModelError(
-        f"model: no adapter knows {type(model).__name__}; known families: {known}. A family is known by the names of its "
-        "layers and linears, which must be plain torch.nn.Linear"
+        f"model: no adapter knows {type(model).__name__}; known families: {known}. A family is known by the names of "
+        "its layers and linears, which must be plain torch.nn.Linear"
     )

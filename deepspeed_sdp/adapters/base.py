@@ -37,12 +37,13 @@ class PartitionedModule:
 class AbsentModule(nn.Module):
     """A module without units: it adds nothing but its output bias to the residual stream.
 
-    Its shared parameters stay, since every worker owns them: ``bias`` (of the linear with an ``"in"`` cut) and ``unused``
-    (per-head norms and the like, which get no gradient here).
+    Its shared parameters stay, since every worker owns them: ``bias`` (of the linear with an ``"in"`` cut) and
+    ``unused`` (per-head norms and the like, which get no gradient here).
     """
 
     def __init__(self, bias: nn.Parameter | None, unused: Sequence[nn.Parameter]) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self.unused = nn.ParameterList(unused)
 
@@ -55,8 +56,13 @@ class AbsentModule(nn.Module):
 class Adapter(Protocol):
     """A model family. One file each; see ``llama.py``."""
 
-    name: str
-    families: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """Short name, for messages."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families of transformers that it serves, for messages."""
 
     def knows(self, model: nn.Module) -> bool:
         """Whether the attribute names of ``model`` are those of this family."""

@@ -53,9 +53,9 @@ class LlamaAdapter:
         for index, layer in enumerate(self.layers(model)):
             prefix = f"model.layers.{index}"
             if "attention" in kinds:
-                modules.append(_attention(f"{prefix}.self_attn", index, layer.self_attn))
+                modules.append(_attention(f"{prefix}.self_attn", index, layer.get_submodule("self_attn")))
             if "mlp" in kinds:
-                modules.append(_mlp(f"{prefix}.mlp", index, layer.mlp))
+                modules.append(_mlp(f"{prefix}.mlp", index, layer.get_submodule("mlp")))
         return modules
 
     def layers(self, model: nn.Module) -> nn.ModuleList:

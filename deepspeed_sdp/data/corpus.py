@@ -35,7 +35,7 @@ class CorpusSpec:
     max_bytes: int
 
     def fingerprint(self) -> str:
-        """Changes with the arguments, with the files behind them, and with the packages that the built-in text is from."""
+        """Changes with the arguments, the files behind them, and the packages that the built-in text is from."""
         state: dict[str, Any] = {"format": _FORMAT, **asdict(self)}
         state["files"] = [_stat(Path(path)) for path in (*self.text_files, *filter(None, [self.tokenizer]))]
         if not self.text_files:

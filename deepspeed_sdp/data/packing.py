@@ -45,7 +45,7 @@ def pack(stream: Tokens, seq_length: int) -> Tokens:
 
 
 class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Packed sequences ``[n, T]`` as ``{"input_ids": int64 [T], "labels": int64 [T]}``; models shift labels themselves."""
+    """Packed sequences ``[n, T]`` as ``{"input_ids": int64 [T], "labels": int64 [T]}``; models shift the labels."""
 
     def __init__(self, sequences: Tokens) -> None:
         self.sequences = sequences

@@ -14,8 +14,8 @@ _DOCUMENT_BREAK = re.compile(r"\n(?:[ \t]*\n){2,}|\f")
 def read_documents(paths: Iterable[Path]) -> list[str]:
     """All documents of the files, or of the text files in the folders, in order.
 
-    ``.txt``: documents are separated by two or more blank lines or a form feed. ``.jsonl`` (``.jsonl.gz``) and ``.parquet``:
-    one document per row, in the column ``text``.
+    ``.txt``: documents are separated by two or more blank lines or a form feed. ``.jsonl`` (``.jsonl.gz``) and
+    ``.parquet``: one document per row, in the column ``text``.
 
     Raises:
         DataError: names the file that is missing, unreadable, broken, of another kind, or empty.

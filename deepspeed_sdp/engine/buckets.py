@@ -16,13 +16,13 @@ class BucketItem(NamedTuple):
         position: where the parameter stands in the full model, in forward order; equal on all ranks.
         owner_set: index of its owner set.
         numel: elements.
-        index: the caller's own index of the parameter.
+        parameter: the caller's own index of it.
     """
 
     position: tuple[int, int]
     owner_set: int
     numel: int
-    index: int
+    parameter: int
 
 
 class Bucket(NamedTuple):
@@ -74,4 +74,4 @@ def _bucket(owner_set: int, members: Sequence[BucketItem]) -> Bucket:
     # The member nearest to the input is the last whose gradient comes; the bucket is complete with it.
     first, start = members[-1].position
     key = (-first, -start, owner_set)
-    return Bucket(key, owner_set, tuple(m.index for m in members), tuple(m.numel for m in members))
+    return Bucket(key, owner_set, tuple(m.parameter for m in members), tuple(m.numel for m in members))

@@ -6,7 +6,7 @@ batches. So weights travel once per sweep, and the model code stays untouched.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -104,11 +104,8 @@ def _record(subnetwork: Subnetwork, batch: Mapping[str, torch.Tensor]) -> list[_
     calls: list[_Call] = []
     layers = list(subnetwork.adapter.layers(subnetwork.module))
     recorders = [_Recorder(layer, calls, layer is layers[-1]) for layer in layers]
-    with _swapped_layers(subnetwork, recorders):
-        try:
-            subnetwork.module(**batch)
-        except _LastLayerReached:
-            pass
+    with _swapped_layers(subnetwork, recorders), suppress(_LastLayerReached):
+        subnetwork.module(**batch)
     return calls
 
 

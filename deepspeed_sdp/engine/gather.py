@@ -43,7 +43,7 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.de
         source = owners[planned.space.layer % len(owners)]
         flat = _broadcast_chunk(parameters, chunk, source, mine, dtype, device)
         sizes = [_numel(p, chunk) for p in parameters]
-        for parameter, piece in zip(parameters, flat.split(sizes), strict=True):
+        for parameter, piece in zip(parameters, torch.split(flat, sizes), strict=True):
             fragment = parameter.fragment(chunk.start, chunk.stop, chunk.owner_set)
             place(full[parameter.name], fragment, piece.view(parameter.fragment_shape(fragment)))
     return full

@@ -31,7 +31,7 @@ class OwnerGroups:
             world = dist.group.WORLD
             assert world is not None
             return world
-        group = dist.new_group(list(ranks), use_local_synchronization=local)
+        group: ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=local)
         if self.rank in ranks:
             self._created.append(group)
         return group

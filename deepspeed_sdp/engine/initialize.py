@@ -14,7 +14,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.config import SDPConfig, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree
 from deepspeed_sdp.engine.engine import SDPEngine
@@ -23,8 +22,8 @@ from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.param_groups import split_optimizer, split_scheduler
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.plan import SubnetworkPlan, make_plan
-from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, partitioned_modules
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for
 
 
 def initialize(
@@ -81,6 +80,8 @@ def initialize(
         "mesh_param": mesh_param,
     }
     if not job.sdp.enabled:
+        if model is not None and is_meta(model):
+            raise ConfigError("subnetwork_data_parallel.enabled: got false; takes true for a model on the meta device")
         return deepspeed.initialize(  # type: ignore[no-any-return]
             model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
         )
@@ -107,38 +108,19 @@ def initialize(
 
 def check_job(
     build_model: Callable[[], nn.Module], args: Any = None, config: Any = None, sdp_config: Any = None
-) -> None:
+) -> SDPConfig:
     """Collective. Everything that :func:`initialize` can find wrong, found before anything expensive is done.
 
     Args:
         build_model: makes the full model, best on the meta device; an SDPError it raises counts as found.
 
+    Returns:
+        the validated SDP block.
+
     Raises:
         ConfigError, ModelError, PlanError: see :func:`initialize`; the same on every rank.
     """
-    _agree_on_job(build_model, args, config, sdp_config, None, None)
-
-
-def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
-    """The plan of ``model`` (real or meta) under ``sdp`` on ``world_size`` ranks; a pure function.
-
-    Raises:
-        ConfigError, ModelError, PlanError: see :func:`initialize`.
-    """
-    adapter = find_adapter(model)
-    num_subnetworks = sdp.subnetworks(world_size)
-    modules = partitioned_modules(model, adapter, sdp.partition, sdp.shared_modules)
-    plan = make_plan(
-        [module.space for module in modules],
-        num_subnetworks,
-        owners_per_unit=sdp.owners(num_subnetworks),
-        design=sdp.design,
-        max_owner_sets=sdp.max_owner_sets,
-        chunk_multiple=sdp.chunk_multiple,
-        seed=sdp.seed,
-    )
-    plan.validate()
-    return plan
+    return _agree_on_job(build_model, args, config, sdp_config, None, None).sdp
 
 
 def _agree_on_job(
@@ -181,13 +163,13 @@ def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
 
 
 def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
-    model_config = getattr(model, "config", None)
+    model_config: Any = getattr(model, "config", None)
     return {
         "deepspeed_config": job.ds_config,
         "subnetwork_data_parallel": job.sdp.model_dump(),
         "plan_hash": job.plan.hash if job.sdp.enabled else "",
         "model": type(model).__name__,
-        "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
+        "model_config": {} if model_config is None else model_config.to_dict(),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
 

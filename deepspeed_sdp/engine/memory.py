@@ -12,7 +12,7 @@ def model_state_bytes(engine: Any) -> dict[str, int]:
     """Bytes that this rank holds now: ``weights``, ``gradients``, ``optimizer``, ``total``.
 
     Weights are the storages of parameters and buffers, padding included. The optimizer is its state and the master
-    weights, unless they are the weights themselves. Gradients change during a step; :func:`gradient_peak` sees their peak.
+    weights, unless they are the weights themselves. Gradients change within a step: see :func:`gradient_peak`.
     """
     weights = _storages([*engine.module.parameters(), *engine.module.buffers()])
     optimizer = {k: v for k, v in _storages(_optimizer_tensors(engine)).items() if k not in weights}

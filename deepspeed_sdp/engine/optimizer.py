@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO-1/2 optimizer, with one parameter group per owner set and a reducer of its own.
 
 ZeRO keeps the sharding: every group is flattened, split over its owners, stepped and gathered by DeepSpeed's code. This
-class replaces what that code does wrong for owner sets (DESIGN section 4): how gradients are reduced, and the norm.
-Stage 0 is the same with a partition group of one rank: gradients are averaged over the owners, the optimizer state is whole.
+class replaces what that code does wrong for owner sets (docs/architecture.md): how gradients are reduced, and the norm.
+Stage 0 is the same with a partition group of one rank: gradients are averaged over the owners, the state is whole.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class OwnedParameters:
 
 @dataclass(frozen=True)
 class _Shard:
-    """The part of one parameter's gradient that this rank's partition holds: ``source`` in it, ``target`` in the flat."""
+    """What this rank's partition holds of one gradient: ``numel`` elements from ``source`` in it, at ``target``."""
 
     group: int
     source: int

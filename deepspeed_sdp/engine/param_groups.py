@@ -37,7 +37,7 @@ def split_by_owner_set(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwo
 
 
 def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:
-    members = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+    members: list[Any] = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     found: list[nn.Parameter] = []
     for parameter in members:
         if isinstance(parameter, tuple):  # (name, parameter), as named optimizers take them
@@ -48,8 +48,8 @@ def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetw
             found.append(parameter)
         else:
             raise ConfigError(
-                f"optimizer: a parameter of shape {list(parameter.shape)} is not the model's; takes parameters of the model "
-                "that is given to initialize()"
+                f"optimizer: a parameter of shape {list(parameter.shape)} is not the model's; takes parameters of the "
+                "model that is given to initialize()"
             )
     return found
 

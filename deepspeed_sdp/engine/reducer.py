@@ -1,8 +1,8 @@
 """Averages gradients over their owners while the backward pass runs.
 
-Like DDP's reducer, with two differences: every bucket has a process group of its own, and buckets are launched strictly in
-the total order of :mod:`deepspeed_sdp.engine.buckets`, which is what keeps ranks with different parameters from waiting
-for each other in a circle.
+Like DDP's reducer, with two differences: every bucket has a process group of its own, and buckets are launched strictly
+in the total order of :mod:`deepspeed_sdp.engine.buckets`, which is what keeps ranks with different parameters from
+waiting for each other in a circle.
 """
 
 from collections import deque
@@ -33,8 +33,8 @@ def launch_all_reduce(
 ) -> InFlight:
     """Start averaging ``grads`` (any shapes, one dtype) over the owners of ``bucket``.
 
-    Returns the flat average ``[sum(bucket.numels)]`` of ``dtype`` once ``work`` is done; ``work`` is ``None`` where one rank
-    owns the bucket alone.
+    Returns the flat average ``[sum(bucket.numels)]`` of ``dtype`` once ``work`` is done; ``work`` is ``None`` where one
+    rank owns the bucket alone.
     """
     flat = torch.cat([grad.reshape(-1) for grad in grads])
     group = groups.group(bucket.owner_set)
@@ -116,6 +116,6 @@ class Reducer:
         entry = self._in_flight.popleft()
         if entry.work is not None:
             entry.work.wait()
-        pieces = entry.flat.split(entry.bucket.numels)
+        pieces = torch.split(entry.flat, list(entry.bucket.numels))
         for index, piece in zip(entry.bucket.items, pieces, strict=True):
             self._consume(index, piece)

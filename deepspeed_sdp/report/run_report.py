@@ -96,7 +96,7 @@ class RunReport:
         data = self.to_dict()
         sdp = data["per_rank_model_state_bytes"]["sdp"]
         lines = [
-            f"full model, held-out text: {self.val_loss:.3f} nats per token (unigram baseline {self.unigram_val_loss:.3f})",
+            f"full model on held-out text: {self.val_loss:.3f} nats per token (unigram: {self.unigram_val_loss:.3f})",
             f"model state, largest rank: {mb(max(rank['total'] for rank in sdp))}" + _against_dense(data),
             f"sent per step, largest rank: {mb(max(data['bytes_sent_per_step_per_rank']))}",
             f"model: {folder / 'hf'}   report: {folder / 'report.md'}",

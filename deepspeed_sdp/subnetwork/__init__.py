@@ -1,7 +1,9 @@
 """From a full model to one worker's subnetwork."""
 
+from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space, place
 from deepspeed_sdp.subnetwork.materialize import is_meta, materialize
+from deepspeed_sdp.subnetwork.planning import plan_for
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, cut_model, partitioned_modules
 
 __all__ = [
@@ -12,7 +14,10 @@ __all__ = [
     "cut_model",
     "is_meta",
     "materialize",
+    "meta_model",
     "partitioned_by_space",
     "partitioned_modules",
     "place",
+    "plan_for",
+    "read_model_config",
 ]

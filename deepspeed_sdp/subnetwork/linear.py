@@ -12,8 +12,8 @@ class SubnetworkLinear(nn.Module):
     """Chunks of one ``nn.Linear``, each a parameter of its own, since a parameter has one owner set.
 
     ``cut="out"``: the chunks' outputs are concatenated; ``[..., in] -> [..., sum of chunk widths]``.
-    ``cut="in"``: the input is split over the chunks, ``[..., sum of chunk widths] -> [..., out]``, their sum is multiplied
-    by ``scale`` (DESIGN's output scaling: it acts on what the units add to the residual stream, so not on the bias).
+    ``cut="in"``: the input is split over the chunks, ``[..., sum of chunk widths] -> [..., out]``, their sum is
+    multiplied by ``scale`` (output scaling acts on what the units add to the residual stream, so not on the bias).
 
     Weights are never concatenated: that would cost a second copy of them, kept for the backward pass.
     """
@@ -38,7 +38,7 @@ class SubnetworkLinear(nn.Module):
             biases = list(self.biases) or [None] * len(weights)
             outputs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        pieces = x.split(self.widths, dim=-1)
+        pieces = torch.split(x, self.widths, dim=-1)
         output = F.linear(pieces[0], weights[0])
         for piece, weight in zip(pieces[1:], weights[1:], strict=True):
             output = output + F.linear(piece, weight)

@@ -1,8 +1,8 @@
 """Initialise a subnetwork that was cut on the meta device: only what a worker owns ever takes memory.
 
-Every unit of every weight is drawn from a seed of its own, made of (seed, parameter name, unit), by the model family's own
-``_init_weights``. So all owners of a unit agree to the bit without talking, and the union of the subnetworks is one and the
-same full model for every ``N``, ``K`` and plan.
+Every unit of every weight is drawn from a seed of its own, made of (seed, parameter name, unit), by the model family's
+own ``_init_weights``. So all owners of a unit agree to the bit without talking, and the union of the subnetworks is one
+and the same full model for every ``N``, ``K`` and plan.
 """
 
 import hashlib
@@ -156,8 +156,8 @@ def _check_initialised(model: nn.Module) -> None:
         for name, value in values:
             if value.is_floating_point() and not _is_initialised(value):
                 raise ModelError(
-                    f"model: {type(model).__name__}._init_weights gives {kind} {name} no value, so the model cannot be built "
-                    "on the meta device; give a model built in memory instead"
+                    f"model: {type(model).__name__}._init_weights gives {kind} {name} no value, so the model cannot be "
+                    "built on the meta device; give a model built in memory instead"
                 )
 
 

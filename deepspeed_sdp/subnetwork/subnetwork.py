@@ -143,9 +143,10 @@ def cut_model(
         _cut_module(subnetwork, found, scale)
     for name, _ in model.named_parameters():
         subnetwork.fragments.setdefault(name, Fragment(name, SHARED))
-    if hasattr(model, "config"):
+    config: Any = getattr(model, "config", None)
+    if config is not None:
         # A cache of keys and values serves generation; a subnetwork only trains.
-        model.config.use_cache = False
+        config.use_cache = False
     return subnetwork
 
 
@@ -179,7 +180,8 @@ def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -
 def _replace_by_absent(subnetwork: Subnetwork, spec: PartitionedModule, module: nn.Module) -> None:
     name = spec.space.name
     partitioned = {name for name in subnetwork.partitioned if name.startswith(f"{spec.space.name}.")}
-    bias, unused = None, []
+    bias: nn.Parameter | None = None
+    unused: list[nn.Parameter] = []
     for local, parameter in module.named_parameters():
         if f"{name}.{local}" in partitioned:
             subnetwork.replaced.setdefault(id(parameter), [])

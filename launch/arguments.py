@@ -1,0 +1,105 @@
+"""The command line of launch/train.py. Imports nothing heavy, so that --help answers at once."""
+
+import argparse
+import os
+import sys
+
+from deepspeed_sdp.errors import ConfigError
+
+
+def parse_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    job = parser.add_argument_group("job")
+    job.add_argument(
+        "--deepspeed_config",
+        required=True,
+        metavar="JSON",
+        help="DeepSpeed config: batch, optimizer, ZeRO stage, schedule",
+    )
+    job.add_argument(
+        "--sdp_config",
+        metavar="JSON",
+        help='the SDP block; default: "subnetwork_data_parallel" in the DeepSpeed config',
+    )
+    job.add_argument(
+        "--model_config",
+        required=True,
+        metavar="PATH",
+        help="HuggingFace config.json, or a folder with one; its vocab_size follows the tokenizer",
+    )
+    job.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="gets hf/, report.json, report.md, loss.png, plan.png"
+    )
+    job.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="order of the training sequences (default: 0); initial weights follow the SDP block's seed",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--text",
+        nargs="+",
+        metavar="PATH",
+        help=".txt, .jsonl or .parquet files or folders with a 'text' column; default: Python's own documentation",
+    )
+    text.add_argument(
+        "--max_text_mb", type=float, default=8.0, help="size of the built-in text in MB, at most (default: 8)"
+    )
+    text.add_argument(
+        "--heldout_fraction",
+        type=float,
+        default=0.05,
+        help="share of the documents held out for validation (default: 0.05)",
+    )
+    text.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="folder of a HuggingFace tokenizer; default: a sentencepiece tokenizer is trained on the text",
+    )
+    text.add_argument("--vocab_size", type=int, default=4096, help="size of the trained tokenizer (default: 4096)")
+    text.add_argument("--seq_length", type=int, default=256, help="tokens of one training sequence (default: 256)")
+    text.add_argument(
+        "--data_cache", metavar="DIR", help="prepared text; default: OUTPUT_DIR/data. Must be visible to all nodes"
+    )
+    run = parser.add_argument_group("length and evaluation")
+    length = run.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    length.add_argument("--tokens", type=float, help="training tokens over all ranks, e.g. 1e9")
+    run.add_argument(
+        "--eval_interval", type=int, default=50, help="steps between evaluations of the full model (default: 50)"
+    )
+    run.add_argument(
+        "--eval_sequences",
+        type=int,
+        default=128,
+        help="held-out sequences of an evaluation in mid-run, 0: all (default: 128); the last one takes all",
+    )
+    run.add_argument(
+        "--compare_dense",
+        action="store_true",
+        help="at the end, measure the dense model's state under the same DeepSpeed config; needs the memory for it",
+    )
+    other = parser.add_argument_group("other")
+    other.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
+    other.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
+        sys.exit(0)
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    takes = {
+        "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
+        "tokens": (args.tokens is None or args.tokens >= 1, "a number from 1 on"),
+        "seq_length": (args.seq_length >= 2, "a number from 2 on"),
+        "eval_interval": (args.eval_interval >= 1, "a number from 1 on"),
+        "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
+        "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
+        "max_text_mb": (args.max_text_mb > 0, "a positive number"),
+    }
+    for name, (fine, what) in takes.items():
+        if not fine:
+            raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")
