@@ -12,6 +12,8 @@ from deepspeed_sdp.errors import DataError
 
 # More text does not make a better small vocabulary, only a slower start.
 _TRAINING_CHARACTERS = 4_000_000
+# sentencepiece passes over longer lines without a word.
+_LINE_BYTES = 1 << 16
 _CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "legacy": False,
@@ -29,11 +31,15 @@ _CONFIG = {
 def train_tokenizer(documents: Sequence[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
     """Train a BPE tokenizer with byte fallback and save it into ``folder``; ``decode(encode(text)) == text``.
 
+    The one exception is U+2581, sentencepiece's own sign for a blank, which decodes to a blank.
+
     Raises:
         DataError: the text does not support so large (or so small) a vocabulary.
     """
     import sentencepiece
 
+    if vocab_size < 1:
+        raise DataError(f"--vocab_size: got {vocab_size}; takes a positive number")
     with tempfile.TemporaryDirectory() as staging:
         prefix = Path(staging, "tokenizer")
         try:
@@ -50,7 +56,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, folder: Path) -> 
                 add_dummy_prefix=False,
                 split_digits=True,
                 user_defined_symbols=["\n"],
-                max_sentence_length=1 << 16,
+                max_sentence_length=_LINE_BYTES,
                 num_threads=1,
                 minloglevel=2,
             )
@@ -69,10 +75,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: there is none, or it has no end-of-sequence token, which separates documents.
     """
+    if not folder.is_dir():
+        raise DataError(f"--tokenizer: {folder} is no folder; takes a local one that holds a HuggingFace tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # damaged files raise almost anything, Rust's errors included
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise DataError(f"--tokenizer: {folder} has no end-of-sequence token, which separates documents")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -83,14 +92,19 @@ def _lines(documents: Sequence[str]) -> Iterator[str]:
     # Evenly spread over the text, whose parts differ.
     stride = max(1, sum(map(len, documents)) // _TRAINING_CHARACTERS)
     for text in documents[::stride]:
-        yield from (line for line in text.split("\n") if line)
+        # No single document makes up more than a quarter.
+        step = 1 + 4 * len(text) // _TRAINING_CHARACTERS
+        for line in text.split("\n")[::step]:
+            yield from (line[start : start + _LINE_BYTES // 4] for start in range(0, len(line), _LINE_BYTES // 4))
 
 
 def _reason(message: str) -> str:
     limit = re.search(r"value <= (\d+)", message)
     if limit:
         return f"the text supports at most {limit[1]}"
-    required = re.search(r"required_chars\((\d+)\)|(\d+) vs (\d+)|smaller than required[^0-9]*(\d+)", message)
-    if "required" in message.lower() or required:
-        return "the characters of the text alone need more; takes a larger one"
+    required = re.search(r"required_chars\. \d+ vs (\d+)", message)
+    if required:
+        return f"the characters of the text alone need {required[1]}; takes at least that"
+    if "sentences_.empty" in message:
+        return "the text holds no line to learn from"
     return message.strip().splitlines()[-1]

@@ -13,7 +13,7 @@ ONE_KV = {"num_key_value_heads": 1}
 MHA = {"num_key_value_heads": 8}
 TIED = {"tie_word_embeddings": True}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-BUCKETS = (500_000, 20_000, 500)
+BUCKETS = (20_000, 500)
 
 
 def row(name, *, stage=1, family="llama", model=None, sdp=HALF, world=4, extra=None, **ds):
