@@ -77,8 +77,8 @@ def _end_job(message: str) -> None:
 def _claim() -> bool | None:
     """Whether this rank is the first to fail; ``None`` if it cannot know.
 
-    Before ranks can talk, most failures are the same everywhere, and rank 0 reports. Later rank 0 holds the store: if that
-    is gone, rank 0 has ended, as a rule with a report.
+    Before ranks can talk, most failures are the same everywhere, and rank 0 reports. Later, rank 0 holds the store: if
+    that is gone, rank 0 has ended, as a rule with a report.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():

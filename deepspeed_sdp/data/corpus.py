@@ -88,9 +88,8 @@ def prepare_corpus(folder: Path, spec: CorpusSpec, *, progress: bool = False) ->
         return load_corpus(folder)
     staging = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         staging = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
-        staging.mkdir()
+        staging.mkdir(parents=True)
         _build(staging, spec, fingerprint, progress)
         if folder.exists():
             _remove_prepared(folder)

@@ -77,7 +77,8 @@ def _read_jsonl(file: Path) -> list[str]:
         with gzip.open(file, "rt", encoding="utf-8-sig") if compressed else file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    documents.append(_text_of(_parse(line, f"{file}: line {number}"), f"{file}: line {number}"))
+                    text = _text_of(_parse(line, f"{file}: line {number}"), f"{file}: line {number}")
+                    documents += [] if text is None else [text]
     except EOFError:
         raise DataError(f"{file}: is cut off in its compressed data") from None
     except zlib.error as error:
@@ -94,10 +95,12 @@ def _parse(line: str, place: str) -> object:
         raise DataError(f"{place} is not usable JSON: {error}") from None
 
 
-def _text_of(row: object, place: str) -> str:
+def _text_of(row: object, place: str) -> str | None:
     if not isinstance(row, dict) or "text" not in row:
         keys = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f"{place} has {keys}; takes an object with a 'text' column")
+    if row["text"] is None:  # a missing value, as parquet has them too
+        return None
     if not isinstance(row["text"], str):
         raise DataError(f"{place}: 'text' is a {type(row['text']).__name__}; takes a string")
     try:
@@ -105,7 +108,7 @@ def _text_of(row: object, place: str) -> str:
     except UnicodeEncodeError as error:
         half = row["text"][error.start]
         raise DataError(f"{place}: 'text' holds half a character ({half!r}), which is no valid Unicode") from None
-    return row["text"]
+    return str(row["text"])
 
 
 def _read_parquet(file: Path) -> list[str]:

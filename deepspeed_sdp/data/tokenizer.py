@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A HuggingFace tokenizer from a local folder.
 
     Raises:
-        DataError: there is none, or it has no end-of-sequence token, which separates documents.
+        DataError: there is none, it has no vocabulary, or no end-of-sequence token, which separates documents.
     """
     if not folder.is_dir():
         raise DataError(f"--tokenizer: {folder} is no folder; takes a local one that holds a HuggingFace tokenizer")
@@ -82,6 +83,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # damaged files raise almost anything, Rust's errors included
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {reason}") from None
+    # transformers makes an empty tokenizer of a folder that lacks the vocabulary.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise DataError(f"--tokenizer: {folder} holds no vocabulary (tokenizer.json or the like)")
     if tokenizer.eos_token_id is None:
         raise DataError(f"--tokenizer: {folder} has no end-of-sequence token, which separates documents")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -94,8 +98,12 @@ def _lines(documents: Sequence[str]) -> Iterator[str]:
     for text in documents[::stride]:
         # No single document makes up more than a quarter.
         step = 1 + 4 * len(text) // _TRAINING_CHARACTERS
-        for line in text.split("\n")[::step]:
-            yield from (line[start : start + _LINE_BYTES // 4] for start in range(0, len(line), _LINE_BYTES // 4))
+        yield from islice(_pieces(text), 0, None, step)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        yield from (line[start : start + _LINE_BYTES // 4] for start in range(0, len(line), _LINE_BYTES // 4))
 
 
 def _reason(message: str) -> str:

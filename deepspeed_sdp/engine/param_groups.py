@@ -74,8 +74,8 @@ def split_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) ->
 def split_scheduler(scheduler: Any, origins: Sequence[int], client_groups: int) -> None:
     """Give a torch LR scheduler, built on the client's groups, one entry per new group.
 
-    Per-group attributes (``base_lrs``, ``lr_lambdas``, ...) are its lists with one entry per client group. A scheduler made
-    of others (``SequentialLR``, ``ChainedScheduler``) hands this on to them.
+    Per-group attributes (``base_lrs``, ``lr_lambdas``, ...) are its lists with one entry per client group. A scheduler
+    made of others (``SequentialLR``, ``ChainedScheduler``) hands this on to them.
     """
     for part in getattr(scheduler, "_schedulers", ()):
         split_scheduler(part, origins, client_groups)

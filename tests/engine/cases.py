@@ -39,9 +39,18 @@ def build_model(family="llama", model=None, meta=False, frozen=(), checkpointing
 
 
 def train(
-    model=None, sdp=None, ds=None, steps=5, seed=1, meta=False, family="llama", frozen=(), checkpointing=False, sleep=None,
+    model=None,
+    sdp=None,
+    ds=None,
+    steps=5,
+    seed=1,
+    meta=False,
+    family="llama",
+    frozen=(),
+    checkpointing=False,
+    sleep=None,
     repeat=False,
-):  # fmt: skip
+):
     """Train a tiny model for ``steps``; losses, norms, full weights (rank 0), and this rank's weights."""
     module = build_model(family, model, meta, frozen, checkpointing)
     engine, *_ = deepspeed_sdp.initialize(model=module, config=ds_config(**(ds or {})), sdp_config=sdp or {})
@@ -114,7 +123,7 @@ def train_disabled(ds):
 
 
 def one_rank_overflows(stage, bf16, bad_step, bad_rank):
-    """Rank ``bad_rank`` has an infinite loss at ``bad_step``; weights before and after that step, and after one more."""
+    """Rank ``bad_rank`` has an infinite loss at ``bad_step``; weights before it, after it, and one step later."""
     extra = {"bf16": {"enabled": True, "check_grad_overflow": True}} if bf16 else {}
     config = ds_config(stage, clip=1.0, bucket=500, **extra)
     engine, *_ = deepspeed_sdp.initialize(model=tiny_model(), config=config, sdp_config={"coverage": 0.5})
