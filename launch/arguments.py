@@ -1,14 +1,27 @@
 """The command line of launch/train.py. Imports nothing heavy, so that --help answers at once."""
 
 import argparse
+import math
 import os
 import sys
+import time
+from typing import NoReturn
 
 from deepspeed_sdp.errors import ConfigError
 
 
+class _Parser(argparse.ArgumentParser):
+    """Rank 0 speaks for all ranks, which are given the same command line."""
+
+    def error(self, message: str) -> NoReturn:
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(2.0)  # the launcher ends rank 0 when this one ends
+            sys.exit(2)
+        super().error(message)
+
+
 def parse_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="launch/train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     job = parser.add_argument_group("job")
@@ -93,12 +106,13 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
 def check_arguments(args: argparse.Namespace) -> None:
     takes = {
         "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
-        "tokens": (args.tokens is None or args.tokens >= 1, "a number from 1 on"),
+        "tokens": (args.tokens is None or 1 <= args.tokens < math.inf, "a number from 1 on"),
+        "seed": (args.seed >= 0, "a number from 0 on"),
         "seq_length": (args.seq_length >= 2, "a number from 2 on"),
         "eval_interval": (args.eval_interval >= 1, "a number from 1 on"),
         "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
         "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
-        "max_text_mb": (args.max_text_mb > 0, "a positive number"),
+        "max_text_mb": (0 < args.max_text_mb < math.inf, "a positive number"),
     }
     for name, (fine, what) in takes.items():
         if not fine:

@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import signal
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -91,19 +92,20 @@ def save(folder, dtype=None, steps=1, family="llama", model=None, ds=None, meta=
 
 
 def save_twice(folder, limit=None):
-    """Save, train on, and save again while no file may grow past ``limit`` bytes."""
+    """Save, train on, and save again in bf16 while no file may grow past ``limit`` bytes."""
     engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(), sdp_config={"coverage": 0.5})
     engine.save_hf(folder)
-    full = engine.full_state_dict()
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir()} if dist.get_rank() == 0 else None
     run_steps(engine, 1)
+    second = engine.full_state_dict(torch.bfloat16)
     error = None
     with file_size_limit(limit):
         try:
-            engine.save_hf(folder)
+            engine.save_hf(folder, torch.bfloat16)
         except deepspeed_sdp.OutputError as raised:
             error = str(raised)
     engine.destroy()
-    return {"error": error, "first": full}
+    return {"error": error, "second": second, "files": files}
 
 
 @contextlib.contextmanager

@@ -35,3 +35,9 @@ def test_no_hang_with_random_delays(pools, seed):
     assert_owners_equal(results)
     arguments = {key: values[key] for key in ("model", "sdp", "ds", "steps")}
     assert_like(results, simulate(results[0], world=world, **arguments))
+
+
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 200))])
+def test_the_reducer_takes_gradients_in_any_order(ranks4, seed):
+    errors = ranks4.run("tests.engine.reducer_cases:reduce_in_random_order", timeout=30, seed=seed)
+    assert max(errors) < 1e-12

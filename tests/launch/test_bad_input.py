@@ -132,7 +132,7 @@ def test_bad_files(workplace, case):
     [
         ("deepspeed_config", "error: deepspeed_config: cannot read {}: No such file or directory"),
         ("sdp_config", "error: sdp_config: cannot read {}: No such file or directory"),
-        ("model_config", "error: --model_config: {} does not exist"),
+        ("model_config", "error: --model_config: cannot read {}: No such file or directory"),
         ("text", "error: {}: does not exist"),
         ("tokenizer", "error: --tokenizer: {} is no folder"),
     ],
