@@ -18,7 +18,6 @@ DEFAULT_COVERAGE = 0.5
 # Keys of the design whose feature is not built yet: (key, the values that work today, what is missing).
 _NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("masking", ("forward",), "backward masking"),
-    ("granularity", ("neuron",), "block units"),
     ("resample_interval", (0,), "resampling the plan in mid-run"),
     ("sync_interval", (1,), "synchronising every H steps"),
 )
@@ -35,6 +34,9 @@ class SDPConfig(BaseModel):
     enabled: bool = Field(True, description="false: plain DeepSpeed, as if the block were absent")
     masking: Literal["forward", "backward"] = Field("forward", description="what is done with units not owned")
     granularity: Literal["neuron", "block"] = Field("neuron", description="what a unit is")
+    block_unit: Literal["layer", "branch"] | None = Field(
+        None, description="at block granularity: decoder layers (the default), or attention and MLP branches"
+    )
     num_subnetworks: int | None = Field(None, ge=1, description="N; divides the world size, which is the default")
     coverage: float | None = Field(None, gt=0, le=1, description="K/N, the share of the units that one worker holds")
     owners_per_unit: int | None = Field(None, ge=1, description="K, instead of coverage")
@@ -70,7 +72,22 @@ class SDPConfig(BaseModel):
                 f"{BLOCK}: got both coverage={self.coverage} and owners_per_unit={self.owners_per_unit}; "
                 "takes one of the two"
             )
+        if self.block_unit is not None and self.granularity != "block":
+            raise ConfigError(
+                f'{BLOCK}.block_unit: got "{self.block_unit}" with granularity "{self.granularity}"; takes none, or '
+                'granularity "block"'
+            )
+        if self.effective_block_unit == "layer" and set(self.partition) != {"mlp", "attention"}:
+            raise ConfigError(
+                f"{BLOCK}.partition: got {list(self.partition)} with whole layers as units; takes both kinds, or "
+                'block_unit "branch"'
+            )
         return self
+
+    @property
+    def effective_block_unit(self) -> Literal["layer", "branch"] | None:
+        """What a block is; ``None`` at neuron granularity."""
+        return (self.block_unit or "layer") if self.granularity == "block" else None
 
     @classmethod
     def parse(cls, block: Mapping[str, Any]) -> Self:

@@ -28,10 +28,26 @@ class PartitionedLinear:
 
 @dataclass(frozen=True)
 class PartitionedModule:
-    """One unit space and the linears that it cuts. The space's name is the module's name in the model."""
+    """One unit space at neuron granularity and the linears that it cuts; the space's name is the module's."""
 
     space: UnitSpace
     linears: tuple[PartitionedLinear, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit at block granularity: a whole residual block, owned or absent.
+
+    Attributes:
+        space: one unit; its name is the module's that adds to the residual stream.
+        norms: modules beside it that serve it alone (its input norm), absent with it.
+    """
+
+    space: UnitSpace
+    norms: tuple[str, ...] = ()
+
+
+BlockUnit = Literal["layer", "branch"]
 
 
 class AbsentModule(nn.Module):
@@ -41,7 +57,7 @@ class AbsentModule(nn.Module):
     ``unused`` (per-head norms and the like, which get no gradient here).
     """
 
-    def __init__(self, bias: nn.Parameter | None, unused: Sequence[nn.Parameter]) -> None:
+    def __init__(self, bias: nn.Parameter | None = None, unused: Sequence[nn.Parameter] = ()) -> None:
         super().__init__()
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
@@ -69,6 +85,9 @@ class Adapter(Protocol):
 
     def partitioned_modules(self, model: nn.Module, kinds: Sequence[str]) -> list[PartitionedModule]:
         """The unit spaces of the kinds asked for, in forward order."""
+
+    def blocks(self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str]) -> list[Block]:
+        """The residual blocks, in forward order: decoder layers, or their branches of the kinds asked for."""
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers, in forward order."""

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepspeed_sdp.adapters.base import AbsentModule, PartitionedLinear, PartitionedModule, linear_numel
+from deepspeed_sdp.adapters.base import (
+    AbsentModule,
+    Block,
+    BlockUnit,
+    PartitionedLinear,
+    PartitionedModule,
+    linear_numel,
+)
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import UnitSpace
 
@@ -30,6 +37,16 @@ class AbsentMLP(AbsentModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.residue(x)
+
+
+class AbsentLayer(AbsentModule):
+    """A decoder layer that is not there: the identity on the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+_ABSENT: dict[str, type[AbsentModule]] = {"attention": AbsentAttention, "mlp": AbsentMLP, "layer": AbsentLayer}
 
 
 class LlamaAdapter:
@@ -58,13 +75,29 @@ class LlamaAdapter:
                 modules.append(_mlp(f"{prefix}.mlp", index, layer.get_submodule("mlp")))
         return modules
 
+    def blocks(self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str]) -> list[Block]:
+        blocks = []
+        for index, layer in enumerate(self.layers(model)):
+            prefix = f"model.layers.{index}"
+            if block_unit == "layer":
+                blocks.append(Block(UnitSpace(prefix, "layer", index, 1, _numel(layer))))
+                continue
+            for kind, name, norm in (
+                ("attention", "self_attn", "input_layernorm"),
+                ("mlp", "mlp", "post_attention_layernorm"),
+            ):
+                if kind in kinds:
+                    numel = _numel(layer.get_submodule(name)) + _numel(layer.get_submodule(norm))
+                    blocks.append(Block(UnitSpace(f"{prefix}.{name}", kind, index, 1, numel), (f"{prefix}.{norm}",)))
+        return blocks
+
     def layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule("model.layers")
         assert isinstance(layers, nn.ModuleList)
         return layers
 
     def absent(self, kind: str) -> type[AbsentModule]:
-        return AbsentAttention if kind == "attention" else AbsentMLP
+        return _ABSENT[kind]
 
 
 def _attention(name: str, index: int, attention: nn.Module) -> PartitionedModule:
@@ -99,6 +132,10 @@ def _module(
 ) -> PartitionedModule:
     numel = sum(linear_numel(_linear(module, spec.name), spec) for spec in linears)
     return PartitionedModule(UnitSpace(name, kind, index, units, numel), linears)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:

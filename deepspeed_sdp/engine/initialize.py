@@ -186,7 +186,9 @@ def _check_deepspeed() -> None:
 
 def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
     on_meta = is_meta(model)
-    subnetwork = cut_model(model, job.plan, index, output_scaling=job.sdp.output_scaling)
+    subnetwork = cut_model(
+        model, job.plan, index, output_scaling=job.sdp.output_scaling, block_unit=job.sdp.effective_block_unit
+    )
     if on_meta:
         local_rank = int(getattr(job.args, "local_rank", -1) or -1)
         if local_rank >= 0:

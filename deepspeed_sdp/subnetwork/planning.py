@@ -1,11 +1,13 @@
 """The plan of a model, from the SDP block."""
 
+import fnmatch
+
 from torch import nn
 
-from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.plan import SubnetworkPlan, make_plan
-from deepspeed_sdp.subnetwork.subnetwork import partitioned_modules
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 
 
 def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
@@ -16,9 +18,8 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     """
     adapter = find_adapter(model)
     num_subnetworks = sdp.subnetworks(world_size)
-    modules = partitioned_modules(model, adapter, sdp.partition, sdp.shared_modules)
     plan = make_plan(
-        [module.space for module in modules],
+        unit_spaces(model, sdp, adapter),
         num_subnetworks,
         owners_per_unit=sdp.owners(num_subnetworks),
         design=sdp.design,
@@ -28,3 +29,44 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     )
     plan.validate()
     return plan
+
+
+def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[UnitSpace]:
+    """The unit spaces of ``model`` that are partitioned: all but those that ``shared_modules`` names.
+
+    A pattern (``fnmatch``) shares a module and everything in it, e.g. ``"model.layers.0"`` or ``"*.self_attn"``.
+
+    Raises:
+        ConfigError: a pattern matches no module, or only a part of a unit, or nothing is left to partition.
+    """
+    block_unit = sdp.effective_block_unit
+    if block_unit:
+        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition)]
+    else:
+        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition)]
+    names = [name for name, _ in model.named_modules() if name]
+    units = [space.name for space in spaces]
+    for pattern in sdp.shared_modules:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ConfigError(
+                f"subnetwork_data_parallel.shared_modules: got {pattern!r}, which matches no module of "
+                f"{type(model).__name__}; takes name patterns such as {names[-1]!r}"
+            )
+        for name in matched:
+            unit = next((unit for unit in units if name.startswith(f"{unit}.")), None)
+            if unit and not _shares(pattern, unit):
+                raise ConfigError(
+                    f"subnetwork_data_parallel.shared_modules: got {pattern!r}, which matches {name}, a part of a "
+                    f"unit; takes patterns of whole units such as {unit!r}"
+                )
+    left = [space for space in spaces if not any(_shares(pattern, space.name) for pattern in sdp.shared_modules)]
+    if not left:
+        raise ConfigError("subnetwork_data_parallel.shared_modules: shares every unit; takes fewer patterns")
+    return left
+
+
+def _shares(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` names the module ``name`` or one that it lies in."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
