@@ -49,6 +49,12 @@ class SDPConfig(BaseModel):
         description="factor on what the partitioned units add to the residual stream of a subnetwork",
     )
     design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
+    plan_file: str | None = Field(
+        None, description="a plan made before (deepspeed-sdp plan --out), instead of a design"
+    )
+    rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
+        "round_robin", description="which rank trains which subnetwork"
+    )
     max_owner_sets: int = Field(64, ge=1, description="upper bound of the number of process groups")
     chunk_multiple: int = Field(64, ge=1, description="chunk borders are multiples of this where sizes allow")
     seed: int = Field(0, ge=0, description="seed of the plan and of the unit-wise initialisation")
@@ -71,6 +77,11 @@ class SDPConfig(BaseModel):
             raise ConfigError(
                 f"{BLOCK}: got both coverage={self.coverage} and owners_per_unit={self.owners_per_unit}; "
                 "takes one of the two"
+            )
+        if self.plan_file is not None and (self.coverage, self.owners_per_unit, self.design) != (None, None, "auto"):
+            raise ConfigError(
+                f"{BLOCK}.plan_file: got {self.plan_file!r} with a coverage, owners_per_unit or design; takes it "
+                "alone, since the file says all of these"
             )
         if self.block_unit is not None and self.granularity != "block":
             raise ConfigError(

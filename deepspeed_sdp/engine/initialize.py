@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.param_groups import split_optimizer, split_scheduler
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for
 
 
@@ -90,8 +91,9 @@ def initialize(
     # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
     model_parameters = list(model_parameters) if model_parameters is not None else None
     before_cut = list(model.parameters())
-    groups = OwnerGroups(job.plan)
+    groups = OwnerGroups(job.plan, job.workers)
     subnetwork, agreed = _build(model, job, groups.subnetwork_index)
+    subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
     optimizer = _split_client(optimizer, lr_scheduler, subnetwork)
     del before_cut
     build_engine = functools.partial(
@@ -135,6 +137,7 @@ def _agree_on_job(
             check_supported(job.ds_config, model, optimizer, mpu)
             assert model is not None
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
+            job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
         return _description(job, model)
 
     agree(describe)
@@ -148,6 +151,7 @@ class _Job:
     ds_config: dict[str, Any]
     sdp: SDPConfig
     plan: SubnetworkPlan
+    workers: tuple[int, ...]
 
 
 def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
@@ -168,10 +172,16 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
         "deepspeed_config": job.ds_config,
         "subnetwork_data_parallel": job.sdp.model_dump(),
         "plan_hash": job.plan.hash if job.sdp.enabled else "",
+        "subnetwork_of_ranks": job.workers if job.sdp.enabled else (),
         "model": type(model).__name__,
         "model_config": {} if model_config is None else model_config.to_dict(),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
+
+
+def _ranks_per_node() -> int:
+    # torchrun's name, then the DeepSpeed launcher's.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """The plan of a model, from the SDP block."""
 
 import fnmatch
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -16,10 +19,12 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     Raises:
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
     """
-    adapter = find_adapter(model)
+    spaces = unit_spaces(model, sdp, find_adapter(model))
+    if sdp.plan_file is not None:
+        return read_plan(sdp, spaces, world_size)
     num_subnetworks = sdp.subnetworks(world_size)
     plan = make_plan(
-        unit_spaces(model, sdp, adapter),
+        spaces,
         num_subnetworks,
         owners_per_unit=sdp.owners(num_subnetworks),
         design=sdp.design,
@@ -29,6 +34,49 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     )
     plan.validate()
     return plan
+
+
+def read_plan(sdp: SDPConfig, spaces: Sequence[UnitSpace], world_size: int) -> SubnetworkPlan:
+    """The plan of ``sdp.plan_file``.
+
+    Raises:
+        ConfigError: the file cannot be read, or it was made for another model or number of workers.
+        PlanError: it holds no valid plan.
+    """
+    key = "subnetwork_data_parallel.plan_file"
+    try:
+        text = Path(str(sdp.plan_file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not a text file"
+        raise ConfigError(f"{key}: cannot read {sdp.plan_file}: {reason}") from None
+    plan = SubnetworkPlan.from_json(text)
+    planned = [space.space for space in plan.spaces]
+    if [_identity(space) for space in planned] != [_identity(space) for space in spaces]:
+        mine, theirs = _first_difference(spaces, planned)
+        raise ConfigError(
+            f"{key}: {sdp.plan_file} is of another model or granularity: it has {theirs}, the model {mine}"
+        )
+    workers = sdp.num_subnetworks or plan.num_subnetworks
+    if workers != plan.num_subnetworks or world_size % workers:
+        raise ConfigError(
+            f"{key}: {sdp.plan_file} is for {plan.num_subnetworks} workers; got num_subnetworks {workers} and a world "
+            f"size of {world_size}; takes a multiple of {plan.num_subnetworks} ranks"
+        )
+    return plan
+
+
+def _first_difference(mine: Sequence[UnitSpace], theirs: Sequence[UnitSpace]) -> tuple[str, str]:
+    for left, right in itertools.zip_longest(mine, theirs):
+        if left is None or right is None or _identity(left) != _identity(right):
+            break
+    describe = [
+        f"{s.name} with {s.num_units} units of {s.unit_numel} parameters" if s else "nothing" for s in (left, right)
+    ]
+    return describe[0], describe[1]
+
+
+def _identity(space: UnitSpace) -> tuple[object, ...]:
+    return space.name, space.kind, space.num_units, space.unit_numel
 
 
 def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[UnitSpace]:

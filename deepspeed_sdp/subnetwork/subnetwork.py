@@ -25,6 +25,7 @@ class Subnetwork:
         partitioned: for every full parameter that is partitioned, its full shape and cut.
         by_unit: the same for every full parameter that could be; initial values are drawn by these units, so that they
             do not depend on what is partitioned.
+        first_ranks: for every worker, the lowest rank that trains its subnetwork; by default its own number.
         full_order: names of all full parameters, in forward order.
         full_config: configuration of the full model.
         model_class: class of the full model.
@@ -38,10 +39,14 @@ class Subnetwork:
     fragments: dict[str, Fragment] = field(default_factory=dict)
     partitioned: dict[str, FullParameter] = field(default_factory=dict)
     by_unit: dict[str, FullParameter] = field(default_factory=dict)
+    first_ranks: tuple[int, ...] = ()
     full_order: tuple[str, ...] = ()
     full_config: Any = None
     model_class: type[nn.Module] = nn.Module
     replaced: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.first_ranks = self.first_ranks or tuple(range(self.plan.num_subnetworks))
 
     @property
     def owned_numel(self) -> int:
