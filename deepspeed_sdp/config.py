@@ -56,6 +56,7 @@ class SDPConfig(BaseModel):
         "round_robin", description="which rank trains which subnetwork"
     )
     max_owner_sets: int = Field(64, ge=1, description="upper bound of the number of process groups")
+    seq_length: int = Field(2048, ge=1, description="sequence length at which the workers' FLOPs are balanced")
     chunk_multiple: int = Field(64, ge=1, description="chunk borders are multiples of this where sizes allow")
     seed: int = Field(0, ge=0, description="seed of the plan and of the unit-wise initialisation")
     resample_interval: int = Field(0, ge=0, description="steps between two plans, 0: never")

@@ -83,10 +83,14 @@ class Adapter(Protocol):
     def knows(self, model: nn.Module) -> bool:
         """Whether the attribute names of ``model`` are those of this family."""
 
-    def partitioned_modules(self, model: nn.Module, kinds: Sequence[str]) -> list[PartitionedModule]:
-        """The unit spaces of the kinds asked for, in forward order."""
+    def partitioned_modules(
+        self, model: nn.Module, kinds: Sequence[str], seq_length: int = 2048
+    ) -> list[PartitionedModule]:
+        """The unit spaces of the kinds asked for, in forward order; FLOPs are counted at ``seq_length``."""
 
-    def blocks(self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str]) -> list[Block]:
+    def blocks(
+        self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str], seq_length: int = 2048
+    ) -> list[Block]:
         """The residual blocks, in forward order: decoder layers, or their branches of the kinds asked for."""
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
@@ -94,6 +98,16 @@ class Adapter(Protocol):
 
     def absent(self, kind: str) -> "type[AbsentModule]":
         """What stands in for a module of which a worker owns no unit."""
+
+
+def matmul_flops(numel: int) -> float:
+    """Training FLOPs per token of ``numel`` weights: 2 forward, 4 backward each."""
+    return 6.0 * numel
+
+
+def attention_flops(heads: int, head_dim: int, seq_length: int) -> float:
+    """Training FLOPs per token of scores and weighted values, without use of the causal half."""
+    return 12.0 * heads * head_dim * seq_length
 
 
 def linear_numel(linear: nn.Linear, spec: PartitionedLinear) -> int:
