@@ -7,13 +7,15 @@ from math import gcd
 
 from deepspeed_sdp.plan.capacity import arrangements, arrangements_for, units_in_turn
 from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, covers_evenly, window_class
-from deepspeed_sdp.plan.cutting import Cut, Tally, cut_by_arcs, cut_by_unit, cut_evenly
+from deepspeed_sdp.plan.cutting import Cut, Tally, coverage_spread, cut_by_arcs, cut_by_unit, cut_evenly
 from deepspeed_sdp.plan.designs import Design, make_design
 from deepspeed_sdp.plan.sequence import repeated_sequence, windows_in_turn
 from deepspeed_sdp.plan.units import UnitSpace
 
 # With this many units per owner set, some chunks can be a unit larger without a worker getting a chunk more.
-_UNITS_PER_SET = 4
+_UNITS_PER_SET = 16
+# With this many units per arc, rounding to whole units is left to the leveling.
+_UNITS_PER_ARC = 4
 # The most arrangements of the workers by capacity: each adds up to N owner sets.
 _MAX_ARRANGEMENTS = 8
 
@@ -38,11 +40,10 @@ def assign_by_design(
     even = k / n
     if design.name == "dense":
         return "dense", [Cut(s, [s.num_units], [tuple(range(n))], 1, (1.0,) * n, adjustable=False) for s in spaces]
-    sets = len(design.classes[0])
     if all(covers_evenly(c, n) for c in design.classes):
         return design.name, _cut_in_turn(spaces, design.classes, tally, chunk_multiple)
-    few = [space for space in spaces if _too_few(space.num_units, sets, design)]
-    many = [space for space in spaces if not _too_few(space.num_units, sets, design)]
+    few = [space for space in spaces if _too_few(space.num_units, design)]
+    many = [space for space in spaces if not _too_few(space.num_units, design)]
     if few and n % k == 0:
         # Windows around the ring, in partitions: they cover all workers evenly.
         shifted = tuple(window_class(range(n), k, k, first) for first in range(k))
@@ -86,10 +87,10 @@ def assign_by_capacity(
     found = arrangements(shares, max_owner_sets, min(_MAX_ARRANGEMENTS, len(spaces)), seed)
     pieces = max(len(arrangement.owners) for arrangement in found)
     cuts: list[Cut] = []
-    many = [space for space in spaces if space.num_units >= _UNITS_PER_SET * pieces]
+    many = [space for space in spaces if space.num_units >= _UNITS_PER_ARC * pieces]
     for i, space in enumerate(many):
         cuts.append(cut_by_arcs(space, found[i % len(found)], shares, tally, chunk_multiple))
-    few = [space for space in spaces if space.num_units < _UNITS_PER_SET * pieces]
+    few = [space for space in spaces if space.num_units < _UNITS_PER_ARC * pieces]
     for kind in sorted({space.kind for space in few}):
         of_kind = [space for space in few if space.kind == kind]
         used = arrangements_for(sum(space.num_units for space in of_kind), len(found))
@@ -100,12 +101,14 @@ def assign_by_capacity(
     return _merge(spaces, cuts)
 
 
-def _too_few(num_units: int, num_sets: int, design: Design) -> bool:
-    """Whether chunks of whole units cannot follow the class without a worker getting a chunk more than another."""
-    if num_units < num_sets:
+def _too_few(num_units: int, design: Design) -> bool:
+    """Whether chunks of whole units cannot follow the classes without a worker getting a chunk more than another."""
+    whole, rest = divmod(num_units, len(design.classes[0]))
+    if whole == 0:
         return True
-    windows = design.name in ("cyclic", "random")
-    return not windows and num_units < _UNITS_PER_SET * num_sets and num_units % num_sets != 0
+    if rest == 0 or whole >= _UNITS_PER_SET or design.name in ("cyclic", "random"):
+        return False
+    return any(coverage_spread(c, rest, design.num_subnetworks) > whole for c in design.classes)
 
 
 def _cut_in_turn(

@@ -179,6 +179,15 @@ def _enlarged(parallel_class: ParallelClass, count: int, tally: Tally) -> list[i
     return chosen
 
 
+def coverage_spread(parallel_class: ParallelClass, count: int, num_workers: int) -> int:
+    """How much more often one worker than another is in the `count` sets that would be enlarged."""
+    covered = [0] * num_workers
+    for i in _enlarged(parallel_class, count, Tally(num_workers)):
+        for w in parallel_class[i]:
+            covered[w] += 1
+    return max(covered) - min(covered)
+
+
 def _lie_end_to_end(parallel_class: ParallelClass, ring: Sequence[int]) -> bool:
     """Whether any run of the ring's sets covers all workers equally often, within one."""
     num_workers = 1 + max(max(owners) for owners in parallel_class)
