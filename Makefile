@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 4
-DEMO_STEPS ?= 300
+DEMO_STEPS ?= 260
 
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1

@@ -17,7 +17,7 @@ from deepspeed_sdp.errors import SDPError
 T = TypeVar("T")
 
 _CLAIM = "deepspeed_sdp/failure"
-# How long a rank that does not report waits for the one that does; launchers end it earlier.
+# How long a rank waits for the one that reports; launchers end it earlier.
 _GRACE_SECONDS = 10.0
 
 
@@ -63,23 +63,28 @@ def _rank() -> int:
 
 
 def _end_job(message: str) -> None:
-    if _claim():
+    first = _claim()
+    if not first:
+        time.sleep(_GRACE_SECONDS)
+    # Who cannot know and is still alive was the only one to fail.
+    if first is not False:
         sys.stdout.flush()
         print(f"\n{message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(_GRACE_SECONDS)
     # Not sys.exit: destructors of half-done collectives may wait for ranks that are gone.
     os._exit(1)
 
 
-def _claim() -> bool:
-    """Whether this rank is the first to fail. Before ranks can talk, all fail alike and rank 0 reports."""
-    import torch.distributed as dist
+def _claim() -> bool | None:
+    """Whether this rank is the first to fail; ``None`` if it cannot know.
 
-    if not dist.is_initialized():
-        return _rank() == 0
+    Before ranks can talk, most failures are the same everywhere, and rank 0 reports. Later, rank 0 holds the store: if
+    that is gone, rank 0 has ended, as a rule with a report.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        return _rank() == 0 or None
     try:
         store = dist.distributed_c10d._get_default_store()
         return bool(store.add(_CLAIM, 1) == 1)
     except Exception:
-        return True
+        return None

@@ -1,6 +1,6 @@
 """Four workers, each training half of a small LLaMA on random tokens.
 
-    DS_ACCELERATOR=cpu deepspeed --num_accelerators 4 examples/minimal.py
+DS_ACCELERATOR=cpu deepspeed --num_accelerators 4 examples/minimal.py
 """
 
 import torch

@@ -9,6 +9,7 @@ import inspect
 import re
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,8 +43,7 @@ def builtin_documents(max_bytes: int = 8_000_000) -> list[str]:
     size = 0
     for raw in _raw_documents():
         text = clean(raw)
-        key = _fingerprint(text)
-        if len(text) < _MIN_CHARACTERS or key in seen or not _is_prose(text):
+        if len(text) < _MIN_CHARACTERS or not _is_prose(text) or (key := _fingerprint(text)) in seen:
             continue
         seen.add(key)
         documents.append(text)
@@ -67,7 +67,15 @@ def clean(text: str) -> str:
 
 def _is_prose(text: str) -> bool:
     letters = sum(character.isalpha() or character == " " for character in text)
-    return letters > 0.6 * len(text)
+    return letters > 0.6 * len(text) and _encodes(text)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, escaped in the source
+        return False
+    return True
 
 
 def _fingerprint(text: str) -> bytes:
@@ -92,6 +100,18 @@ def _docstrings(folder: Path) -> Iterator[str]:
             yield from _docstrings_of(path)
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Breadth first, statements only: expressions hold no definitions and are most of a tree."""
+    queue: deque[ast.AST] = deque([tree])
+    while queue:
+        node = queue.popleft()
+        yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            children = getattr(node, name, None)
+            if isinstance(children, list):
+                queue.extend(children)
+
+
 def _docstrings_of(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
@@ -99,7 +119,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node, clean=False)
             if text and len(text) >= _MIN_CHARACTERS:

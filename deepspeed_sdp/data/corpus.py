@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import platform
+import secrets
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -35,10 +37,14 @@ class CorpusSpec:
     max_bytes: int
 
     def fingerprint(self) -> str:
-        """Changes with the arguments, the files behind them, and the packages that the built-in text is from."""
+        """Changes with the arguments, the files behind them, and the packages that the built-in text is from.
+
+        Of a folder only the files directly in it count: a run may write its own below it.
+        """
         state: dict[str, Any] = {"format": _FORMAT, **asdict(self)}
         state["files"] = [_stat(Path(path)) for path in (*self.text_files, *filter(None, [self.tokenizer]))]
         if not self.text_files:
+            state["python"] = platform.python_version()
             state["packages"] = sorted(f"{d.name} {d.version}" for d in metadata.distributions())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -76,13 +82,14 @@ def prepare_corpus(folder: Path, spec: CorpusSpec, *, progress: bool = False) ->
         DataError: unusable text or tokenizer.
         OutputError: ``folder`` cannot be written.
     """
+    folder = folder.resolve()
     fingerprint = spec.fingerprint()
     if _is_prepared(folder, fingerprint):
         return load_corpus(folder)
     staging = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        staging = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+        staging.mkdir(parents=True)
         _build(staging, spec, fingerprint, progress)
         if folder.exists():
             _remove_prepared(folder)
@@ -108,7 +115,7 @@ def load_corpus(folder: Path) -> Corpus:
         train = np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False)
         heldout = np.load(folder / "heldout.npy", mmap_mode="r", allow_pickle=False)
         return Corpus(folder / "tokenizer", train, heldout, float(manifest["unigram_val_loss"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(f"--data_cache: {folder} holds no prepared text on this node: {error}") from None
 
 
@@ -122,7 +129,9 @@ def _build(staging: Path, spec: CorpusSpec, fingerprint: str, progress: bool) ->
         tokenizer = load_tokenizer(Path(spec.tokenizer))
         tokenizer.save_pretrained(staging / "tokenizer")
     train = pack(tokenize_documents(tokenizer, train_documents, progress=progress), spec.seq_length)
-    heldout = pack(tokenize_documents(tokenizer, heldout_documents, progress=progress), spec.seq_length)
+    heldout = pack(
+        tokenize_documents(tokenizer, heldout_documents, progress=progress), spec.seq_length, "the held-out part"
+    )
     np.save(staging / "train.npy", train)
     np.save(staging / "heldout.npy", heldout)
     manifest = {
@@ -157,5 +166,8 @@ def _remove_prepared(folder: Path) -> None:
 
 
 def _stat(path: Path) -> list[Any]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    except OSError:
+        return []  # reported by who reads it

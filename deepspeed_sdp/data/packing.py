@@ -24,21 +24,23 @@ def tokenize_documents(
     starts = range(0, len(documents), _DOCUMENTS_PER_CALL)
     for start in tqdm(starts, desc="tokenize", disable=not progress, leave=False):
         batch = list(documents[start : start + _DOCUMENTS_PER_CALL])
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+        # A "</s>" in a text is text, not the end of a document.
+        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for ids in encoded:
             pieces.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
 
 
-def pack(stream: Tokens, seq_length: int) -> Tokens:
+def pack(stream: Tokens, seq_length: int, what: str = "text") -> Tokens:
     """Cut a stream into sequences, ``[tokens] -> [sequences, seq_length]``; the rest is dropped.
 
     Raises:
-        DataError: the stream is shorter than one sequence.
+        DataError: ``what``, the stream, is shorter than one sequence.
     """
     count = len(stream) // seq_length
     if not count:
         raise DataError(
-            f"text: {len(stream)} tokens are too few for one sequence of {seq_length}; give more text or a smaller "
+            f"{what}: {len(stream)} tokens are too few for one sequence of {seq_length}; give more text or a smaller "
             "--seq_length"
         )
     return stream[: count * seq_length].reshape(count, seq_length)

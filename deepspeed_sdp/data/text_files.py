@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,11 +32,14 @@ def read_documents(paths: Iterable[Path]) -> list[str]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.exists():
-        raise DataError(f"{path}: does not exist; takes .txt, .jsonl or .parquet files or folders of them")
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
+    try:
+        if not path.exists():
+            raise DataError(f"{path}: does not exist; takes .txt, .jsonl or .parquet files or folders of them")
+        if path.is_file():
+            return [path]
+        files = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not files:
         raise DataError(f"{path}: holds no .txt, .jsonl or .parquet file")
     return files
@@ -62,30 +66,49 @@ def _reader(file: Path) -> Callable[[Path], list[str]] | None:
 
 
 def _read_txt(file: Path) -> list[str]:
-    return _DOCUMENT_BREAK.split(file.read_text(encoding="utf-8"))
+    return _DOCUMENT_BREAK.split(file.read_text(encoding="utf-8-sig"))
 
 
 def _read_jsonl(file: Path) -> list[str]:
     documents = []
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        # utf-8-sig: with or without the byte order mark of Windows editors.
+        compressed = file.name.lower().endswith(".gz")
+        with gzip.open(file, "rt", encoding="utf-8-sig") if compressed else file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    documents.append(_text_of(json.loads(line), f"{file}: line {number}"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {number} is not valid JSON: {error.msg}") from None
+                    text = _text_of(_parse(line, f"{file}: line {number}"), f"{file}: line {number}")
+                    documents += [] if text is None else [text]
     except EOFError:
         raise DataError(f"{file}: is cut off in its compressed data") from None
+    except zlib.error as error:
+        raise DataError(f"{file}: is damaged in its compressed data: {error}") from None
     return documents
 
 
-def _text_of(row: object, place: str) -> str:
+def _parse(line: str, place: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise DataError(f"{place} is not usable JSON: {error}") from None
+
+
+def _text_of(row: object, place: str) -> str | None:
     if not isinstance(row, dict) or "text" not in row:
         keys = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f"{place} has {keys}; takes an object with a 'text' column")
+    if row["text"] is None:  # a missing value, as parquet has them too
+        return None
     if not isinstance(row["text"], str):
         raise DataError(f"{place}: 'text' is a {type(row['text']).__name__}; takes a string")
-    return row["text"]
+    try:
+        row["text"].encode()
+    except UnicodeEncodeError as error:
+        half = row["text"][error.start]
+        raise DataError(f"{place}: 'text' holds half a character ({half!r}), which is no valid Unicode") from None
+    return str(row["text"])
 
 
 def _read_parquet(file: Path) -> list[str]:
@@ -98,8 +121,9 @@ def _read_parquet(file: Path) -> list[str]:
             if "text" not in names:
                 raise DataError(f"{file}: has the columns {', '.join(map(repr, names))}; takes one named 'text'")
             column = table.read(columns=["text"])["text"]
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{file}: is no readable parquet file: {str(error).splitlines()[0]}") from None
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         raise DataError(f"{file}: column 'text' is {column.type}; takes strings")
     return [text for text in column.to_pylist() if text is not None]

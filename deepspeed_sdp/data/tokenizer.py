@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -12,6 +13,8 @@ from deepspeed_sdp.errors import DataError
 
 # More text does not make a better small vocabulary, only a slower start.
 _TRAINING_CHARACTERS = 4_000_000
+# sentencepiece passes over longer lines without a word.
+_LINE_BYTES = 1 << 16
 _CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "legacy": False,
@@ -29,11 +32,15 @@ _CONFIG = {
 def train_tokenizer(documents: Sequence[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
     """Train a BPE tokenizer with byte fallback and save it into ``folder``; ``decode(encode(text)) == text``.
 
+    The one exception is U+2581, sentencepiece's own sign for a blank, which decodes to a blank.
+
     Raises:
         DataError: the text does not support so large (or so small) a vocabulary.
     """
     import sentencepiece
 
+    if vocab_size < 1:
+        raise DataError(f"--vocab_size: got {vocab_size}; takes a positive number")
     with tempfile.TemporaryDirectory() as staging:
         prefix = Path(staging, "tokenizer")
         try:
@@ -50,7 +57,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, folder: Path) -> 
                 add_dummy_prefix=False,
                 split_digits=True,
                 user_defined_symbols=["\n"],
-                max_sentence_length=1 << 16,
+                max_sentence_length=_LINE_BYTES,
                 num_threads=1,
                 minloglevel=2,
             )
@@ -67,12 +74,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A HuggingFace tokenizer from a local folder.
 
     Raises:
-        DataError: there is none, or it has no end-of-sequence token, which separates documents.
+        DataError: there is none, it has no vocabulary, or no end-of-sequence token, which separates documents.
     """
+    if not folder.is_dir():
+        raise DataError(f"--tokenizer: {folder} is no folder; takes a local one that holds a HuggingFace tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # damaged files raise almost anything, Rust's errors included
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {reason}") from None
+    # transformers makes an empty tokenizer of a folder that lacks the vocabulary.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise DataError(f"--tokenizer: {folder} holds no vocabulary (tokenizer.json or the like)")
     if tokenizer.eos_token_id is None:
         raise DataError(f"--tokenizer: {folder} has no end-of-sequence token, which separates documents")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -83,14 +96,23 @@ def _lines(documents: Sequence[str]) -> Iterator[str]:
     # Evenly spread over the text, whose parts differ.
     stride = max(1, sum(map(len, documents)) // _TRAINING_CHARACTERS)
     for text in documents[::stride]:
-        yield from (line for line in text.split("\n") if line)
+        # No single document makes up more than a quarter.
+        step = 1 + 4 * len(text) // _TRAINING_CHARACTERS
+        yield from islice(_pieces(text), 0, None, step)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        yield from (line[start : start + _LINE_BYTES // 4] for start in range(0, len(line), _LINE_BYTES // 4))
 
 
 def _reason(message: str) -> str:
     limit = re.search(r"value <= (\d+)", message)
     if limit:
         return f"the text supports at most {limit[1]}"
-    required = re.search(r"required_chars\((\d+)\)|(\d+) vs (\d+)|smaller than required[^0-9]*(\d+)", message)
-    if "required" in message.lower() or required:
-        return "the characters of the text alone need more; takes a larger one"
+    required = re.search(r"required_chars\. \d+ vs (\d+)", message)
+    if required:
+        return f"the characters of the text alone need {required[1]}; takes at least that"
+    if "sentences_.empty" in message:
+        return "the text holds no line to learn from"
     return message.strip().splitlines()[-1]

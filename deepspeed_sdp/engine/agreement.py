@@ -10,7 +10,7 @@ from deepspeed_sdp.errors import ConfigError, SDPError
 
 
 def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
-    """Collective. Compare what ``describe`` returns over all ranks, key by key.
+    """Collective. Compare what ``describe`` returns over all ranks, key by key: causes should stand before effects.
 
     Raises:
         SDPError: ``describe`` raised one on some rank; every rank raises it, so that none waits for the others.
@@ -32,7 +32,7 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
         raise ConfigError(f"rank {rank}: {message}")
     expected = reports[0][0]
     for rank, (values, _) in enumerate(reports[1:], start=1):
-        for key in sorted(set(expected) | set(values)):
+        for key in [*expected, *(key for key in values if key not in expected)]:
             if expected.get(key) != values.get(key):
                 raise ConfigError(
                     f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {rank} has "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from deepspeed_sdp.engine.gather import gather_space, shared_parameters
 from deepspeed_sdp.errors import OutputError
@@ -59,8 +60,8 @@ def save_hf(subnetwork: Subnetwork, folder: Path, device: torch.device, dtype: t
 
 
 def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
-    model = subnetwork.full_skeleton()
-    model.config.dtype = next(iter(weights.values())).dtype
+    # save_pretrained writes the model's own dtype into the config.
+    model = subnetwork.full_skeleton().to(next(iter(weights.values())).dtype)
     staging = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +69,8 @@ def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor
         model.save_pretrained(staging, state_dict=weights)  # type: ignore[operator]
         for file in sorted(Path(staging).iterdir()):
             os.replace(file, folder / file.name)
-    except OSError as error:
-        return f"save_hf: cannot write {folder}: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
+        return f"save_hf: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
     finally:
         if staging:
             shutil.rmtree(staging, ignore_errors=True)

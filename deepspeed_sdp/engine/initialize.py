@@ -91,11 +91,10 @@ def initialize(
     # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
     model_parameters = list(model_parameters) if model_parameters is not None else None
     before_cut = list(model.parameters())
-    groups = OwnerGroups(job.plan, job.workers)
-    subnetwork, agreed = _build(model, job, groups.subnetwork_index)
-    subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
-    optimizer = _split_client(optimizer, lr_scheduler, subnetwork)
+    subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer, lr_scheduler)
     del before_cut
+    groups = OwnerGroups(job.plan, job.workers)
+    subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
     build_engine = functools.partial(
         SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
     )
@@ -171,11 +170,12 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
     return {
         "deepspeed_config": job.ds_config,
         "subnetwork_data_parallel": job.sdp.model_dump(),
+        "model": type(model).__name__,
+        "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
+        "model_on_meta_device": model is not None and is_meta(model),
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
         "plan_hash": job.plan.hash if job.sdp.enabled else "",
         "subnetwork_of_ranks": job.workers if job.sdp.enabled else (),
-        "model": type(model).__name__,
-        "model_config": {} if model_config is None else model_config.to_dict(),
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
 
 
@@ -194,15 +194,28 @@ def _check_deepspeed() -> None:
         )
 
 
+def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any, lr_scheduler: Any) -> tuple[Subnetwork, bool, Any]:
+    """Collective: an SDPError of one rank is raised on all of them."""
+    made: list[tuple[Subnetwork, bool, Any]] = []
+
+    def cut() -> Mapping[str, Any]:
+        subnetwork, agreed = _build(model, job, job.workers[dist.get_rank()])
+        made.append((subnetwork, agreed, _split_client(optimizer, lr_scheduler, subnetwork)))
+        return {}
+
+    agree(cut)
+    return made[0]
+
+
 def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
     on_meta = is_meta(model)
     subnetwork = cut_model(
         model, job.plan, index, output_scaling=job.sdp.output_scaling, block_unit=job.sdp.effective_block_unit
     )
     if on_meta:
-        local_rank = int(getattr(job.args, "local_rank", -1) or -1)
-        if local_rank >= 0:
-            get_accelerator().set_device(local_rank)
+        # DeepSpeed's engine sets the device too, but later than this.
+        if "LOCAL_RANK" in os.environ and get_accelerator().is_available():
+            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed)
     return subnetwork, on_meta
 

@@ -16,7 +16,7 @@ from torch import nn
 from deepspeed_sdp.engine.buckets import BucketItem, make_buckets
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.reducer import Reducer
-from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes
+from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 
 OWNER_SET_KEY = "sdp_owner_set"
 
@@ -181,7 +181,7 @@ class SDPZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             if self._partition_states or owners[0] == self._owner_groups.rank:
                 flat = self._get_compact_grad_partition_buffer(i).flat_partition
                 total += torch.linalg.vector_norm(flat, dtype=torch.float32).double() ** 2
-        self._traffic.add("norm_all_reduce", 8)
+        self._traffic.add("norm_all_reduce", all_reduce_bytes(8, dist.get_world_size()))
         dist.all_reduce(total)
         norm = total.sqrt().float()
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))

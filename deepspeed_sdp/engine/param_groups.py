@@ -74,8 +74,13 @@ def split_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) ->
 def split_scheduler(scheduler: Any, origins: Sequence[int], client_groups: int) -> None:
     """Give a torch LR scheduler, built on the client's groups, one entry per new group.
 
-    Per-group attributes (``base_lrs``, ``lr_lambdas``, ...) are its lists with one entry per client group.
+    Per-group attributes (``base_lrs``, ``lr_lambdas``, ...) are its lists with one entry per client group. A scheduler
+    made of others (``SequentialLR``, ``ChainedScheduler``) hands this on to them.
     """
+    for part in getattr(scheduler, "_schedulers", ()):
+        split_scheduler(part, origins, client_groups)
     for name, value in vars(scheduler).items():
+        if name in ("_schedulers", "_milestones"):
+            continue
         if isinstance(value, list) and len(value) == client_groups:
             setattr(scheduler, name, [value[origin] for origin in origins])

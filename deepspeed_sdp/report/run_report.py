@@ -1,6 +1,7 @@
 """What a run leaves behind besides the model: report.json, report.md, loss.png and plan.png."""
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,13 +81,15 @@ class RunReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Write all four files into ``folder``.
+        """Write all four files into ``folder``. A loss that is not finite is ``null`` in ``report.json``.
 
         Raises:
             OSError: the folder cannot be written.
         """
         data = self.to_dict()
-        (folder / "report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(
+            json.dumps(_finite(data), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (folder / "report.md").write_text(to_markdown(data), encoding="utf-8")
         plot_loss(data, folder / "loss.png")
         plot_plan(self.plan, folder / "plan.png")
@@ -147,7 +150,23 @@ def mb(nbytes: int) -> str:
 
 def versions(names: Sequence[str] = ("deepspeed-sdp", "torch", "deepspeed", "transformers")) -> dict[str, str]:
     """Versions of what the figures were made with."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from its source folder
+        return "not installed"
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _against_dense(data: dict[str, Any]) -> str:

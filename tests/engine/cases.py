@@ -3,6 +3,7 @@
 import random
 import time
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -38,14 +39,24 @@ def build_model(family="llama", model=None, meta=False, frozen=(), checkpointing
 
 
 def train(
-    model=None, sdp=None, ds=None, steps=5, seed=1, meta=False, family="llama", frozen=(), checkpointing=False, sleep=None
+    model=None,
+    sdp=None,
+    ds=None,
+    steps=5,
+    seed=1,
+    meta=False,
+    family="llama",
+    frozen=(),
+    checkpointing=False,
+    sleep=None,
+    repeat=False,
 ):
     """Train a tiny model for ``steps``; losses, norms, full weights (rank 0), and this rank's weights."""
     module = build_model(family, model, meta, frozen, checkpointing)
     engine, *_ = deepspeed_sdp.initialize(model=module, config=ds_config(**(ds or {})), sdp_config=sdp or {})
     if sleep is not None:
         sleep_in_backward(engine.module, sleep)
-    result = run_steps(engine, steps, seed)
+    result = run_steps(engine, steps, seed, repeat)
     result.update(face(engine))
     engine.destroy()
     return result
@@ -76,11 +87,13 @@ def sleep_in_backward(module, seed, longest=0.01):
         parameter.register_hook(hook)
 
 
-def run_steps(engine, steps, seed=1):
+def run_steps(engine, steps, seed=1, repeat=False):
+    """Train; ``repeat`` takes the first step's batches again and again."""
     rank, world = dist.get_rank(), dist.get_world_size()
     micro = engine.gradient_accumulation_steps()
+    batches = token_batches(steps, world, micro, seed=seed)
     losses, norms = [], []
-    for step in token_batches(steps, world, micro, seed=seed):
+    for step in batches[:1] * steps if repeat else batches:
         loss_sum = 0.0
         for ids in step[rank]:
             loss = engine(input_ids=ids, labels=ids).loss
@@ -88,5 +101,41 @@ def run_steps(engine, steps, seed=1):
             engine.step()
             loss_sum += float(loss.detach()) / micro
         losses.append(loss_sum)
-        norms.append(float(engine.get_global_grad_norm()))
+        norm = engine.get_global_grad_norm()
+        norms.append(None if norm is None else float(norm))
     return {"losses": losses, "norms": norms}
+
+
+def train_deepspeed(model=None, ds=None, steps=5, seed=1, family="llama"):
+    """The same with DeepSpeed alone: losses, norms, and this rank's weights."""
+    engine, *_ = deepspeed.initialize(model=build_model(family, model), config=ds_config(**(ds or {})))
+    result = run_steps(engine, steps, seed)
+    result["weights"] = {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+    engine.destroy()
+    return result
+
+
+def train_disabled(ds):
+    engine, *_ = deepspeed_sdp.initialize(model=tiny_model(), config=ds_config(**ds), sdp_config={"enabled": False})
+    result = {**run_steps(engine, 5), "engine": type(engine).__name__}
+    engine.destroy()
+    return result
+
+
+def one_rank_overflows(stage, bf16, bad_step, bad_rank):
+    """Rank ``bad_rank`` has an infinite loss at ``bad_step``; weights before it, after it, and one step later."""
+    extra = {"bf16": {"enabled": True, "check_grad_overflow": True}} if bf16 else {}
+    config = ds_config(stage, clip=1.0, bucket=500, **extra)
+    engine, *_ = deepspeed_sdp.initialize(model=tiny_model(), config=config, sdp_config={"coverage": 0.5})
+    snapshots, losses = [], []
+    for step, batches in enumerate(token_batches(bad_step + 2, dist.get_world_size())):
+        ids = batches[dist.get_rank()][0]
+        loss = engine(input_ids=ids, labels=ids).loss
+        losses.append(float(loss.detach()))
+        bad = step == bad_step and dist.get_rank() == bad_rank
+        engine.backward(loss * float("inf") if bad else loss)
+        engine.step()
+        snapshots.append({name: p.detach().clone() for name, p in engine.module.named_parameters()})
+    result = {"snapshots": snapshots, "skipped": engine.skipped_steps, "losses": losses, **face(engine)}
+    engine.destroy()
+    return result

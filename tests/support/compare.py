@@ -17,7 +17,9 @@ def adamw(model):
     )
 
 
-def simulate(result, *, model=None, sdp=None, ds=None, family="llama", steps=5, seed=1, world=4, module=None, optimizer=None):
+def simulate(
+    result, *, model=None, sdp=None, ds=None, family="llama", steps=5, seed=1, world=4, module=None, optimizer=None
+):
     """Train the full model as the ranks that gave ``result`` should have: ``(full model, losses, norms)``."""
     plan = SubnetworkPlan.from_json(result["plan"])
     module = module or tiny_model(family, **(model or {}))
@@ -39,7 +41,9 @@ def assert_like(results, simulated, tolerance=1e-5):
     """Losses and norms of every rank, and the full model of rank 0, are the simulation's."""
     module, losses, norms = simulated
     for rank, result in enumerate(results):
-        assert result["losses"] == pytest.approx([step[rank] for step in losses], abs=tolerance), f"losses of rank {rank}"
+        assert result["losses"] == pytest.approx([step[rank] for step in losses], abs=tolerance), (
+            f"losses of rank {rank}"
+        )
         assert result["norms"] == pytest.approx(norms, rel=tolerance), f"gradient norms of rank {rank}"
         assert result["norms"] == results[0]["norms"], "all ranks report the very same norm"
     assert_same_weights(results[0]["full"], module.state_dict(), tolerance)

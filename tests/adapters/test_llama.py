@@ -1,0 +1,60 @@
+"""What the Llama adapter says about models, and which models it does not know."""
+
+import pytest
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.errors import ModelError
+from tests.support.models import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("biases", [False, True])
+def test_units_add_up_to_what_can_be_partitioned(family, kv_heads, biases):
+    extra = {"attention_bias": biases, "mlp_bias": biases} if family == "llama" else {}
+    model = tiny_model(family, meta=True, num_key_value_heads=kv_heads, **extra)
+    modules = find_adapter(model).partitioned_modules(model, ("mlp", "attention"))
+    assert [m.space.name for m in modules] == [
+        f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn", "mlp")
+    ]
+    assert [m.space.layer for m in modules] == [0, 0, 1, 1, 2, 2]
+    for module in modules:
+        units = {"attention": kv_heads, "mlp": 53}[module.space.kind]
+        assert module.space.num_units == units
+        numel = 0
+        for spec in module.linears:
+            linear = model.get_submodule(f"{module.space.name}.{spec.name}")
+            dim = 0 if spec.cut == "out" else 1
+            assert linear.weight.shape[dim] == units * spec.features_per_unit
+            numel += linear.weight.numel() + (
+                linear.bias.numel() if linear.bias is not None and spec.cut == "out" else 0
+            )
+        assert module.space.numel == numel
+
+
+def test_kinds():
+    model = tiny_model(meta=True)
+    adapter = find_adapter(model)
+    assert {m.space.kind for m in adapter.partitioned_modules(model, ("mlp",))} == {"mlp"}
+    assert {m.space.kind for m in adapter.partitioned_modules(model, ("attention",))} == {"attention"}
+    assert adapter.layers(model) is model.model.layers
+
+
+def test_unknown_models_are_refused_with_the_known_families():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    other = tiny_model(meta=True)
+    other.model.layers[1].mlp.up_proj = nn.Bilinear(2, 2, 2)
+    for model in (gpt2, nn.Linear(1, 1), other):
+        with pytest.raises(
+            ModelError, match=rf"no adapter knows {type(model).__name__}; .*Llama, Mistral, Qwen2, Qwen3"
+        ):
+            find_adapter(model)
+
+
+def test_broken_head_sizes_are_named():
+    model = tiny_model(meta=True)
+    model.model.layers[2].self_attn.k_proj = nn.Linear(32, 15, device="meta")
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn: q_proj has 32 and k_proj 15 outputs"):
+        find_adapter(model).partitioned_modules(model, ("attention",))

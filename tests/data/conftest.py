@@ -1,0 +1,46 @@
+import random
+
+import pytest
+
+from deepspeed_sdp.data import CorpusSpec, train_tokenizer
+
+VOCABULARY = "the a red blue cat dog bird walks runs sees under over house tree river and then slowly"
+
+
+def make_documents(count, seed=0, words=80):
+    draw = random.Random(seed)
+    vocabulary = VOCABULARY.split()
+    return [" ".join(draw.choice(vocabulary) for _ in range(words)) + f" {number}." for number in range(count)]
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return make_documents(60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents, tmp_path_factory):
+    return train_tokenizer(documents, 320, tmp_path_factory.mktemp("tokenizer") / "saved")
+
+
+@pytest.fixture
+def text_file(documents, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n\n".join(documents), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def make_spec(text_file):
+    def make(**changes):
+        spec = {
+            "text_files": (str(text_file),),
+            "tokenizer": None,
+            "vocab_size": 320,
+            "seq_length": 32,
+            "holdout_fraction": 0.1,
+            "max_bytes": 2_000_000,
+        }
+        return CorpusSpec(**{**spec, **changes})
+
+    return make

@@ -1,0 +1,146 @@
+"""Sequences, the order of the ranks, and the entropy baseline."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepspeed_sdp.data import PackedDataset, RankSampler, pack, tokenize_documents, unigram_loss
+from deepspeed_sdp.errors import DataError
+
+
+@given(st.lists(st.integers(0, 999), max_size=300), st.integers(1, 40))
+def test_packing_cuts_and_drops_the_rest(tokens, seq_length):
+    stream = np.asarray(tokens, dtype=np.int32)
+    if len(tokens) < seq_length:
+        with pytest.raises(DataError, match=f"text: {len(tokens)} tokens are too few for one sequence of {seq_length}"):
+            pack(stream, seq_length)
+        return
+    packed = pack(stream, seq_length)
+    assert packed.dtype == np.int32
+    assert packed.shape == (len(tokens) // seq_length, seq_length)
+    assert packed.reshape(-1).tolist() == tokens[: packed.size]
+
+
+def test_too_little_text_says_of_what_and_what_to_do():
+    with pytest.raises(DataError) as raised:
+        pack(np.zeros(5, np.int32), 8, "the held-out part")
+    assert str(raised.value) == (
+        "the held-out part: 5 tokens are too few for one sequence of 8; give more text or a smaller --seq_length"
+    )
+
+
+def test_a_stream_holds_every_document_with_its_end(tokenizer, documents):
+    many = documents * 20  # more than one call of the tokenizer
+    stream = tokenize_documents(tokenizer, many)
+    assert stream.dtype == np.int32
+    ends = np.flatnonzero(stream == tokenizer.eos_token_id)
+    assert len(ends) == len(many)
+    assert ends[-1] == len(stream) - 1
+    pieces = np.split(stream, ends + 1)[:-1]
+    assert [tokenizer.decode(piece[:-1]) for piece in pieces] == many
+
+
+def test_no_documents_give_an_empty_stream(tokenizer):
+    stream = tokenize_documents(tokenizer, [])
+    assert (stream.shape, stream.dtype) == ((0,), np.int32)
+
+
+def test_items_are_ids_and_equal_labels_of_their_own(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(12, dtype=np.int32).reshape(3, 4))
+    dataset = PackedDataset(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert len(dataset) == 3
+    item = dataset[1]
+    assert item["input_ids"].tolist() == item["labels"].tolist() == [4, 5, 6, 7]
+    assert {value.dtype for value in item.values()} == {torch.int64}
+    item["labels"][0] = -100
+    assert item["input_ids"].tolist() == dataset[1]["labels"].tolist() == [4, 5, 6, 7], "nothing is shared"
+
+
+@st.composite
+def samplings(draw):
+    world, batch = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    sequences = draw(st.integers(world * batch, 5 * world * batch + 3))
+    return sequences, world, batch, draw(st.integers(0, 2**31))
+
+
+def take(sampler, rank, world, batch, count, start=0):
+    batches = sampler.batches(rank, world, batch, start)
+    return [next(batches).tolist() for _ in range(count)]
+
+
+@settings(deadline=None)
+@given(samplings())
+def test_every_epoch_deals_each_index_at_most_once_and_ranks_are_disjoint(case):
+    sequences, world, batch, seed = case
+    per_epoch = sequences // (world * batch)
+    sampler = RankSampler(sequences, seed)
+    by_rank = [take(sampler, rank, world, batch, 2 * per_epoch) for rank in range(world)]
+    for epoch in range(2):
+        window = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        dealt = [index for batches in by_rank for indices in batches[window] for index in indices]
+        assert len(dealt) == per_epoch * world * batch == len(set(dealt))
+        assert set(dealt) <= set(range(sequences))
+        assert sequences - len(dealt) < world * batch, "less than one global batch is left out"
+
+
+@settings(deadline=None)
+@given(samplings())
+def test_the_global_order_does_not_depend_on_how_ranks_share_it(case):
+    """The same global batch, dealt to any number of ranks (N subnetworks times R replicas), is the same text."""
+    sequences, world, batch, seed = case
+    sampler = RankSampler(sequences, seed)
+    alone = take(sampler, 0, 1, world * batch, 4)
+    shared = [take(sampler, rank, world, batch, 4) for rank in range(world)]
+    assert alone == [[i for rank in range(world) for i in shared[rank][step]] for step in range(4)]
+
+
+@settings(deadline=None)
+@given(samplings(), st.integers(0, 25))
+def test_a_start_step_resumes_exactly(case, start):
+    sequences, world, batch, seed = case
+    rank = seed % world
+    whole = take(RankSampler(sequences, seed), rank, world, batch, start + 5)
+    assert take(RankSampler(sequences, seed), rank, world, batch, 5, start) == whole[start:]
+
+
+def test_epochs_and_seeds_differ():
+    first, second = take(RankSampler(100, 0), 0, 1, 100, 2)
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != take(RankSampler(100, 1), 0, 1, 100, 1)[0]
+
+
+def test_fewer_sequences_than_one_batch():
+    with pytest.raises(DataError) as raised:
+        RankSampler(15).batches(rank=0, world_size=4, batch_size=4)
+    assert str(raised.value) == (
+        "text: 15 sequences are too few for one batch of 16 (4 ranks of 4); give more text, a smaller --seq_length or "
+        "a smaller train_micro_batch_size_per_gpu"
+    )
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=50), st.lists(st.integers(0, 9), min_size=6, max_size=60))
+def test_the_unigram_loss_is_the_plain_computation(train, heldout):
+    heldout = heldout[: len(heldout) // 3 * 3]
+    frequency = {token: (train.count(token) + 1) / (len(train) + 10) for token in range(10)}
+    predicted = [token for position, token in enumerate(heldout) if position % 3]
+    expected = sum(-math.log(frequency[token]) for token in predicted) / len(predicted)
+    loss = unigram_loss(np.asarray(train, np.int32), np.asarray(heldout, np.int32).reshape(-1, 3), 10)
+    assert loss == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_unigram_loss_is_what_a_model_without_context_pays():
+    """Over the same tokens as the loss of a causal language model: all but the first of a sequence."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    draw = np.random.default_rng(0)
+    train = draw.zipf(1.5, size=(50, 16)).clip(max=19).astype(np.int32)
+    heldout = draw.zipf(1.5, size=(8, 16)).clip(max=19).astype(np.int32)
+    counts = np.bincount(train.reshape(-1), minlength=20) + 1.0
+    logits = torch.tensor(np.log(counts / counts.sum())).expand(8, 16, 20)
+    loss = ForCausalLMLoss(logits, torch.from_numpy(heldout).long(), vocab_size=20)
+    assert unigram_loss(train, heldout, 20) == pytest.approx(float(loss), rel=1e-6)

@@ -1,0 +1,81 @@
+"""Jobs that must be refused, with the same words on every rank."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import deepspeed_sdp
+from tests.engine.cases import build_model, ds_config
+
+
+def refused(ds=None, sdp=None, kind="", rank=None, only=None):
+    """Call initialize with ``ds`` merged into the DeepSpeed config; the error as (class, message), or ``None``.
+
+    ``kind`` changes the call further. With ``rank``, the change ``only`` is made on that rank alone.
+    """
+    config, block = merge(ds_config(), ds or {}), sdp if sdp is not None else {"coverage": 0.5}
+    here = rank is None or rank == dist.get_rank()
+    if rank is not None and here and only:
+        config, block = merge(config, only.get("ds", {})), {**block, **only.get("sdp", {})}
+    arguments = {"model": build_model(), "config": config, "sdp_config": block}
+    if kind and here:
+        change(arguments, kind)
+    try:
+        engine, *_ = deepspeed_sdp.initialize(**arguments)
+    except deepspeed_sdp.SDPError as error:
+        return type(error).__name__, str(error)
+    engine.destroy()
+    return None
+
+
+def merge(config, changes):
+    """``changes`` has dotted keys."""
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        inner = config
+        for part in parents:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return config
+
+
+def change(arguments, kind):
+    if kind == "gpt2":
+        arguments["model"] = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    elif kind == "linear":
+        arguments["model"] = nn.Linear(2, 2)
+    elif kind == "no_model":
+        arguments["model"] = None
+    elif kind == "no_config":
+        arguments["config"] = None
+    elif kind == "no_block":
+        arguments["sdp_config"] = None
+    elif kind == "two_blocks":
+        arguments["config"]["subnetwork_data_parallel"] = {}
+    elif kind == "meta":
+        arguments["model"] = build_model(meta=True)
+    elif kind == "half_meta":
+        arguments["model"].model.norm.weight = nn.Parameter(torch.empty(32, device="meta"))
+    elif kind == "other_width":
+        arguments["model"] = build_model(model={"intermediate_size": 60})
+    elif kind == "one_layer_more":
+        arguments["model"] = build_model(model={"num_hidden_layers": 4})
+    elif kind == "mpu":
+        arguments["mpu"] = object()
+    elif kind.startswith("file:"):
+        arguments["sdp_config"] = kind.removeprefix("file:")
+    elif kind.startswith("ds_file:"):
+        arguments["config"] = kind.removeprefix("ds_file:")
+    elif kind == "foreign_parameter":
+        arguments["model_parameters"] = [nn.Parameter(torch.ones(3))]
+    elif kind in ("stepped", "foreign_optimizer"):
+        model = arguments["model"] if kind == "stepped" else build_model()
+        optimizer = torch.optim.AdamW(model.parameters())
+        if kind == "stepped":
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        arguments["optimizer"] = optimizer
+    else:
+        raise AssertionError(kind)

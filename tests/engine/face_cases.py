@@ -1,0 +1,121 @@
+"""The full model's face: evaluation, state dict, HuggingFace folders."""
+
+import contextlib
+import resource
+import signal
+
+import torch
+import torch.distributed as dist
+
+import deepspeed_sdp
+from tests.engine.cases import build_model, ds_config, face, run_steps
+
+
+def evaluation_batches(rank, counts, ignored):
+    """``counts[rank]`` batches of different sizes; with ``ignored``, half of the labels (all of some rows) are -100."""
+    generator = torch.Generator().manual_seed(50 + rank)
+    batches = []
+    for i in range(counts[rank]):
+        ids = torch.randint(0, 97, (1 + i % 3, 6 + 5 * (i % 2)), generator=generator)
+        labels = ids.clone()
+        if ignored:
+            labels[torch.rand(ids.shape, generator=generator) < 0.5] = -100
+            if i == 1:
+                labels[:] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def evaluate(
+    counts, ignored=False, train=True, evaluations=2, ds=None, family="llama", model=None, sdp=None, padding=False
+):
+    """Train two steps, evaluate, train three more; without ``evaluations`` the same training undisturbed."""
+    config = ds_config(**(ds or {}))
+    engine, *_ = deepspeed_sdp.initialize(
+        model=build_model(family, model), config=config, sdp_config=sdp or {"coverage": 0.5}
+    )
+    result = run_steps(engine, 2)
+    modules = {name: id(module) for name, module in engine.module.named_modules()}
+    engine.train(train)
+    batches = evaluation_batches(dist.get_rank(), counts, ignored)
+    if padding:
+        for batch in batches:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][:, -2:] = 0
+            batch["labels"][:, -2:] = -100
+    full = engine.full_state_dict(torch.float32) if evaluations else None
+    values = [engine.evaluate_full(batches) for _ in range(evaluations)]
+    flags = {module.training for module in engine.module.modules()}
+    same_modules = modules == {name: id(module) for name, module in engine.module.named_modules()}
+    engine.train()
+    after = run_steps(engine, 3, seed=2)
+    result = {
+        "values": values,
+        "full_then": full,
+        "training": flags,
+        "same_modules": same_modules,
+        "losses": result["losses"] + after["losses"],
+        "norms": result["norms"] + after["norms"],
+        **face(engine),
+    }
+    engine.destroy()
+    return result
+
+
+def evaluate_nothing():
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(), sdp_config={})
+    try:
+        engine.evaluate_full([])
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+def save(folder, dtype=None, steps=1, family="llama", model=None, ds=None, meta=False, seed=1):
+    """Train and save; the weights as rank 0 sees them, or the error."""
+    config = ds_config(**(ds or {}))
+    engine, *_ = deepspeed_sdp.initialize(
+        model=build_model(family, model, meta), config=config, sdp_config={"coverage": 0.5}
+    )
+    run_steps(engine, steps, seed)
+    error = None
+    try:
+        engine.save_hf(folder, dtype)
+    except deepspeed_sdp.OutputError as raised:
+        error = str(raised)
+    after = run_steps(engine, 1)
+    result = {"full_own_dtype": engine.full_state_dict(), "error": error, "losses": after["losses"], **face(engine)}
+    engine.destroy()
+    return result
+
+
+def save_twice(folder, limit=None):
+    """Save, train on, and save again while no file may grow past ``limit`` bytes."""
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(), sdp_config={"coverage": 0.5})
+    engine.save_hf(folder)
+    full = engine.full_state_dict()
+    run_steps(engine, 1)
+    error = None
+    with file_size_limit(limit):
+        try:
+            engine.save_hf(folder)
+        except deepspeed_sdp.OutputError as raised:
+            error = str(raised)
+    engine.destroy()
+    return {"error": error, "first": full}
+
+
+@contextlib.contextmanager
+def file_size_limit(limit):
+    if limit is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)

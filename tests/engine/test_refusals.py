@@ -1,0 +1,203 @@
+"""What cannot work is refused at start, in words, on every rank alike, and without a hang."""
+
+import pytest
+
+from deepspeed_sdp.engine import support
+
+CASE = "tests.engine.error_cases:refused"
+
+
+def row(name, error, *words, **arguments):
+    return pytest.param(arguments, error, words, id=name)
+
+
+SDP_ROWS = [
+    row(
+        "unknown_key",
+        "ConfigError",
+        "subnetwork_data_parallel.coverag: unknown key",
+        "did you mean 'coverage'",
+        sdp={"coverag": 1},
+    ),
+    row(
+        "no_whole_owners",
+        "ConfigError",
+        "coverage: got 0.4 with 4 subnetworks",
+        "1.6 owners",
+        "0.25, 0.5, 0.75, 1",
+        sdp={"coverage": 0.4},
+    ),
+    row(
+        "default_no_whole_owners", "ConfigError", "got 0.5 (the default) with 1 subnetworks", sdp={"num_subnetworks": 1}
+    ),
+    row(
+        "no_divisor",
+        "ConfigError",
+        "num_subnetworks: got 3 with a world size of 4",
+        "1, 2, 4",
+        sdp={"num_subnetworks": 3},
+    ),
+    row(
+        "too_many_owners",
+        "ConfigError",
+        "owners_per_unit: got 5 with 4 subnetworks; takes 1 to 4",
+        sdp={"owners_per_unit": 5},
+    ),
+    row("both", "ConfigError", "both coverage=0.5 and owners_per_unit=2", sdp={"coverage": 0.5, "owners_per_unit": 2}),
+    row("backward", "ConfigError", 'masking: got "backward"', "not available yet", sdp={"masking": "backward"}),
+    row("block", "ConfigError", 'granularity: got "block"', "not available yet", sdp={"granularity": "block"}),
+    row("resample", "ConfigError", "resample_interval: got 10", "not available yet", sdp={"resample_interval": 10}),
+    row("sync", "ConfigError", "sync_interval: got 2", "not available yet", sdp={"sync_interval": 2}),
+    row(
+        "no_such_module",
+        "ConfigError",
+        "shared_modules: got 'model.layer.0'",
+        sdp={"shared_modules": ["model.layer.0"]},
+    ),
+    row("all_shared", "ConfigError", "shares every module", sdp={"shared_modules": ["model.layers.*"]}),
+    row("few_sets", "PlanError", "max_owner_sets", sdp={"coverage": 0.5, "max_owner_sets": 1}),
+    row("no_block", "ConfigError", "no SDP block", kind="no_block"),
+    row("two_blocks", "ConfigError", "two SDP blocks", kind="two_blocks"),
+    row("no_config", "ConfigError", "config: got nothing", kind="no_config"),
+    row("no_model", "ConfigError", "model: got NoneType", kind="no_model"),
+    row("gpt2", "ModelError", "no adapter knows GPT2LMHeadModel", "Llama", "Mistral", "Qwen2", "Qwen3", kind="gpt2"),
+    row("linear", "ModelError", "no adapter knows Linear", kind="linear"),
+    row("half_meta", "ModelError", "model.norm.weight is on the meta device", kind="half_meta"),
+    row("mpu", "ConfigError", "mpu: model parallelism", kind="mpu"),
+    row("stepped_optimizer", "ConfigError", "optimizer: has state already", kind="stepped"),
+    row(
+        "foreign_optimizer",
+        "ConfigError",
+        "optimizer: a parameter of shape [97, 32] is not the model's",
+        kind="foreign_optimizer",
+    ),
+    row("foreign_parameter", "ConfigError", "optimizer: a parameter of shape [3]", kind="foreign_parameter"),
+    row("muon", "ConfigError", "optimizer: got Muon", ds={"optimizer.type": "Muon"}),
+    row("missing_file", "ConfigError", "sdp_config: cannot read /nowhere/sdp.json", kind="file:/nowhere/sdp.json"),
+    row(
+        "missing_ds_file",
+        "ConfigError",
+        "deepspeed_config: cannot read /nowhere/ds.json",
+        kind="ds_file:/nowhere/ds.json",
+    ),
+]
+
+# A value that is refused for every row of engine/support.py.
+REFUSED = {
+    "zero_optimization.stage": 3,
+    "zero_optimization.offload_optimizer.device": "cpu",
+    "zero_optimization.offload_param.device": "nvme",
+    "zero_optimization.zenflow": {"topk_ratio": 0.1},
+    "fp16.enabled": True,
+    "gradient_predivide_factor": 2.0,
+    "gradient_allreduce_op": "sum",
+    "tensor_parallel.autotp_size": 2,
+    "sequence_parallel_size": 2,
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), SDP_ROWS)
+def test_an_unusable_job_is_refused(ranks4, arguments, error, words):
+    check(ranks4.run(CASE, timeout=40, **arguments), error, words)
+
+
+@pytest.mark.parametrize(("key", "reason"), [(key, reason) for key, _, reason in support._REFUSED], ids=str)
+def test_what_deepspeed_offers_and_sdp_does_not_is_refused(ranks4, key, reason):
+    value = REFUSED.get(key, True)
+    check(
+        ranks4.run(CASE, timeout=40, ds={key: value}),
+        "ConfigError",
+        [f"DeepSpeed config: {key}: got {value!r}", reason],
+    )
+
+
+ONE_RANK = [
+    row(
+        "sdp_key",
+        "ConfigError",
+        "ranks disagree on subnetwork_data_parallel.seed: rank 0 has 0, rank 2 has 5",
+        rank=2,
+        only={"sdp": {"seed": 5}},
+    ),
+    row(
+        "ds_key",
+        "ConfigError",
+        "ranks disagree on deepspeed_config.optimizer.params.lr: rank 0 has 0.001, rank 3 has 0.5",
+        rank=3,
+        only={"ds": {"optimizer.params.lr": 0.5}},
+    ),
+    row(
+        "ds_key_missing",
+        "ConfigError",
+        "deepspeed_config.wall_clock_breakdown",
+        "rank 0 has nothing, rank 1 has true",
+        rank=1,
+        only={"ds": {"wall_clock_breakdown": True}},
+    ),
+    row(
+        "rank_0",
+        "ConfigError",
+        "ranks disagree on deepspeed_config.gradient_clipping: rank 0 has 9.0, rank 1 has 0.0",
+        rank=0,
+        only={"ds": {"gradient_clipping": 9.0}},
+    ),
+    row(
+        "bad_key",
+        "ConfigError",
+        "rank 1: subnetwork_data_parallel.covrage: unknown key",
+        rank=1,
+        only={"sdp": {"covrage": 1}},
+    ),
+    row(
+        "bad_stage",
+        "ConfigError",
+        "rank 3: DeepSpeed config: zero_optimization.stage: got 3",
+        rank=3,
+        only={"ds": {"zero_optimization.stage": 3}},
+    ),
+    row("other_model", "ConfigError", "rank 2: model: no adapter knows GPT2LMHeadModel", rank=2, kind="gpt2"),
+    row(
+        "other_width",
+        "ConfigError",
+        "ranks disagree on model_config.intermediate_size: rank 0 has 53, rank 1 has 60",
+        rank=1,
+        kind="other_width",
+    ),
+    row("more_layers", "ConfigError", "ranks disagree on", "rank 1", rank=1, kind="one_layer_more"),
+    row("missing_file", "ConfigError", "rank 1: sdp_config: cannot read", rank=1, kind="file:/nowhere/sdp.json"),
+    row("meta", "ConfigError", "ranks disagree on", "rank 2", "meta", rank=2, kind="meta"),
+    row("half_meta", "ConfigError", "rank 1: model: model.norm.weight is on the meta device", rank=1, kind="half_meta"),
+    row("no_model", "ConfigError", "rank 0: model: got NoneType", rank=0, kind="no_model"),
+    row("stepped", "ConfigError", "rank 2: optimizer: has state already", rank=2, kind="stepped"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), ONE_RANK)
+def test_one_rank_that_differs_is_named_on_all(ranks4, arguments, error, words):
+    check(ranks4.run(CASE, timeout=25, **arguments), error, words)
+
+
+def test_bad_files_are_named(ranks4, tmp_path):
+    (tmp_path / "bad.json").write_text('{\n  "coverage": 0.5,,\n}')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    for name, words in [
+        ("bad", "is not valid JSON: line 2"),
+        ("list", "holds a list"),
+        ("bytes", "is not a text file"),
+    ]:
+        results = ranks4.run(CASE, timeout=40, kind=f"file:{tmp_path}/{name}.json")
+        check(results, "ConfigError", [f"sdp_config: {tmp_path}/{name}.json", words])
+
+
+def test_the_ranks_are_whole_after_refusals(ranks4):
+    assert ranks4.run(CASE, timeout=40) == [None] * 4
+
+
+def check(results, error, words):
+    assert all(results), "every rank must refuse"
+    assert len(set(results)) == 1, results
+    kind, message = results[0]
+    assert kind == error, message
+    for word in words:
+        assert word in message

@@ -1,0 +1,166 @@
+"""Real jobs: launch/train.py under the ``deepspeed`` launcher; what they said, how they ended, how long they took."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.data.conftest import make_documents
+from tests.support.ranks import ROOT, free_port, rank_environment
+
+TRAIN = ROOT / "launch" / "train.py"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A bad job must have ended by then; a machine that does other work besides gets more in proportion.
+SECONDS = 30.0
+HANGS_AFTER = 240.0
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": 4,
+    "steps_per_print": 1_000_000,
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+}
+SDP = {"num_subnetworks": 2, "coverage": 0.5}
+
+
+@dataclass
+class Job:
+    """How a job ended. ``left``: command lines of its processes that were still there after it, now killed."""
+
+    code: int
+    output: str
+    seconds: float
+    left: list[str]
+
+    @property
+    def errors(self):
+        return [line for line in self.output.splitlines() if line.startswith("error:")]
+
+
+class Workplace:
+    """A folder with the files of a job; ``launch`` runs it with changes to them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.output = folder / "out"
+        self.write("model.json", json.dumps(MODEL))
+        self.write("ds.json", json.dumps(DEEPSPEED))
+        self.write("sdp.json", json.dumps(SDP))
+        self.write("text.txt", "\n\n\n".join(make_documents(80)))
+
+    def write(self, name, content):
+        file = self.folder / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return file
+
+    def launch(self, *switches, script=TRAIN, **changes):
+        options = {
+            "deepspeed_config": self.folder / "ds.json",
+            "sdp_config": self.folder / "sdp.json",
+            "model_config": self.folder / "model.json",
+            "text": self.folder / "text.txt",
+            "output_dir": self.output,
+            "vocab_size": 320,
+            "seq_length": 32,
+            "steps": 6,
+            **changes,
+        }
+        arguments = [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]
+        return run_job([str(script), *arguments, *switches], cwd=self.folder)
+
+    def script(self, body):
+        """A script that does something to ``train`` (the module launch/train.py) before its main runs."""
+        return self.write(
+            "script.py",
+            f"import os, sys\nsys.path.insert(0, {str(TRAIN.parent)!r})\nimport train\n{body}\n"
+            "train.main(sys.argv[1:])\n",
+        )
+
+
+def run_job(arguments, cwd, ranks=2):
+    """``deepspeed --num_accelerators RANKS ARGUMENTS``, killed with all its processes if it hangs."""
+    mark = f"TEST_JOB={uuid.uuid4().hex}"
+    environment = rank_environment(**dict([mark.split("=")]))
+    for variable in RANK_VARIABLES:
+        environment.pop(variable, None)
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        # Ends when the last process that holds the pipe has ended.
+        output, _ = process.communicate(timeout=HANGS_AFTER)
+    except subprocess.TimeoutExpired:
+        kill(marked(mark))
+        output, _ = process.communicate()
+        output += f"\nkilled: hung for {HANGS_AFTER} s"
+    seconds = time.monotonic() - began
+    time.sleep(0.2)
+    left = marked(mark)
+    commands = [command_line(pid) for pid in left]
+    kill(left)
+    return Job(process.returncode, output, seconds, commands)
+
+
+def marked(mark):
+    """Processes that inherited ``mark`` in their environment, wherever they moved to."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def kill(pids):
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def assert_ended_badly(job, message):
+    """The whole job ended in time, with one message that says ``message``, and without a traceback."""
+    assert job.code not in (0, None), job.output
+    assert len(job.errors) == 1, job.output
+    assert message in job.output, job.output
+    assert "Traceback" not in job.output, job.output
+    assert job.left == []
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert job.seconds < SECONDS * busy, f"{job.seconds:.0f} s\n{job.output}"

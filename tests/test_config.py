@@ -1,0 +1,161 @@
+"""The SDP block: defaults, values, and errors that name the key, what it got and what it takes."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepspeed_sdp import ConfigError, SDPConfig
+from deepspeed_sdp.config import BLOCK, read_json, split_block
+
+
+def test_defaults():
+    config = SDPConfig.parse({})
+    assert (config.masking, config.granularity, config.design) == ("forward", "neuron", "auto")
+    assert config.partition == ("mlp", "attention")
+    assert config.output_scaling == "inverse_sqrt_coverage"
+    assert (config.max_owner_sets, config.chunk_multiple, config.seed) == (64, 64, 0)
+    assert config.subnetworks(8) == 8
+    assert config.owners(8) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("enabled", "yes"),
+        ("enabled", 1),
+        ("masking", "sideways"),
+        ("granularity", 3),
+        ("num_subnetworks", 0),
+        ("num_subnetworks", 2.0),
+        ("num_subnetworks", True),
+        ("num_subnetworks", "4"),
+        ("coverage", 0),
+        ("coverage", 1.5),
+        ("coverage", -0.5),
+        ("coverage", "0.5"),
+        ("coverage", True),
+        ("coverage", float("nan")),
+        ("owners_per_unit", 0),
+        ("owners_per_unit", 1.5),
+        ("partition", []),
+        ("partition", "mlp"),
+        ("partition", ["mlp", "norm"]),
+        ("shared_modules", "model"),
+        ("shared_modules", [1]),
+        ("output_scaling", None),
+        ("output_scaling", 2),
+        ("design", "best"),
+        ("max_owner_sets", 0),
+        ("chunk_multiple", 0),
+        ("seed", -1),
+        ("seed", 0.5),
+        ("resample_interval", -1),
+        ("sync_interval", 0),
+    ],
+)
+def test_impossible_values_are_named(key, value):
+    with pytest.raises(ConfigError) as error:
+        SDPConfig.parse({key: value})
+    assert f"{BLOCK}.{key}" in str(error.value)
+    assert "got " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("masking", "backward"), ("granularity", "block"), ("resample_interval", 5), ("sync_interval", 4)],
+)
+def test_features_that_do_not_exist_yet_are_refused(key, value):
+    with pytest.raises(
+        ConfigError, match=rf"{BLOCK}\.{key}: got {re.escape(json.dumps(value))}; takes .* not available yet"
+    ):
+        SDPConfig.parse({key: value})
+
+
+def test_all_mistakes_are_said_at_once():
+    with pytest.raises(ConfigError) as error:
+        SDPConfig.parse({"coverge": 0.5, "seed": -1})
+    first, second = str(error.value).splitlines()
+    assert "seed" in first + second
+    assert "did you mean 'coverage'?" in first + second
+
+
+def test_coverage_and_owners_contradict():
+    with pytest.raises(ConfigError, match=r"got both coverage=0\.5 and owners_per_unit=2; takes one of the two"):
+        SDPConfig.parse({"coverage": 0.5, "owners_per_unit": 2})
+
+
+@given(st.integers(1, 64), st.data())
+def test_every_fraction_typed_as_a_person_would_gives_its_owners(n, data):
+    k = data.draw(st.integers(1, n))
+    for digits in (4, 6, 17):
+        coverage = round(k / n, digits)
+        if abs(coverage - k / n) <= 1e-3 * coverage:
+            assert SDPConfig.parse({"coverage": coverage}).owners(n) == k
+    assert SDPConfig.parse({"owners_per_unit": k}).owners(n) == k
+
+
+@given(st.integers(1, 32), st.floats(0.001, 1))
+def test_owners_are_whole_and_near_or_refused(n, coverage):
+    config = SDPConfig.parse({"coverage": coverage})
+    try:
+        owners = config.owners(n)
+    except ConfigError as error:
+        assert f"{BLOCK}.coverage: got {coverage:g} with {n} subnetworks" in str(error)  # noqa: PT017
+    else:
+        assert 1 <= owners <= n
+        assert abs(owners / n - coverage) <= 1e-3 * coverage
+
+
+def test_int_coverage_is_full_coverage():
+    assert SDPConfig.parse({"coverage": 1}).owners(6) == 6
+
+
+def test_the_number_of_subnetworks_divides_the_world():
+    assert SDPConfig.parse({"num_subnetworks": 4}).subnetworks(8) == 4
+    with pytest.raises(ConfigError, match=r"num_subnetworks: got 3 with a world size of 8; .*1, 2, 4, 8"):
+        SDPConfig.parse({"num_subnetworks": 3}).subnetworks(8)
+    with pytest.raises(ConfigError, match=r"got 16 with a world size of 8"):
+        SDPConfig.parse({"num_subnetworks": 16}).subnetworks(8)
+
+
+def test_where_the_block_stands(tmp_path):
+    path = tmp_path / "sdp.json"
+    path.write_text(json.dumps({"seed": 4}))
+    wrapped = tmp_path / "wrapped.json"
+    wrapped.write_text(json.dumps({BLOCK: {"seed": 4}}))
+    for ds, sdp in [({BLOCK: {"seed": 4}}, None), ({}, {"seed": 4}), ({}, path), ({}, str(path)), ({}, wrapped)]:
+        assert split_block(ds, sdp).seed == 4
+    with pytest.raises(ConfigError, match="no SDP block"):
+        split_block({}, None)
+    for second in ({}, {"seed": 4}, path):
+        with pytest.raises(ConfigError, match="two SDP blocks"):
+            split_block({BLOCK: {}}, second)
+    for block in ([], "x", 3):
+        with pytest.raises(ConfigError, match="takes an object with keys"):
+            split_block({BLOCK: block}, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"coverage": }', "is not valid JSON: line 1"),
+        (b"", "is not valid JSON"),
+        (b"[]", "holds a list"),
+        (b"\xff\xfe", "is not a text file"),
+        (b"3", "holds a int"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(f"--sdp_config: {path} {message}")):
+        read_json(path, "--sdp_config")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for path in (tmp_path / "missing.json", tmp_path):
+        with pytest.raises(ConfigError, match=re.escape(f"key: cannot read {path}: ")):
+            read_json(path, "key")
