@@ -37,7 +37,6 @@ def assign_by_design(
     """
     n, k = num_workers, owners_per_unit
     design = make_design(name, n, k, max_owner_sets=max_owner_sets, seed=seed)
-    even = k / n
     if design.name == "dense":
         return "dense", [Cut(s, [s.num_units], [tuple(range(n))], 1, (1.0,) * n, adjustable=False) for s in spaces]
     if all(covers_evenly(c, n) for c in design.classes):
@@ -55,18 +54,8 @@ def assign_by_design(
         room = max(ring, max_owner_sets - ring)
         design = make_design(name if room > ring else "cyclic", n, k, max_owner_sets=room, seed=seed)
     room = max_owner_sets - (len(design.owner_sets) if many else 0)
-    cuts = []
-    for kind in sorted({space.kind for space in few}):
-        of_kind = [space for space in few if space.kind == kind]
-        sizes = [space.num_units for space in of_kind]
-        if design.name == "cyclic":
-            sequence = windows_in_turn(n, k, sizes)
-        else:
-            waiting = len({space.kind for space in few}) - len({cut.space.kind for cut in cuts})
-            sequence = repeated_sequence(n, k, sizes, room // waiting, seed + len(cuts))
-        room -= len({owners for owner_sets in sequence for owners in owner_sets})
-        shares = (even,) * n
-        cuts += [cut_by_unit(s, owner_sets, shares, tally) for s, owner_sets in zip(of_kind, sequence, strict=True)]
+    sequences = _sequences(few, n, k, room, None if design.name == "cyclic" else seed)
+    cuts = [cut_by_unit(space, sequences[space.name], (k / n,) * n, tally) for space in few]
     made = _merge(spaces, cuts, _cut_in_turn(many, design.classes, tally, chunk_multiple))
     return design.name if many or design.name == "cyclic" else "sequence", made
 
@@ -99,6 +88,27 @@ def assign_by_capacity(
             sequence = units_in_turn(found[i], [space.num_units for space in part])
             cuts += [cut_by_unit(s, owner_sets, shares, tally) for s, owner_sets in zip(part, sequence, strict=True)]
     return _merge(spaces, cuts)
+
+
+def _sequences(
+    spaces: Sequence[UnitSpace], n: int, k: int, max_owner_sets: int, seed: int | None
+) -> dict[str, list[OwnerSet]]:
+    """The owner sets of each space, unit by unit: mixed by the seed if they fit, windows if not or without a seed."""
+    kinds = [[space for space in spaces if space.kind == kind] for kind in sorted({space.kind for space in spaces})]
+    room = max_owner_sets
+    mixed: dict[str, list[OwnerSet]] = {}
+    for i, of_kind in enumerate(kinds if seed is not None else []):
+        sizes = [space.num_units for space in of_kind]
+        sequence = repeated_sequence(n, k, sizes, room // (len(kinds) - i), (seed or 0) + i)
+        room -= len({owners for owner_sets in sequence for owners in owner_sets})
+        mixed.update(zip((space.name for space in of_kind), sequence, strict=True))
+    if seed is not None and room >= 0:
+        return mixed
+    windows: dict[str, list[OwnerSet]] = {}
+    for of_kind in kinds:
+        sequence = windows_in_turn(n, k, [space.num_units for space in of_kind])
+        windows.update(zip((space.name for space in of_kind), sequence, strict=True))
+    return windows
 
 
 def _too_few(num_units: int, design: Design) -> bool:

@@ -84,3 +84,13 @@ def test_sequences_cover_evenly_in_every_space_and_over_all(n: int, k: int) -> N
             assert all(len(owners) == k for owners in sets)
             total = [a + b for a, b in zip(total, owned, strict=True)]
             assert max(total) - min(total) <= 1
+
+
+def test_many_workers_and_few_units_stay_within_the_owner_sets() -> None:
+    """Sequences of both kinds would take 69 sets together; the windows of one ring serve both."""
+    spaces = [
+        space
+        for i in range(4)
+        for space in (UnitSpace(f"a{i}", "attention", i, 2, 1000), UnitSpace(f"m{i}", "mlp", i, 20, 30))
+    ]
+    assert len(make_plan(spaces, 61, owners_per_unit=29, seed=2).used_sets) <= 64
