@@ -55,7 +55,6 @@ def cut_model(
         for spec in module.linears:
             subnetwork.by_unit.update(_full_parameters(model, module, spec))
     blocks = {block.space.name: block for block in adapter.blocks(model, block_unit, KINDS)} if block_unit else {}
-    scale = _scale(output_scaling, plan)
     for planned in plan.spaces:
         found = (blocks if block_unit else modules).get(planned.space.name)
         if found is None or found.space.num_units != planned.space.num_units:
@@ -64,9 +63,9 @@ def cut_model(
                 f"plan: made for {planned.space.name} with {planned.space.num_units} units; the model has {got}"
             )
         if isinstance(found, PartitionedModule):
-            _cut_module(subnetwork, found, scale)
+            _cut_module(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
         else:
-            cut_block(subnetwork, found, scale)
+            cut_block(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
     for name, _ in model.named_parameters():
         subnetwork.fragments.setdefault(name, Fragment(name, SHARED))
     config: Any = getattr(model, "config", None)
@@ -76,9 +75,10 @@ def cut_model(
     return subnetwork
 
 
-def _scale(output_scaling: OutputScaling, plan: SubnetworkPlan) -> float:
+def _scale(output_scaling: OutputScaling, subnetwork: Subnetwork, kind: str) -> float:
     powers = {"none": 0.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 1.0}
-    return math.pow(plan.coverage, -powers[output_scaling])
+    # The share of the kind's units that is due to this worker: K/N, unless workers differ in capacity.
+    return math.pow(subnetwork.plan.shares(kind)[subnetwork.index], -powers[output_scaling])
 
 
 def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -> None:

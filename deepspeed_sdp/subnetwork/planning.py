@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from deepspeed_sdp.adapters import Adapter, find_adapter
+from deepspeed_sdp.adapters.base import matmul_flops
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
@@ -31,6 +32,8 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
         max_owner_sets=sdp.max_owner_sets,
         chunk_multiple=sdp.chunk_multiple,
         seed=sdp.seed,
+        shared_flops=shared_flops(model, sdp, spaces),
+        worker_capacity=sdp.capacity(num_subnetworks),
     )
     plan.validate()
     return plan
@@ -89,9 +92,9 @@ def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[Unit
     """
     block_unit = sdp.effective_block_unit
     if block_unit:
-        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition)]
+        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition, sdp.seq_length)]
     else:
-        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition)]
+        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition, sdp.seq_length)]
     names = [name for name, _ in model.named_modules() if name]
     units = [space.name for space in spaces]
     for pattern in sdp.shared_modules:
@@ -112,6 +115,15 @@ def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[Unit
     if not left:
         raise ConfigError("subnetwork_data_parallel.shared_modules: shares every unit; takes fewer patterns")
     return left
+
+
+def shared_flops(model: nn.Module, sdp: SDPConfig, spaces: Sequence[UnitSpace]) -> float:
+    """Training FLOPs per token that every worker computes whatever it owns: the output head and shared modules."""
+    every = find_adapter(model).partitioned_modules(model, ("mlp", "attention"), sdp.seq_length)
+    partitioned = sum(space.num_units * space.unit_flops for space in spaces)
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    head_flops = matmul_flops(sum(p.numel() for p in head.parameters())) if head is not None else 0.0
+    return head_flops + max(0.0, sum(m.space.num_units * m.space.unit_flops for m in every) - partitioned)
 
 
 def _shares(pattern: str, name: str) -> bool:
