@@ -194,8 +194,8 @@ def _whole_owners(key: str, value: float, workers: int) -> int:
     if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
         takes = ", ".join(_fraction(k, workers) for k in range(1, workers + 1))
         raise ConfigError(
-            f"{key}: got {value:g} with {workers} subnetworks, which gives {value * workers:g} owners per unit; takes a "
-            f"whole number of owners: {takes}"
+            f"{key}: got {value:g} with {workers} subnetworks, which gives {value * workers:g} owners per unit; takes "
+            f"a whole number of owners: {takes}"
         )
     return owners
 

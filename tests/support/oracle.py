@@ -55,18 +55,22 @@ def _block_hook(is_owned, scale):
 
 @contextlib.contextmanager
 def only_units_of(model, unit_owners, worker, scale):
-    """The full model with the activations of units that ``worker`` does not own set to zero."""
+    """The full model with the activations of units that ``worker`` does not own set to zero.
+
+    ``scale``: what the others count; a number, or a function of the worker and the module's name.
+    """
     handles = []
     for name, owners in unit_owners.items():
         module = model.get_submodule(name)
+        factor = scale(worker, name) if callable(scale) else scale
         if is_block(name, owners):
-            handles.append(module.register_forward_hook(_block_hook(worker in owners[0], scale), with_kwargs=True))
+            handles.append(module.register_forward_hook(_block_hook(worker in owners[0], factor), with_kwargs=True))
             continue
         last = module.down_proj if name.endswith("mlp") else module.o_proj
         mask = torch.tensor([float(worker in s) for s in owners]).repeat_interleave(_features_per_unit(model, name))
 
-        def hook(_, inputs, mask=mask):
-            return (inputs[0] * mask * scale,)
+        def hook(_, inputs, mask=mask * factor):
+            return (inputs[0] * mask,)
 
         handles.append(last.register_forward_pre_hook(hook))
     yield
@@ -86,14 +90,19 @@ def _owner_count(model, unit_owners, name, parameter, num_workers):
             return torch.tensor(float(len(owners[0])))
     parts = name.split(".")
     module, linear, kind = ".".join(parts[:-2]), parts[-2], parts[-1]
-    if module not in unit_owners or is_block(module, unit_owners[module]) or linear not in (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+    if (
+        module not in unit_owners
+        or is_block(module, unit_owners[module])
+        or linear
+        not in (
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        )
     ):
         return torch.tensor(float(num_workers))
     if linear in ("o_proj", "down_proj") and kind == "bias":
@@ -104,10 +113,11 @@ def _owner_count(model, unit_owners, name, parameter, num_workers):
     return counts.view(-1, *[1] * (parameter.dim() - 1)) if dim == 0 else counts.view(1, -1)
 
 
-def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scale=1.0):
+def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scale=1.0, workers=None):
     """Train the full model. ``batches[step][rank]`` is a list of micro-batches (``[B, T]`` token ids).
 
-    Rank ``r`` trains subnetwork ``r % num_workers``. Returns the losses ``[step][rank]`` and gradient norms ``[step]``.
+    Rank ``r`` trains subnetwork ``r % num_workers``, or ``workers[r]``.
+    Returns the losses ``[step][rank]`` and gradient norms ``[step]``.
     """
     losses, norms = [], []
     for step in batches:
@@ -116,9 +126,10 @@ def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scal
         losses.append([])
         for rank, micro_batches in enumerate(step):
             model.zero_grad()
+            worker = workers[rank] if workers else rank % num_workers
             loss_sum = 0.0
             for ids in micro_batches:
-                with only_units_of(model, unit_owners, rank % num_workers, scale):
+                with only_units_of(model, unit_owners, worker, scale):
                     loss = model(input_ids=ids, labels=ids).loss / len(micro_batches)
                     loss.backward()
                 loss_sum += float(loss.detach())
