@@ -5,9 +5,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deepspeed_sdp.config import SDPConfig, read_json
-from deepspeed_sdp.errors import ConfigError, SDPError
+from deepspeed_sdp.errors import ConfigError, OutputError, SDPError
+
+# Options of ``plan`` that are keys of the SDP block.
+_BLOCK_OPTIONS = (
+    "num_subnetworks", "coverage", "owners_per_unit", "granularity", "block_unit", "partition", "shared_modules",
+    "design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length", "seed",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,15 +34,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="who would own what of a model")
-    plan.add_argument("--model", required=True, metavar="PATH", help="HuggingFace config.json, or a folder with one")
+    plan.add_argument(
+        "--model",
+        required=True,
+        help="HuggingFace config.json, a folder with one, or a preset: " + ", ".join(presets()),
+    )
     plan.add_argument("--sdp_config", metavar="JSON", help="an SDP block to start from; the options below override it")
-    plan.add_argument("--num-subnetworks", type=int, required=True, metavar="N", help="workers")
-    plan.add_argument("--coverage", type=float, help="share of the units that one worker holds")
-    plan.add_argument("--owners-per-unit", type=int, metavar="K", help="workers that own a unit, instead of coverage")
+    plan.add_argument("--num-subnetworks", type=int, metavar="N", help="workers; default: the block's")
+    plan.add_argument(
+        "--coverage", type=_per_kind(float), metavar="C", help="K/N, e.g. 0.5 or mlp=0.5,attention=0.75 (default: 0.5)"
+    )
+    plan.add_argument(
+        "--owners-per-unit", type=_per_kind(int), metavar="K", help="K instead of coverage, e.g. 4 or mlp=4,attention=6"
+    )
+    plan.add_argument("--granularity", choices=("neuron", "block"), help="what a unit is (default: neuron)")
+    plan.add_argument("--block-unit", choices=("layer", "branch"), help="at block granularity (default: layer)")
+    plan.add_argument("--partition", type=_listed(str), metavar="KINDS", help="mlp, attention or mlp,attention")
+    plan.add_argument("--shared-modules", nargs="+", metavar="PATTERN", help="modules that all workers own")
     plan.add_argument("--design", choices=("auto", "cyclic", "random"), help="how owner sets are chosen")
+    plan.add_argument(
+        "--worker-capacity", type=_listed(float), metavar="C,C,...", help="relative speeds of the workers"
+    )
+    plan.add_argument("--max-owner-sets", type=int, metavar="M", help="bound on process groups (default: 64)")
+    plan.add_argument("--chunk-multiple", type=int, metavar="M", help="alignment of chunks (default: 64)")
+    plan.add_argument("--seq-length", type=int, metavar="T", help="for the balance of FLOPs (default: 2048)")
+    plan.add_argument("--seed", type=int, help="of searched and random designs (default: 0)")
     plan.add_argument("--json", action="store_true", help="print the summary as JSON")
-    plan.add_argument("--out", type=Path, metavar="FILE", help="write the whole plan as JSON")
-    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw workers by layers")
+    plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for the SDP block's plan_file")
+    plan.add_argument("--plot", type=Path, metavar="PNG", help="draw workers by layers, and the loads")
     plan.set_defaults(run=_plan)
     report = commands.add_parser("report", help="show the report of a finished run")
     report.add_argument("folder", type=Path, help="output folder of a run, with its report.json")
@@ -44,33 +70,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def presets() -> list[str]:
+    """Names of the model configurations that come with the package."""
+    return sorted(path.stem for path in _preset_folder().glob("*.json"))
+
+
+def _preset_folder() -> Path:
+    return Path(__file__).parent / "presets"
+
+
 def _plan(args: argparse.Namespace) -> None:
+    from deepspeed_sdp.report import plan_summary, plot_plan, to_text
     from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
     block = read_json(args.sdp_config, "--sdp_config") if args.sdp_config else {}
     if args.coverage is not None or args.owners_per_unit is not None:
         block.pop("coverage", None)
         block.pop("owners_per_unit", None)
-    options = {key: getattr(args, key) for key in ("num_subnetworks", "coverage", "owners_per_unit", "design")}
-    block.update({key: value for key, value in options.items() if value is not None})
+    block.update({key: getattr(args, key) for key in _BLOCK_OPTIONS if getattr(args, key) is not None})
     config = SDPConfig.parse(block)
-    plan = plan_for(meta_model(read_model_config(args.model, "--model"), "--model"), config, args.num_subnetworks)
-    owned = [plan.owned_numel(worker) for worker in range(plan.num_subnetworks)]
-    summary = {**plan.summary(), "partitioned_parameters": plan.total_numel, "owned_per_worker": owned}
-    if args.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        width = max(map(len, summary))
-        print("\n".join(f"{key:<{width}}  {_readable(value)}" for key, value in summary.items()))
+    if config.num_subnetworks is None:
+        raise ConfigError(
+            "--num-subnetworks: got none, and no num_subnetworks in the SDP block; takes the number of workers"
+        )
+    preset = _preset_folder() / f"{args.model}.json"
+    path = preset if preset.is_file() and not Path(args.model).exists() else Path(args.model)
+    if not path.exists():
+        raise ConfigError(f"--model: {args.model} is no file, folder or preset; presets are {', '.join(presets())}")
+    model = meta_model(read_model_config(path, "--model"), "--model")
+    plan = plan_for(model, config, config.num_subnetworks)
+    summary = plan_summary(plan, sum(parameter.numel() for parameter in model.parameters()))
+    print(json.dumps(summary, indent=2) if args.json else to_text(summary))
     try:
         if args.out:
             args.out.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8")
         if args.plot:
-            from deepspeed_sdp.report import plot_plan
-
             plot_plan(plan, args.plot)
-    except OSError as error:
-        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
+        raise OutputError(f"cannot write {args.plot if args.plot else args.out}: {error}") from None
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -80,9 +117,23 @@ def _report(args: argparse.Namespace) -> None:
     print(json.dumps(data, indent=2) if args.json else to_markdown(data))
 
 
-def _readable(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(f"{item:,}" for item in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _listed(convert: type) -> Any:
+    def parse(text: str) -> list[Any]:
+        return [convert(part.strip()) for part in text.split(",")]
+
+    parse.__name__ = f"list of {convert.__name__}"
+    return parse
+
+
+def _per_kind(convert: type) -> Any:
+    def parse(text: str) -> Any:
+        if "=" not in text:
+            return convert(text)
+        return {kind.strip(): convert(value) for kind, value in (part.split("=", 1) for part in text.split(","))}
+
+    parse.__name__ = convert.__name__
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,10 +18,15 @@ DEFAULT_COVERAGE = 0.5
 # Keys of the design whose feature is not built yet: (key, the values that work today, what is missing).
 _NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("masking", ("forward",), "backward masking"),
-    ("granularity", ("neuron",), "block units"),
     ("resample_interval", (0,), "resampling the plan in mid-run"),
     ("sync_interval", (1,), "synchronising every H steps"),
 )
+
+
+Kind = Literal["mlp", "attention"]
+Coverage = Annotated[float, Field(gt=0, le=1)]
+Owners = Annotated[int, Field(ge=1)]
+Capacity = Annotated[float, Field(gt=0)]
 
 
 class SDPConfig(BaseModel):
@@ -35,9 +40,17 @@ class SDPConfig(BaseModel):
     enabled: bool = Field(True, description="false: plain DeepSpeed, as if the block were absent")
     masking: Literal["forward", "backward"] = Field("forward", description="what is done with units not owned")
     granularity: Literal["neuron", "block"] = Field("neuron", description="what a unit is")
+    block_unit: Literal["layer", "branch"] | None = Field(
+        None, description="at block granularity: decoder layers (the default), or attention and MLP branches"
+    )
     num_subnetworks: int | None = Field(None, ge=1, description="N; divides the world size, which is the default")
-    coverage: float | None = Field(None, gt=0, le=1, description="K/N, the share of the units that one worker holds")
-    owners_per_unit: int | None = Field(None, ge=1, description="K, instead of coverage")
+    coverage: Coverage | dict[Kind, Coverage] | None = Field(
+        None, description="K/N, the share of the units that one worker holds; or one for each kind"
+    )
+    owners_per_unit: Owners | dict[Kind, Owners] | None = Field(None, description="K, instead of coverage")
+    worker_capacity: tuple[Capacity, ...] | None = Field(
+        None, min_length=1, description="relative speeds of the N workers, which then own units in proportion"
+    )
     partition: tuple[Literal["mlp", "attention"], ...] = Field(
         ("mlp", "attention"), min_length=1, description="kinds of units that are partitioned"
     )
@@ -47,21 +60,23 @@ class SDPConfig(BaseModel):
         description="factor on what the partitioned units add to the residual stream of a subnetwork",
     )
     design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
+    plan_file: str | None = Field(
+        None, description="a plan made before (deepspeed-sdp plan --out), instead of a design"
+    )
+    rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
+        "round_robin", description="which rank trains which subnetwork"
+    )
     max_owner_sets: int = Field(64, ge=1, description="upper bound of the number of process groups")
+    seq_length: int = Field(2048, ge=1, description="sequence length at which the workers' FLOPs are balanced")
     chunk_multiple: int = Field(64, ge=1, description="chunk borders are multiples of this where sizes allow")
     seed: int = Field(0, ge=0, description="seed of the plan and of the unit-wise initialisation")
     resample_interval: int = Field(0, ge=0, description="steps between two plans, 0: never")
     sync_interval: int = Field(1, ge=1, description="steps between two synchronisations")
 
-    @field_validator("partition", "shared_modules", mode="before")
+    @field_validator("partition", "shared_modules", "worker_capacity", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("coverage", mode="before")
-    @classmethod
-    def _int_coverage(cls, value: object) -> object:
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_of_coverage_and_owners(self) -> Self:
@@ -70,7 +85,27 @@ class SDPConfig(BaseModel):
                 f"{BLOCK}: got both coverage={self.coverage} and owners_per_unit={self.owners_per_unit}; "
                 "takes one of the two"
             )
+        if self.plan_file is not None and (self.coverage, self.owners_per_unit, self.design) != (None, None, "auto"):
+            raise ConfigError(
+                f"{BLOCK}.plan_file: got {self.plan_file!r} with a coverage, owners_per_unit or design; takes it "
+                "alone, since the file says all of these"
+            )
+        if self.block_unit is not None and self.granularity != "block":
+            raise ConfigError(
+                f'{BLOCK}.block_unit: got "{self.block_unit}" with granularity "{self.granularity}"; takes none, or '
+                'granularity "block"'
+            )
+        if self.effective_block_unit == "layer" and set(self.partition) != {"mlp", "attention"}:
+            raise ConfigError(
+                f"{BLOCK}.partition: got {list(self.partition)} with whole layers as units; takes both kinds, or "
+                'block_unit "branch"'
+            )
         return self
+
+    @property
+    def effective_block_unit(self) -> Literal["layer", "branch"] | None:
+        """What a block is; ``None`` at neuron granularity."""
+        return (self.block_unit or "layer") if self.granularity == "block" else None
 
     @classmethod
     def parse(cls, block: Mapping[str, Any]) -> Self:
@@ -84,7 +119,9 @@ class SDPConfig(BaseModel):
         try:
             config = cls(**block)
         except ValidationError as error:
-            raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+            # A union reports once per member, so messages can repeat.
+            messages = dict.fromkeys(_describe(item, block) for item in error.errors())
+            raise ConfigError("\n".join(messages)) from None
         for key, built, feature in _NOT_BUILT:
             if getattr(config, key) not in built:
                 takes = " or ".join(json.dumps(value) for value in built)
@@ -109,30 +146,58 @@ class SDPConfig(BaseModel):
             )
         return count
 
-    def owners(self, num_subnetworks: int) -> int:
-        """``K`` for ``N`` subnetworks.
+    def owners(self, num_subnetworks: int) -> int | dict[str, int]:
+        """``K`` for ``N`` subnetworks, or ``K`` for every kind of unit.
 
         Raises:
-            ConfigError: the coverage gives no whole ``K``, or ``K > N``.
+            ConfigError: the coverage gives no whole ``K``, ``K > N``, or a kind is missing.
         """
-        n = num_subnetworks
         if self.owners_per_unit is not None:
-            if self.owners_per_unit > n:
-                raise ConfigError(
-                    f"{BLOCK}.owners_per_unit: got {self.owners_per_unit} with {n} subnetworks; takes 1 to {n}"
-                )
-            return self.owners_per_unit
+            return self._for_kinds("owners_per_unit", self.owners_per_unit, num_subnetworks, _check_owners)
         coverage = DEFAULT_COVERAGE if self.coverage is None else self.coverage
-        # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
-        owners = round(coverage * n)
-        if owners < 1 or abs(coverage - owners / n) > 1e-3 * coverage:
-            takes = ", ".join(_fraction(k, n) for k in range(1, n + 1))
-            default = " (the default)" if self.coverage is None else ""
+        return self._for_kinds("coverage", coverage, num_subnetworks, _whole_owners)
+
+    def _for_kinds(
+        self, key: str, value: float | Mapping[Any, float], workers: int, convert: Callable[[str, float, int], int]
+    ) -> int | dict[str, int]:
+        if not isinstance(value, Mapping):
+            return convert(f"{BLOCK}.{key}", value, workers)
+        if set(value) != set(self.partition) or self.effective_block_unit == "layer":
+            kinds = " and ".join(self.partition)
+            takes = "one number" if self.effective_block_unit == "layer" else f"a number for {kinds}"
+            raise ConfigError(f"{BLOCK}.{key}: got {json.dumps(value)}; takes {takes}, as these are the kinds of units")
+        return {kind: convert(f"{BLOCK}.{key}.{kind}", number, workers) for kind, number in value.items()}
+
+    def capacity(self, num_subnetworks: int) -> tuple[float, ...] | None:
+        """``worker_capacity``, which must have one number per worker.
+
+        Raises:
+            ConfigError: it has not, or a design is asked for that cannot follow it.
+        """
+        if self.worker_capacity is not None and len(self.worker_capacity) != num_subnetworks:
             raise ConfigError(
-                f"{BLOCK}.coverage: got {coverage:g}{default} with {n} subnetworks, which gives {coverage * n:g} "
-                f"owners per unit; takes a whole number of owners: {takes}"
+                f"{BLOCK}.worker_capacity: got {len(self.worker_capacity)} numbers; takes one for each of the "
+                f"{num_subnetworks} subnetworks"
             )
-        return owners
+        return self.worker_capacity
+
+
+def _check_owners(key: str, value: float, workers: int) -> int:
+    if value > workers:
+        raise ConfigError(f"{key}: got {value} with {workers} subnetworks; takes 1 to {workers}")
+    return int(value)
+
+
+def _whole_owners(key: str, value: float, workers: int) -> int:
+    # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
+    owners = round(value * workers)
+    if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
+        takes = ", ".join(_fraction(k, workers) for k in range(1, workers + 1))
+        raise ConfigError(
+            f"{key}: got {value:g} with {workers} subnetworks, which gives {value * workers:g} owners per unit; takes "
+            f"a whole number of owners: {takes}"
+        )
+    return owners
 
 
 def split_block(ds_config: Mapping[str, Any], sdp_config: Mapping[str, Any] | str | Path | None) -> SDPConfig:
@@ -180,10 +245,19 @@ def _fraction(k: int, n: int) -> str:
     return f"{k / n:g}" if fraction.denominator in (1, 2, 4, 5, 8, 10, 16) else f"{k / n:.4f}"
 
 
-def _describe(item: Any) -> str:
+_UNIONS = {
+    "coverage": "a number above 0 and up to 1, or one for each kind of unit (mlp, attention)",
+    "owners_per_unit": "a whole number from 1 on, or one for each kind of unit (mlp, attention)",
+}
+
+
+def _describe(item: Any, block: Mapping[str, Any]) -> str:
     raised = item.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
         return str(raised)
+    name = str(item["loc"][0]) if item["loc"] else ""
+    if name in _UNIONS:
+        return f"{BLOCK}.{name}: got {json.dumps(block[name], default=str)}; takes {_UNIONS[name]}"
     key = ".".join(str(part) for part in item["loc"])
     got = json.dumps(item.get("input"), default=str)
     if item["type"] == "extra_forbidden":

@@ -65,7 +65,7 @@ def test_impossible_values_are_named(key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("masking", "backward"), ("granularity", "block"), ("resample_interval", 5), ("sync_interval", 4)],
+    [("masking", "backward"), ("resample_interval", 5), ("sync_interval", 4)],
 )
 def test_features_that_do_not_exist_yet_are_refused(key, value):
     with pytest.raises(
@@ -159,3 +159,40 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     for path in (tmp_path / "missing.json", tmp_path):
         with pytest.raises(ConfigError, match=re.escape(f"key: cannot read {path}: ")):
             read_json(path, "key")
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"block_unit": "layer"}, 'block_unit: got "layer" with granularity "neuron"'),
+        ({"granularity": "block", "partition": ["mlp"]}, r"partition: got \['mlp'\] with whole layers as units"),
+        ({"plan_file": "p.json", "coverage": 0.5}, "plan_file: got 'p.json' with a coverage"),
+        (
+            {"coverage": {"mlp": 0.5, "moe": 0.5}},
+            r"coverage: got .*; takes a number above 0 and up to 1, or one for each",
+        ),
+        ({"owners_per_unit": 0}, r"owners_per_unit: got 0; takes a whole number from 1 on"),
+        ({"worker_capacity": [1, 0]}, r"worker_capacity\.1: got 0"),
+        ({"rank_order": "random"}, "rank_order: got"),
+    ],
+)
+def test_units_and_workers_that_contradict(block, message):
+    with pytest.raises(ConfigError, match=message):
+        SDPConfig.parse(block)
+
+
+def test_owners_of_each_kind():
+    config = SDPConfig.parse({"coverage": {"mlp": 0.5, "attention": 0.75}})
+    assert config.owners(8) == {"mlp": 4, "attention": 6}
+    with pytest.raises(ConfigError, match=r"coverage\.attention: got 0\.75 with 2 subnetworks"):
+        config.owners(2)
+    with pytest.raises(ConfigError, match=r"coverage: got .*; takes a number for mlp and attention"):
+        SDPConfig.parse({"coverage": {"mlp": 0.5}}).owners(4)
+    with pytest.raises(ConfigError, match="takes one number"):
+        SDPConfig.parse({"granularity": "block", "coverage": {"mlp": 0.5, "attention": 0.5}}).owners(4)
+
+
+def test_capacity_has_a_number_for_every_worker():
+    assert SDPConfig.parse({"worker_capacity": [1, 0.5]}).capacity(2) == (1, 0.5)
+    with pytest.raises(ConfigError, match=r"worker_capacity: got 2 numbers; takes one for each of the 4 subnetworks"):
+        SDPConfig.parse({"worker_capacity": [1, 0.5]}).capacity(4)

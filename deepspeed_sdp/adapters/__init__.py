@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from deepspeed_sdp.adapters.base import Adapter, PartitionedLinear, PartitionedModule
+from deepspeed_sdp.adapters.base import Adapter, Block, BlockUnit, PartitionedLinear, PartitionedModule
 from deepspeed_sdp.adapters.llama import LlamaAdapter
 from deepspeed_sdp.errors import ModelError
 
-__all__ = ["ADAPTERS", "Adapter", "PartitionedLinear", "PartitionedModule", "find_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "Block", "BlockUnit", "PartitionedLinear", "PartitionedModule", "find_adapter"]
 
 ADAPTERS: tuple[Adapter, ...] = (LlamaAdapter(),)
 

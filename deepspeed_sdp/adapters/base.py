@@ -28,10 +28,26 @@ class PartitionedLinear:
 
 @dataclass(frozen=True)
 class PartitionedModule:
-    """One unit space and the linears that it cuts. The space's name is the module's name in the model."""
+    """One unit space at neuron granularity and the linears that it cuts; the space's name is the module's."""
 
     space: UnitSpace
     linears: tuple[PartitionedLinear, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit at block granularity: a whole residual block, owned or absent.
+
+    Attributes:
+        space: one unit; its name is the module's that adds to the residual stream.
+        norms: modules beside it that serve it alone (its input norm), absent with it.
+    """
+
+    space: UnitSpace
+    norms: tuple[str, ...] = ()
+
+
+BlockUnit = Literal["layer", "branch"]
 
 
 class AbsentModule(nn.Module):
@@ -41,7 +57,7 @@ class AbsentModule(nn.Module):
     ``unused`` (per-head norms and the like, which get no gradient here).
     """
 
-    def __init__(self, bias: nn.Parameter | None, unused: Sequence[nn.Parameter]) -> None:
+    def __init__(self, bias: nn.Parameter | None = None, unused: Sequence[nn.Parameter] = ()) -> None:
         super().__init__()
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
@@ -67,14 +83,31 @@ class Adapter(Protocol):
     def knows(self, model: nn.Module) -> bool:
         """Whether the attribute names of ``model`` are those of this family."""
 
-    def partitioned_modules(self, model: nn.Module, kinds: Sequence[str]) -> list[PartitionedModule]:
-        """The unit spaces of the kinds asked for, in forward order."""
+    def partitioned_modules(
+        self, model: nn.Module, kinds: Sequence[str], seq_length: int = 2048
+    ) -> list[PartitionedModule]:
+        """The unit spaces of the kinds asked for, in forward order; FLOPs are counted at ``seq_length``."""
+
+    def blocks(
+        self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str], seq_length: int = 2048
+    ) -> list[Block]:
+        """The residual blocks, in forward order: decoder layers, or their branches of the kinds asked for."""
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers, in forward order."""
 
     def absent(self, kind: str) -> "type[AbsentModule]":
         """What stands in for a module of which a worker owns no unit."""
+
+
+def matmul_flops(numel: int) -> float:
+    """Training FLOPs per token of ``numel`` weights: 2 forward, 4 backward each."""
+    return 6.0 * numel
+
+
+def attention_flops(heads: int, head_dim: int, seq_length: int) -> float:
+    """Training FLOPs per token of scores and weighted values, without use of the causal half."""
+    return 12.0 * heads * head_dim * seq_length
 
 
 def linear_numel(linear: nn.Linear, spec: PartitionedLinear) -> int:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepspeed_sdp.adapters.base import AbsentModule, PartitionedLinear, PartitionedModule, linear_numel
+from deepspeed_sdp.adapters.base import (
+    AbsentModule,
+    Block,
+    BlockUnit,
+    PartitionedLinear,
+    PartitionedModule,
+    attention_flops,
+    linear_numel,
+    matmul_flops,
+)
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import UnitSpace
 
@@ -32,6 +41,16 @@ class AbsentMLP(AbsentModule):
         return self.residue(x)
 
 
+class AbsentLayer(AbsentModule):
+    """A decoder layer that is not there: the identity on the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+_ABSENT: dict[str, type[AbsentModule]] = {"attention": AbsentAttention, "mlp": AbsentMLP, "layer": AbsentLayer}
+
+
 class LlamaAdapter:
     """See the module. Implements :class:`deepspeed_sdp.adapters.base.Adapter`."""
 
@@ -48,15 +67,41 @@ class LlamaAdapter:
             for part, names in (("self_attn", _ATTENTION), ("mlp", _MLP))
         )
 
-    def partitioned_modules(self, model: nn.Module, kinds: Sequence[str]) -> list[PartitionedModule]:
+    def partitioned_modules(
+        self, model: nn.Module, kinds: Sequence[str], seq_length: int = 2048
+    ) -> list[PartitionedModule]:
         modules = []
         for index, layer in enumerate(self.layers(model)):
             prefix = f"model.layers.{index}"
             if "attention" in kinds:
-                modules.append(_attention(f"{prefix}.self_attn", index, layer.get_submodule("self_attn")))
+                attention = layer.get_submodule("self_attn")
+                modules.append(_attention(f"{prefix}.self_attn", index, attention, seq_length))
             if "mlp" in kinds:
                 modules.append(_mlp(f"{prefix}.mlp", index, layer.get_submodule("mlp")))
         return modules
+
+    def blocks(
+        self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str], seq_length: int = 2048
+    ) -> list[Block]:
+        blocks = []
+        for index, layer in enumerate(self.layers(model)):
+            prefix = f"model.layers.{index}"
+            flops = {
+                "attention": _flops(_attention("", index, layer.get_submodule("self_attn"), seq_length)),
+                "mlp": _flops(_mlp("", index, layer.get_submodule("mlp"))),
+            }
+            if block_unit == "layer":
+                blocks.append(Block(UnitSpace(prefix, "layer", index, 1, _numel(layer), sum(flops.values()))))
+                continue
+            for kind, name, norm in (
+                ("attention", "self_attn", "input_layernorm"),
+                ("mlp", "mlp", "post_attention_layernorm"),
+            ):
+                if kind in kinds:
+                    numel = _numel(layer.get_submodule(name)) + _numel(layer.get_submodule(norm))
+                    space = UnitSpace(f"{prefix}.{name}", kind, index, 1, numel, flops[kind])
+                    blocks.append(Block(space, (f"{prefix}.{norm}",)))
+        return blocks
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule("model.layers")
@@ -64,10 +109,10 @@ class LlamaAdapter:
         return layers
 
     def absent(self, kind: str) -> type[AbsentModule]:
-        return AbsentAttention if kind == "attention" else AbsentMLP
+        return _ABSENT[kind]
 
 
-def _attention(name: str, index: int, attention: nn.Module) -> PartitionedModule:
+def _attention(name: str, index: int, attention: nn.Module, seq_length: int) -> PartitionedModule:
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
     kv_heads, kv_rest = divmod(_linear(attention, "k_proj").out_features, head_dim)
     queries, rest = divmod(_linear(attention, "q_proj").out_features, head_dim * max(kv_heads, 1))
@@ -82,7 +127,9 @@ def _attention(name: str, index: int, attention: nn.Module) -> PartitionedModule
         PartitionedLinear("v_proj", "out", head_dim),
         PartitionedLinear("o_proj", "in", queries * head_dim),
     )
-    return _module(name, "attention", index, kv_heads, attention, linears)
+    return _module(
+        name, "attention", index, kv_heads, attention, linears, attention_flops(queries, head_dim, seq_length)
+    )
 
 
 def _mlp(name: str, index: int, mlp: nn.Module) -> PartitionedModule:
@@ -95,10 +142,25 @@ def _mlp(name: str, index: int, mlp: nn.Module) -> PartitionedModule:
 
 
 def _module(
-    name: str, kind: str, index: int, units: int, module: nn.Module, linears: tuple[PartitionedLinear, ...]
+    name: str,
+    kind: str,
+    index: int,
+    units: int,
+    module: nn.Module,
+    linears: tuple[PartitionedLinear, ...],
+    more_flops: float = 0.0,
 ) -> PartitionedModule:
     numel = sum(linear_numel(_linear(module, spec.name), spec) for spec in linears)
-    return PartitionedModule(UnitSpace(name, kind, index, units, numel), linears)
+    space = UnitSpace(name, kind, index, units, numel, matmul_flops(numel) + more_flops)
+    return PartitionedModule(space, linears)
+
+
+def _flops(module: PartitionedModule) -> float:
+    return module.space.num_units * module.space.unit_flops
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:

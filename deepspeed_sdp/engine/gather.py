@@ -40,7 +40,7 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.de
     }
     for chunk in planned.chunks:
         owners = subnetwork.plan.owner_sets[chunk.owner_set]
-        source = owners[planned.space.layer % len(owners)]
+        source = subnetwork.first_ranks[owners[planned.space.layer % len(owners)]]
         flat = _broadcast_chunk(parameters, chunk, source, mine, dtype, device)
         sizes = [_numel(p, chunk) for p in parameters]
         for parameter, piece in zip(parameters, torch.split(flat, sizes), strict=True):
@@ -57,7 +57,6 @@ def _broadcast_chunk(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    # Rank w of the first replica trains subnetwork w, so a worker's index is a rank that holds its units.
     if dist.get_rank() == source:
         flat = torch.cat([mine[p.name, chunk.start * p.features_per_unit].reshape(-1) for p in parameters])
         flat = flat.to(device=device, dtype=dtype)

@@ -11,16 +11,19 @@ from deepspeed_sdp.plan import SubnetworkPlan
 class OwnerGroups:
     """The ranks and process groups of every owner set of a plan.
 
-    Rank ``r`` trains subnetwork ``r % N``, so the owners of a unit are ``K * R`` ranks. Every rank creates every group,
-    in the order of the plan, as ``torch.distributed.new_group`` demands.
+    Args:
+        plan: the plan.
+        workers: the subnetwork of every rank, ``[world size]``; so the owners of a unit are ``K * R`` ranks.
+
+    Every rank creates every group, in the order of the plan, as ``torch.distributed.new_group`` demands.
     """
 
-    def __init__(self, plan: SubnetworkPlan) -> None:
-        world = dist.get_world_size()
+    def __init__(self, plan: SubnetworkPlan, workers: Sequence[int]) -> None:
         self.rank = dist.get_rank()
-        self.subnetwork_index = self.rank % plan.num_subnetworks
+        self.workers = tuple(workers)
+        self.subnetwork_index = self.workers[self.rank]
         self._ranks = [
-            tuple(rank for rank in range(world) if rank % plan.num_subnetworks in owners) for owners in plan.owner_sets
+            tuple(rank for rank, worker in enumerate(self.workers) if worker in owners) for owners in plan.owner_sets
         ]
         self._created: list[ProcessGroup] = []
         self._groups = [self._make(ranks) for ranks in self._ranks]
@@ -44,6 +47,10 @@ class OwnerGroups:
     def ranks(self, owner_set: int) -> tuple[int, ...]:
         """Global ranks that own what ``owner_set`` owns, ascending."""
         return self._ranks[owner_set]
+
+    def rank_of(self, worker: int) -> int:
+        """The first rank that trains subnetwork ``worker``."""
+        return self.workers.index(worker)
 
     def group(self, owner_set: int) -> ProcessGroup:
         """The process group of ``owner_set``; valid on its members."""

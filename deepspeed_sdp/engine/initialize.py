@@ -23,7 +23,7 @@ from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.param_groups import split_optimizer, split_scheduler
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for
 
 
@@ -93,7 +93,8 @@ def initialize(
     before_cut = list(model.parameters())
     subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer, lr_scheduler)
     del before_cut
-    groups = OwnerGroups(job.plan)
+    groups = OwnerGroups(job.plan, job.workers)
+    subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
     build_engine = functools.partial(
         SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
     )
@@ -135,6 +136,7 @@ def _agree_on_job(
             check_supported(job.ds_config, model, optimizer, mpu)
             assert model is not None
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
+            job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
         return _description(job, model)
 
     agree(describe)
@@ -148,6 +150,7 @@ class _Job:
     ds_config: dict[str, Any]
     sdp: SDPConfig
     plan: SubnetworkPlan
+    workers: tuple[int, ...]
 
 
 def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
@@ -172,7 +175,13 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
         "model_on_meta_device": model is not None and is_meta(model),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
         "plan_hash": job.plan.hash if job.sdp.enabled else "",
+        "subnetwork_of_ranks": job.workers if job.sdp.enabled else (),
     }
+
+
+def _ranks_per_node() -> int:
+    # torchrun's name, then the DeepSpeed launcher's.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size())
 
 
 @functools.cache
@@ -190,7 +199,7 @@ def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any, lr_scheduler: An
     made: list[tuple[Subnetwork, bool, Any]] = []
 
     def cut() -> Mapping[str, Any]:
-        subnetwork, agreed = _build(model, job, dist.get_rank() % job.plan.num_subnetworks)
+        subnetwork, agreed = _build(model, job, job.workers[dist.get_rank()])
         made.append((subnetwork, agreed, _split_client(optimizer, lr_scheduler, subnetwork)))
         return {}
 
@@ -200,7 +209,9 @@ def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any, lr_scheduler: An
 
 def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
     on_meta = is_meta(model)
-    subnetwork = cut_model(model, job.plan, index, output_scaling=job.sdp.output_scaling)
+    subnetwork = cut_model(
+        model, job.plan, index, output_scaling=job.sdp.output_scaling, block_unit=job.sdp.effective_block_unit
+    )
     if on_meta:
         # DeepSpeed's engine sets the device too, but later than this.
         if "LOCAL_RANK" in os.environ and get_accelerator().is_available():

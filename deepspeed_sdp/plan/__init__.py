@@ -9,6 +9,7 @@ from deepspeed_sdp.plan.build import make_plan
 from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
 from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass
 from deepspeed_sdp.plan.designs import Design, make_design
+from deepspeed_sdp.plan.placement import RankOrder, nodes_of_owners, place_workers
 from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
 from deepspeed_sdp.plan.units import UnitSpace
 
@@ -18,8 +19,11 @@ __all__ = [
     "OwnerSet",
     "ParallelClass",
     "PlannedSpace",
+    "RankOrder",
     "SubnetworkPlan",
     "UnitSpace",
     "make_design",
     "make_plan",
+    "nodes_of_owners",
+    "place_workers",
 ]

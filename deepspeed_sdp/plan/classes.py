@@ -42,6 +42,20 @@ def window_class(order: Sequence[int], size: int, stride: int, first: int = 0) -
     return tuple(tuple(sorted(order[(c + i) % n] for i in range(size))) for c in range(first, first + n, stride))
 
 
+def complement_class(parallel_class: ParallelClass, num_workers: int) -> ParallelClass:
+    """The workers outside each set. Pairs then meet as evenly as before, since each meets `m - 2r` times more."""
+    everyone = range(num_workers)
+    return tuple(tuple(w for w in everyone if w not in owners) for owners in parallel_class)
+
+
+def covers_evenly(parallel_class: ParallelClass, num_workers: int) -> bool:
+    """Whether any part of the class covers all workers equally often, within one.
+
+    So it is for teams, in which everyone is once, and for their complements, in which everyone is missing once.
+    """
+    return sets_per_worker(parallel_class, num_workers) in (1, len(parallel_class) - 1)
+
+
 def pair_counts(parallel_class: ParallelClass, num_workers: int) -> NDArray[np.int64]:
     """`[N, N]`: how many sets of the class hold both workers; on the diagonal, how many hold the one."""
     member = np.zeros((len(parallel_class), num_workers), dtype=np.int64)

@@ -7,13 +7,16 @@ from math import gcd
 from random import Random
 
 from deepspeed_sdp.errors import PlanError
-from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, team_class, window_class
+from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, complement_class, team_class, window_class
+from deepspeed_sdp.plan.developed import developed_classes
 from deepspeed_sdp.plan.mixing import components, shared_mass, spectral_gap
 from deepspeed_sdp.plan.resolvable import resolvable_classes
 
 DESIGN_NAMES = ("auto", "cyclic", "random")
 # A random pool that leaves the workers apart is drawn again; at 2 classes of pairs this happens, rarely twice.
 _RANDOM_TRIES = 100
+# A design that mixes no better than this above windows gives way to them.
+_SAME_GAP = 1e-7
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,9 @@ class Design:
     """The parallel classes that the unit spaces of a model take in turn.
 
     Attributes:
-        name: `"dense"` (`K = N`), `"resolvable"`, `"cyclic"` or `"random"`.
+        name: `"dense"` (`K = N`), `"resolvable"` (partitions into teams), `"developed"` (base blocks moved around the
+            ring of the workers), `"complement"` (what a resolvable or developed design leaves out), `"cyclic"` or
+            `"random"`.
         num_subnetworks: `N`.
         owners_per_unit: `K`.
         classes: one per unit space in turn; every prefix mixes as well as could be found.
@@ -49,8 +54,9 @@ def make_design(
 ) -> Design:
     """Chooses the owner sets for `N` workers and `K` owners per unit.
 
-    `"auto"` is a resolvable design where `K` divides `N` (one team, so one slice of each weight, per worker and layer)
-    and cyclic windows elsewhere. `K = N` is always `"dense"`.
+    `"auto"` is a resolvable design where `K` divides `N` (one team, so one slice of each weight, per worker and layer),
+    else, for `K > N/2`, the complement of the design for `N-K`, which mixes as evenly, else a developed design. Cyclic
+    windows where these do not fit into `max_owner_sets` or mix no better. `K = N` is always `"dense"`.
 
     Args:
         name: `"auto"`, `"cyclic"` or `"random"`.
@@ -71,19 +77,39 @@ def make_design(
         return Design("dense", n, k, ((tuple(range(n)),),))
     if name == "random":
         return _random_design(n, k, max_owner_sets, seed)
-    if name == "cyclic" or n % k:
+    if name == "cyclic":
         return _cyclic_design(n, k, max_owner_sets)
-    _check_max_owner_sets("resolvable", n, k, _fewest_teams(n, k), max_owner_sets)
-    return Design("resolvable", n, k, tuple(resolvable_classes(n, k, max_owner_sets, seed)))
+    if n % k == 0:
+        _check_max_owner_sets("resolvable", n, k, _fewest_teams(n, k), max_owner_sets)
+        return Design("resolvable", n, k, tuple(resolvable_classes(n, k, max_owner_sets, seed)))
+    windows = _cyclic_design(n, k, max_owner_sets)
+    evener = _evener_design(n, k, max_owner_sets, seed)
+    return windows if evener is None or evener.spectral_gap <= windows.spectral_gap + _SAME_GAP else evener
 
 
-def check_workers(num_subnetworks: int, owners_per_unit: int) -> None:
+def _evener_design(n: int, k: int, max_owner_sets: int, seed: int) -> Design | None:
+    """A design whose pairs meet more evenly than in windows, where `K` does not divide `N`; None if it does not fit."""
+    check_at_least_one("max_owner_sets", max_owner_sets)
+    if 2 * k < n:
+        classes = developed_classes(n, k, max_owner_sets, seed)
+        return Design("developed", n, k, tuple(classes)) if classes else None
+    rest = n - k
+    if n % rest:
+        missing = developed_classes(n, rest, max_owner_sets, seed)
+    elif _fewest_teams(n, rest) <= max_owner_sets:
+        missing = resolvable_classes(n, rest, max_owner_sets, seed)
+    else:
+        missing = []
+    return Design("complement", n, k, tuple(complement_class(c, n) for c in missing)) if missing else None
+
+
+def check_workers(num_subnetworks: int, owners_per_unit: int, key: str = "owners_per_unit") -> None:
     """Raises PlanError unless `1 ≤ owners_per_unit ≤ num_subnetworks`, naming the key at fault."""
     check_at_least_one("num_subnetworks", num_subnetworks)
-    check_at_least_one("owners_per_unit", owners_per_unit)
+    check_at_least_one(key, owners_per_unit)
     if owners_per_unit > num_subnetworks:
         raise PlanError(
-            f"owners_per_unit: got {owners_per_unit}, takes 1 to num_subnetworks ({num_subnetworks}): "
+            f"{key}: got {owners_per_unit}, takes 1 to num_subnetworks ({num_subnetworks}): "
             "a unit cannot have more owners than there are workers"
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepspeed_sdp.plan.classes import ParallelClass, team_class
+from deepspeed_sdp.plan.starters import rotated_starters
 
 # Reduction polynomials over GF(2), as bit masks: the only fields of non-prime order with q² ≤ 64.
 _POLYNOMIALS = {4: 0b111, 8: 0b1011}
@@ -30,9 +31,7 @@ def known_classes(num_workers: int, team_size: int) -> list[ParallelClass]:
     power_n, power_k = _prime_power(n), _prime_power(k)
     if power_n and power_k and power_n[0] == power_k[0]:
         return _affine(power_n[0], power_n[1], power_k[1])
-    if n == 2 * k:
-        return _hadamard_halves(n)
-    return []
+    return (_hadamard_halves(n) if n == 2 * k else []) or rotated_starters(n, k)
 
 
 def _round_robin(n: int) -> list[ParallelClass]:

@@ -49,7 +49,7 @@ def spectral_gap(mass: Matrix) -> float:
     return float(min(1.0, max(0.0, 1.0 - np.linalg.eigvalsh(symmetric)[-2])))
 
 
-def spectral_gap_bound(num_workers: int, owners_per_unit: int) -> float:
+def spectral_gap_bound(num_workers: int, owners_per_unit: float) -> float:
     """`ρ* = 1 - (N-K) / (K(N-1))`: reached when all pairs of workers share equally much, beaten by no plan.
 
     The trace of `W` is `N/K` and its largest eigenvalue 1; the rest is least when it is spread evenly.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_sdp.errors import PlanError
@@ -14,17 +15,17 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-_PLAN_KEYS: dict[str, type] = {
+_PLAN_KEYS: dict[str, type | tuple[type, ...]] = {
     "version": int,
     "num_subnetworks": int,
-    "owners_per_unit": int,
+    "owners_per_unit": (int, dict),
     "design": str,
     "seed": int,
     "chunk_multiple": int,
     "owner_sets": list,
     "spaces": list,
 }
-_SPACE_KEYS: dict[str, type] = {
+_SPACE_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "kind": str,
     "layer": int,
@@ -32,6 +33,9 @@ _SPACE_KEYS: dict[str, type] = {
     "unit_numel": int,
     "chunks": list,
 }
+# Left out where they have these values, so that a plan that does not use them keeps its form and hash.
+_OPTIONAL_PLAN_KEYS: dict[str, object] = {"shared_flops": 0.0, "worker_capacity": None}
+_OPTIONAL_SPACE_KEYS: dict[str, object] = {"unit_flops": 0.0}
 
 
 def dump(plan: SubnetworkPlan, indent: int | None = None) -> str:
@@ -44,8 +48,10 @@ def dump(plan: SubnetworkPlan, indent: int | None = None) -> str:
         "seed": plan.seed,
         "chunk_multiple": plan.chunk_multiple,
         "owner_sets": plan.owner_sets,
+        **_used(_OPTIONAL_PLAN_KEYS, plan),
         "spaces": [
             {
+                **_used(_OPTIONAL_SPACE_KEYS, planned.space),
                 "name": planned.space.name,
                 "kind": planned.space.kind,
                 "layer": planned.space.layer,
@@ -74,31 +80,60 @@ def parse(text: str) -> dict[str, Any]:
     version = document.get("version")
     if version != FORMAT_VERSION:
         raise PlanError(f"plan version: got {version!r}, takes {FORMAT_VERSION}")
-    fields = _read(document, _PLAN_KEYS, "plan")
+    fields = _read(document, _PLAN_KEYS, "plan", _OPTIONAL_PLAN_KEYS)
     del fields["version"]
+    if isinstance(fields["owners_per_unit"], dict):
+        fields["owners_per_unit"] = _read(
+            fields["owners_per_unit"], dict.fromkeys(fields["owners_per_unit"], int), "plan owners_per_unit"
+        )
+    if fields.get("worker_capacity") is not None:
+        if not isinstance(fields["worker_capacity"], list):
+            raise PlanError(f"plan worker_capacity: got {fields['worker_capacity']!r}, takes a list of numbers")
+        fields["worker_capacity"] = tuple(_number(value, "plan worker_capacity") for value in fields["worker_capacity"])
+    if "shared_flops" in fields:
+        fields["shared_flops"] = _number(fields["shared_flops"], "plan shared_flops")
     fields["owner_sets"] = tuple(_integers(owners, "plan owner_sets") for owners in fields["owner_sets"])
     spaces = []
     for index, entry in enumerate(fields["spaces"]):
-        space = _read(entry, _SPACE_KEYS, f"plan spaces[{index}]")
+        space = _read(entry, _SPACE_KEYS, f"plan spaces[{index}]", _OPTIONAL_SPACE_KEYS)
+        if "unit_flops" in space:
+            space["unit_flops"] = _number(space["unit_flops"], f"plan unit_flops of {space['name']!r}")
         chunks = [_integers(chunk, f"plan chunk of {space['name']!r}", 3) for chunk in space.pop("chunks")]
         spaces.append(PlannedSpace(UnitSpace(**space), tuple(Chunk(*chunk) for chunk in chunks)))
     fields["spaces"] = tuple(spaces)
     return fields
 
 
-def _read(entry: object, keys: dict[str, type], where: str) -> dict[str, Any]:
+def _used(optional: Mapping[str, object], source: object) -> dict[str, object]:
+    return {key: getattr(source, key) for key, default in optional.items() if getattr(source, key) != default}
+
+
+def _read(
+    entry: object,
+    keys: Mapping[str, type | tuple[type, ...]],
+    where: str,
+    optional: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise PlanError(f"{where}: got {entry!r}, takes an object")
     for key, kind in keys.items():
         if key not in entry:
             raise PlanError(f"{where}: the key {key!r} is missing")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
         # bool is a subclass of int, and `true` is no number of workers.
-        if type(entry[key]) is not kind:
-            raise PlanError(f"{where}: {key!r} got {entry[key]!r}, takes {kind.__name__}")
-    unknown = sorted(set(entry) - set(keys))
+        if type(entry[key]) not in kinds:
+            takes = " or ".join(k.__name__ for k in kinds)
+            raise PlanError(f"{where}: {key!r} got {entry[key]!r}, takes {takes}")
+    unknown = sorted(set(entry) - set(keys) - set(optional or ()))
     if unknown:
         raise PlanError(f"{where}: unknown key {unknown[0]!r}, takes {', '.join(keys)}")
     return dict(entry)
+
+
+def _number(value: object, where: str) -> float:
+    if type(value) not in (int, float):
+        raise PlanError(f"{where}: got {value!r}, takes a number")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _integers(value: object, where: str, length: int | None = None) -> tuple[int, ...]:

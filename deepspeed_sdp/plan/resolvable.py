@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepspeed_sdp.plan.classes import ParallelClass, pair_counts, team_class
+from deepspeed_sdp.plan.developed import enough_gap
 from deepspeed_sdp.plan.geometry import known_classes
 from deepspeed_sdp.plan.mixing import spectral_gap_bound
 
@@ -17,8 +18,6 @@ Counts = NDArray[np.int64]
 _SHORTLIST = 16
 # Random starting points of the swap search at each step.
 _RESTARTS = 8
-# Each class costs N/K process groups: the last ones are left out where this share of the best gap is had without them.
-_ENOUGH = 0.99
 # Gaps are compared rounded, so that another LAPACK does not choose another plan.
 _DIGITS = 7
 
@@ -46,8 +45,7 @@ def resolvable_classes(num_workers: int, team_size: int, max_owner_sets: int, se
     best = max(gaps)
     if best <= 0.0:
         return [blocks, shifted]
-    optimal = best >= round(spectral_gap_bound(num_workers, team_size), _DIGITS)
-    enough = best if optimal else best * _ENOUGH
+    enough = enough_gap(best, spectral_gap_bound(num_workers, team_size))
     return chosen[: next(i for i, gap in enumerate(gaps) if gap >= enough) + 1]
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 
 from deepspeed_sdp.errors import PlanError
-from deepspeed_sdp.plan import mixing, plan_json
+from deepspeed_sdp.plan import guarantees, mixing, plan_json
+from deepspeed_sdp.plan.capacity import capacity_shares
 from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
 from deepspeed_sdp.plan.classes import OwnerSet
-from deepspeed_sdp.plan.designs import check_at_least_one, check_workers
-from deepspeed_sdp.plan.units import UnitSpace
 
 
 @dataclass(frozen=True)
@@ -22,30 +21,39 @@ class SubnetworkPlan:
 
     Attributes:
         num_subnetworks: `N`, the workers `0 … N-1`.
-        owners_per_unit: `K`, the owners of every partitioned unit.
-        design: `"dense"`, `"resolvable"`, `"cyclic"` or `"random"`.
+        owners_per_unit: `K`, the owners of every partitioned unit; a dict from kind to `K` where kinds differ.
+        design: `"dense"`, `"resolvable"`, `"complement"`, `"developed"`, `"cyclic"`, `"random"`, `"sequence"` (set by
+            set, for spaces of few units) or `"arcs"` (by capacity); several joined by `+` where kinds differ.
         seed: the one the plan was made with.
         chunk_multiple: the alignment asked for; a space too small for it has a finer one.
         owner_sets: index 0 is always all workers, the owners of what is shared (and of everything if `K = N`). The
             others follow in lexicographic order, each used by at least one chunk.
         spaces: in the order they were given.
+        shared_flops: training FLOPs per token that every worker computes besides its units.
+        worker_capacity: relative speeds that the units were dealt out by; None if equal.
     """
 
     num_subnetworks: int
-    owners_per_unit: int
+    owners_per_unit: int | dict[str, int]
     design: str
     seed: int
     chunk_multiple: int
     owner_sets: tuple[OwnerSet, ...]
     spaces: tuple[PlannedSpace, ...]
+    shared_flops: float = 0.0
+    worker_capacity: tuple[float, ...] | None = None
 
-    def owners(self, space_name: str, unit: int) -> OwnerSet:
-        """The workers that own one unit, ascending.
+    def owners(self, space_name: str, unit: int | None = None) -> OwnerSet:
+        """The workers that own one unit, ascending. A space of one unit (a block) needs no `unit`.
 
         Raises:
             PlanError: for a space the plan does not have, or a unit outside it.
         """
         planned = self._planned(space_name)
+        if unit is None:
+            if planned.space.num_units > 1:
+                raise PlanError(f"unit: missing, takes 0 to {planned.space.num_units - 1} for {space_name!r}")
+            unit = 0
         if not 0 <= unit < planned.space.num_units:
             raise PlanError(f"unit: got {unit}, takes 0 to {planned.space.num_units - 1} for {space_name!r}")
         chunk = planned.chunks[bisect_right(planned.chunks, unit, key=lambda c: c.start) - 1]
@@ -60,10 +68,29 @@ class SubnetworkPlan:
         self._check_worker(worker)
         return tuple(c for c in self._planned(space_name).chunks if worker in self.owner_sets[c.owner_set])
 
+    def owners_of_kind(self, kind: str) -> int:
+        """`K` of the units of one kind.
+
+        Raises:
+            PlanError: for a kind the plan does not have.
+        """
+        if isinstance(self.owners_per_unit, int):
+            return self.owners_per_unit
+        if kind not in self.owners_per_unit:
+            raise PlanError(f"kind: got {kind!r}, takes one of {', '.join(sorted(self.owners_per_unit))}")
+        return self.owners_per_unit[kind]
+
+    def coverage_of_kind(self, kind: str) -> float:
+        """`K / N` of the units of one kind."""
+        return self.owners_of_kind(kind) / self.num_subnetworks
+
     @property
     def coverage(self) -> float:
-        """`K / N`, the nominal fraction of the partitioned units that one worker holds."""
-        return self.owners_per_unit / self.num_subnetworks
+        """The fraction of the partitioned parameters that a worker holds on average: `K / N`, or the kinds' mean."""
+        if isinstance(self.owners_per_unit, int):
+            return self.owners_per_unit / self.num_subnetworks
+        held = sum(planned.space.numel * self.owners_of_kind(planned.space.kind) for planned in self.spaces)
+        return held / self.total_numel / self.num_subnetworks
 
     @property
     def total_numel(self) -> int:
@@ -79,11 +106,42 @@ class SubnetworkPlan:
         self._check_worker(worker)
         return self._owned_numels[worker]
 
+    def owned_flops(self, worker: int) -> float:
+        """Training FLOPs per token of the units that a worker owns, without what is shared.
+
+        Raises:
+            PlanError: for a worker the plan does not have.
+        """
+        self._check_worker(worker)
+        return self._owned_flops[worker]
+
     @property
     def imbalance(self) -> float:
-        """Largest over mean `owned_numel`, minus 1: what the slowest worker has too much."""
+        """Largest over mean `owned_numel`, minus 1."""
         mean = sum(self._owned_numels) / self.num_subnetworks
         return max(self._owned_numels) / mean - 1.0
+
+    @property
+    def byte_imbalance(self) -> float:
+        """How much more parameters a worker owns than is due to it, at most, as a fraction of that.
+
+        Without `worker_capacity` due is the mean, and this is `imbalance`.
+        """
+        due = self._due(lambda planned: float(planned.space.numel))
+        return max(owned / d for owned, d in zip(self._owned_numels, due, strict=True)) - 1.0
+
+    @property
+    def flop_imbalance(self) -> float:
+        """How much longer than planned the slowest worker computes: FLOPs of a step, shared ones included, over what is
+        due to it, minus 1. Without `worker_capacity` due is the mean of all workers.
+        """
+        due = self._due(lambda planned: planned.space.num_units * planned.space.unit_cost)
+        shared = self.shared_flops
+        return max((owned + shared) / (d + shared) for owned, d in zip(self._owned_flops, due, strict=True)) - 1.0
+
+    def shares(self, kind: str) -> tuple[float, ...]:
+        """The fraction of the units of a kind that is due to each worker: `K / N`, or by capacity."""
+        return capacity_shares(self.worker_capacity, self.num_subnetworks, self.owners_of_kind(kind))
 
     def mixing_matrix(self) -> mixing.Matrix:
         """`[N, N]` float64, rows summing to 1: `W[w,w'] = 1/|U_w| · Σ_{u ∈ U_w ∩ U_w'} 1/|S_u|`.
@@ -100,13 +158,25 @@ class SubnetworkPlan:
 
     @property
     def spectral_gap_bound(self) -> float:
-        """`1 - (N-K) / (K(N-1))`, which no plan beats when all workers own equally much; 1 for `N = 1`."""
-        return mixing.spectral_gap_bound(self.num_subnetworks, self.owners_per_unit)
+        """`1 - (N-K) / (K(N-1))`, which no plan beats when all workers own equally much; 1 for `N = 1`.
+
+        `K` is `coverage · N`, which holds for kinds of different coverage too.
+        """
+        return mixing.spectral_gap_bound(self.num_subnetworks, self.coverage * self.num_subnetworks)
+
+    def components(self) -> list[tuple[int, ...]]:
+        """The groups of workers that are linked by common partitioned units, each ascending."""
+        return mixing.components((self.owner_sets[i] for i in self.used_sets), self.num_subnetworks)
+
+    @cached_property
+    def used_sets(self) -> frozenset[int]:
+        """Indices of the owner sets that own a chunk."""
+        return frozenset(chunk.owner_set for planned in self.spaces for chunk in planned.chunks)
 
     @property
     def connected(self) -> bool:
         """Whether averaging reaches every worker from every other through partitioned units alone."""
-        return len(self._components()) == 1
+        return len(self.components()) == 1
 
     def validate(self, max_owner_sets: int | None = None) -> None:
         """Checks the guarantees of a plan: form, exactly `K` owners, cover, balance, connection, number of owner sets.
@@ -117,23 +187,7 @@ class SubnetworkPlan:
         Raises:
             PlanError: naming the first guarantee that does not hold.
         """
-        check_workers(self.num_subnetworks, self.owners_per_unit)
-        self._check_owner_sets()
-        if not self.spaces:
-            raise PlanError("spaces: got none, takes at least one unit space")
-        seen: set[str] = set()
-        for planned in self.spaces:
-            check_space(planned.space, seen)
-            self._check_cover(planned)
-            self._check_balance(planned)
-        unused = set(range(1, len(self.owner_sets))) - self._used_sets
-        if unused:
-            raise PlanError(f"owner_sets: no chunk uses set {min(unused)}, {list(self.owner_sets[min(unused)])}")
-        groups = self._components()
-        if 1 < self.owners_per_unit < self.num_subnetworks and len(groups) > 1:
-            raise PlanError(self._describe_unconnected(groups))
-        if max_owner_sets is not None and len(self._used_sets) > max_owner_sets:
-            raise PlanError(f"max_owner_sets: got {max_owner_sets}, and the plan has {len(self._used_sets)} owner sets")
+        guarantees.check(self, max_owner_sets)
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON with sorted keys; without `indent` on one line without blanks, the form that is hashed."""
@@ -162,11 +216,13 @@ class SubnetworkPlan:
             "owners_per_unit": self.owners_per_unit,
             "coverage": self.coverage,
             "design": self.design,
-            "owner_sets": len(self._used_sets),
+            "owner_sets": len(self.used_sets),
             "connected": self.connected,
             "spectral_gap": self.spectral_gap,
             "spectral_gap_bound": self.spectral_gap_bound,
             "imbalance": self.imbalance,
+            "flop_imbalance": self.flop_imbalance,
+            "byte_imbalance": self.byte_imbalance,
             "num_spaces": len(self.spaces),
             "plan_hash": self.hash,
         }
@@ -174,10 +230,6 @@ class SubnetworkPlan:
     @cached_property
     def _by_name(self) -> dict[str, PlannedSpace]:
         return {planned.space.name: planned for planned in self.spaces}
-
-    @cached_property
-    def _used_sets(self) -> set[int]:
-        return {chunk.owner_set for planned in self.spaces for chunk in planned.chunks}
 
     @cached_property
     def _owned_numels(self) -> tuple[int, ...]:
@@ -188,19 +240,36 @@ class SubnetworkPlan:
         return tuple(numels)
 
     @cached_property
+    def _owned_flops(self) -> tuple[float, ...]:
+        flops = [0.0] * self.num_subnetworks
+        for planned in self.spaces:
+            for chunk in planned.chunks:
+                for worker in self.owner_sets[chunk.owner_set]:
+                    flops[worker] += (chunk.stop - chunk.start) * planned.space.unit_cost
+        return tuple(flops)
+
+    def _due(self, size: Callable[[PlannedSpace], float]) -> list[float]:
+        """Each worker's due of the sizes of all spaces."""
+        sizes: dict[str, float] = {}
+        for planned in self.spaces:
+            sizes[planned.space.kind] = sizes.get(planned.space.kind, 0.0) + size(planned)
+        due = [0.0] * self.num_subnetworks
+        for kind, total in sizes.items():
+            for worker, share in enumerate(self.shares(kind)):
+                due[worker] += share * total
+        return due
+
+    @cached_property
     def _shared_mass(self) -> mixing.Matrix:
         return mixing.shared_mass(self._owned_masses(), self.num_subnetworks)
 
     def _owned_masses(self) -> Iterator[tuple[OwnerSet, int]]:
         """Each owner set in use with the parameters it owns."""
-        numels = dict.fromkeys(sorted(self._used_sets), 0)
+        numels = dict.fromkeys(sorted(self.used_sets), 0)
         for planned in self.spaces:
             for chunk in planned.chunks:
                 numels[chunk.owner_set] += (chunk.stop - chunk.start) * planned.space.unit_numel
         return ((self.owner_sets[index], numel) for index, numel in numels.items())
-
-    def _components(self) -> list[tuple[int, ...]]:
-        return mixing.components((self.owner_sets[i] for i in self._used_sets), self.num_subnetworks)
 
     def _planned(self, space_name: str) -> PlannedSpace:
         if space_name not in self._by_name:
@@ -212,62 +281,3 @@ class SubnetworkPlan:
     def _check_worker(self, worker: int) -> None:
         if not 0 <= worker < self.num_subnetworks:
             raise PlanError(f"worker: got {worker}, takes 0 to {self.num_subnetworks - 1}")
-
-    def _check_owner_sets(self) -> None:
-        everyone = tuple(range(self.num_subnetworks))
-        if not self.owner_sets or self.owner_sets[0] != everyone:
-            raise PlanError(f"owner_sets: the first must hold all workers 0 to {self.num_subnetworks - 1}")
-        for owners in self.owner_sets[1:]:
-            if len(owners) != self.owners_per_unit or tuple(sorted(set(owners) & set(everyone))) != owners:
-                raise PlanError(
-                    f"owner_sets: got {list(owners)}, takes {self.owners_per_unit} different workers in ascending order"
-                )
-        if any(left >= right for left, right in zip(self.owner_sets[1:], self.owner_sets[2:], strict=False)):
-            raise PlanError("owner_sets: those after the first must differ and stand in lexicographic order")
-
-    def _check_cover(self, planned: PlannedSpace) -> None:
-        name, at = planned.space.name, 0
-        for chunk in planned.chunks:
-            if chunk.start != at or chunk.stop <= chunk.start:
-                raise PlanError(f"{name}: chunk [{chunk.start}, {chunk.stop}) does not continue at unit {at}")
-            if not 0 <= chunk.owner_set < len(self.owner_sets):
-                raise PlanError(f"{name}: chunk of owner set {chunk.owner_set}, there are {len(self.owner_sets)}")
-            if len(self.owner_sets[chunk.owner_set]) != self.owners_per_unit:
-                raise PlanError(
-                    f"{name}: units [{chunk.start}, {chunk.stop}) have {len(self.owner_sets[chunk.owner_set])} owners, "
-                    f"not owners_per_unit={self.owners_per_unit}"
-                )
-            at = chunk.stop
-        if at != planned.space.num_units:
-            raise PlanError(f"{name}: chunks cover {at} of {planned.space.num_units} units")
-
-    def _check_balance(self, planned: PlannedSpace) -> None:
-        owned = [0] * self.num_subnetworks
-        for chunk in planned.chunks:
-            for worker in self.owner_sets[chunk.owner_set]:
-                owned[worker] += chunk.stop - chunk.start
-        chunk_size = max(chunk.stop - chunk.start for chunk in planned.chunks)
-        if max(owned) - min(owned) > chunk_size:
-            raise PlanError(
-                f"{planned.space.name}: workers own from {min(owned)} to {max(owned)} units, further apart than "
-                f"one chunk ({chunk_size} units)"
-            )
-
-    def _describe_unconnected(self, groups: list[tuple[int, ...]]) -> str:
-        units = sum(planned.space.num_units for planned in self.spaces)
-        shown = ", ".join(str(list(group)) for group in groups[:4]) + (", …" if len(groups) > 4 else "")
-        return (
-            f"num_subnetworks={self.num_subnetworks}, owners_per_unit={self.owners_per_unit}: with the {self.design} "
-            f"design the workers fall into groups that share no partitioned unit, {shown}. {len(self.spaces)} unit "
-            f"space(s) with {units} units are too few: partition more layers or finer units, or take a larger "
-            f"owners_per_unit or owners_per_unit={self.num_subnetworks} (data parallelism)"
-        )
-
-
-def check_space(space: UnitSpace, seen: set[str]) -> None:
-    """Raises PlanError for a unit space without units or with a name that is in `seen`; adds its name there."""
-    if space.name in seen:
-        raise PlanError(f"spaces: got the name {space.name!r} twice, takes different names")
-    seen.add(space.name)
-    check_at_least_one(f"num_units of {space.name!r}", space.num_units)
-    check_at_least_one(f"unit_numel of {space.name!r}", space.unit_numel)

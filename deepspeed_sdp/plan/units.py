@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Training FLOPs per token of a parameter in a linear layer: 2 in the forward and 4 in the backward pass.
+_FLOPS_PER_PARAMETER = 6.0
+
 
 @dataclass(frozen=True)
 class UnitSpace:
@@ -11,10 +14,13 @@ class UnitSpace:
 
     Attributes:
         name: module path, e.g. `"model.layers.3.mlp"`; unique within a plan.
-        kind: what a unit is: `"mlp"` (a neuron) or `"attention"` (a KV head with its query heads).
+        kind: what a unit is: `"mlp"` (a neuron) or `"attention"` (a KV head with its query heads), with
+            `num_units = 1` the whole branch; `"layer"` (a whole residual layer, `num_units = 1`).
         layer: index of the residual layer the module belongs to.
         num_units: how many units there are, at least 1.
         unit_numel: parameters of one unit, at least 1.
+        unit_flops: training FLOPs per token of one unit at the sequence length of the run (forward and backward);
+            0 stands for 6 per parameter.
     """
 
     name: str
@@ -22,8 +28,14 @@ class UnitSpace:
     layer: int
     num_units: int
     unit_numel: int
+    unit_flops: float = 0.0
 
     @property
     def numel(self) -> int:
         """Parameters of the whole space."""
         return self.num_units * self.unit_numel
+
+    @property
+    def unit_cost(self) -> float:
+        """What a unit counts for in a worker's step time: its training FLOPs per token."""
+        return self.unit_flops or _FLOPS_PER_PARAMETER * self.unit_numel

@@ -1,6 +1,7 @@
 """Reports and plots of a run."""
 
+from deepspeed_sdp.report.plan_summary import plan_summary, to_text
 from deepspeed_sdp.report.plots import plot_loss, plot_plan
 from deepspeed_sdp.report.run_report import RunReport, to_markdown
 
-__all__ = ["RunReport", "plot_loss", "plot_plan", "to_markdown"]
+__all__ = ["RunReport", "plan_summary", "plot_loss", "plot_plan", "to_markdown", "to_text"]

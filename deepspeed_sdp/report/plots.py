@@ -30,34 +30,62 @@ def plot_loss(data: dict[str, Any], path: Path) -> None:
 
 
 def plot_plan(plan: SubnetworkPlan, path: Path) -> None:
-    """Workers by layers: the owned part of every unit space, coloured by owner set; each worker's share beside it."""
+    """Workers by layers: the owned part of every unit space, coloured by owner set; the workers' loads beside it."""
     kinds = list(dict.fromkeys(planned.space.kind for planned in plan.spaces))
     workers = plan.num_subnetworks
     layers = 1 + max(planned.space.layer for planned in plan.spaces)
     used = sorted({chunk.owner_set for planned in plan.spaces for chunk in planned.chunks})
     colors = {owner_set: _color(i, len(used)) for i, owner_set in enumerate(used)}
-    size = (2.2 + 1.15 * min(workers, 16) * len(kinds), 1.6 + 0.32 * layers)
-    figure = Figure(figsize=(max(size[0], 7), max(size[1], 3.6)), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    # Side by side while that fits on a page, below each other for many workers.
+    stacked = workers > 8 and len(kinds) > 1
+    width = (0.85 if stacked else 0.62 * len(kinds)) * workers + 4.5
+    height = 1.8 + 0.26 * layers * (len(kinds) if stacked else 1)
+    figure = Figure(figsize=(min(max(width, 8), 24), min(max(height, 4), 30)), layout="constrained")
+    columns = 1 if stacked else len(kinds)
+    grid = figure.add_gridspec(
+        len(kinds) // columns, columns + 1, width_ratios=[*([workers] * columns), 0.35 * workers + 2]
+    )
+    panels = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(kinds))]
     for axes, kind in zip(panels, kinds, strict=True):
         for planned in plan.spaces:
             if planned.space.kind == kind:
                 _draw_space(axes, plan, planned, colors)
-        shares = [_share(plan, kind, worker) for worker in range(workers)]
-        labels = [f"{worker}\n{share:.0%}" for worker, share in enumerate(shares)]
-        axes.set(xlim=(-0.05, workers), ylim=(layers, -0.1), xlabel="worker, share of the units", title=kind)
+        labels = [f"{worker}\n{_share(plan, kind, worker):.0%}" for worker in range(workers)]
+        axes.set(xlim=(-0.05, workers), ylim=(layers, -0.1), title=kind)
         axes.set_xticks([worker + 0.45 for worker in range(workers)], labels)
         axes.set_yticks([layer + 0.45 for layer in range(layers)], [str(layer) for layer in range(layers)])
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set_visible(False)
-    panels[0].set_ylabel("layer")
+        axes.set_ylabel("layer")
+    panels[-1].set_xlabel("worker, share of the units")
+    _draw_loads(figure.add_subplot(grid[:, columns]), plan)
     _legend(figure, plan, used, colors)
+    owners = plan.owners_per_unit
     figure.suptitle(
-        f"{workers} workers, {plan.owners_per_unit} owners per unit, {plan.design} design, "
+        f"{workers} workers, {owners} owners per unit, {plan.design} design, {len(used)} owner sets, "
         f"spectral gap {plan.spectral_gap:.3f} (bound {plan.spectral_gap_bound:.3f})",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_loads(axes: Any, plan: SubnetworkPlan) -> None:
+    """FLOPs and partitioned parameters of every worker, the mean is 1."""
+    workers = range(plan.num_subnetworks)
+    for offset, shade, label, load in (
+        (-0.2, "0.35", "FLOPs of a step", [plan.owned_flops(w) + plan.shared_flops for w in workers]),
+        (0.2, "0.65", "partitioned parameters", [float(plan.owned_numel(w)) for w in workers]),
+    ):
+        mean = sum(load) / len(load)
+        axes.barh(
+            [w + offset for w in workers], [value / mean for value in load], height=0.38, label=label, color=shade
+        )
+    axes.axvline(1.0, color="gray", lw=0.8)
+    axes.set(ylim=(plan.num_subnetworks - 0.5, -0.5), title="load, the mean is 1", ylabel="worker")
+    axes.set_yticks(list(workers))
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def _draw_space(axes: Any, plan: SubnetworkPlan, planned: PlannedSpace, colors: dict[int, Any]) -> None:

@@ -1,10 +1,11 @@
 """From a full model to one worker's subnetwork."""
 
+from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space, place
 from deepspeed_sdp.subnetwork.materialize import is_meta, materialize
-from deepspeed_sdp.subnetwork.planning import plan_for
-from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, cut_model, partitioned_modules
+from deepspeed_sdp.subnetwork.planning import plan_for, unit_spaces
+from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
 
 __all__ = [
     "SHARED",
@@ -16,8 +17,8 @@ __all__ = [
     "materialize",
     "meta_model",
     "partitioned_by_space",
-    "partitioned_modules",
     "place",
     "plan_for",
     "read_model_config",
+    "unit_spaces",
 ]

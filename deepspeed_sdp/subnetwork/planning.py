@@ -1,11 +1,17 @@
 """The plan of a model, from the SDP block."""
 
+import fnmatch
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
 from torch import nn
 
-from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters import Adapter, find_adapter
+from deepspeed_sdp.adapters.base import matmul_flops
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.plan import SubnetworkPlan, make_plan
-from deepspeed_sdp.subnetwork.subnetwork import partitioned_modules
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 
 
 def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
@@ -14,17 +20,113 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     Raises:
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
     """
-    adapter = find_adapter(model)
+    spaces = unit_spaces(model, sdp, find_adapter(model))
+    if sdp.plan_file is not None:
+        return read_plan(sdp, spaces, world_size)
     num_subnetworks = sdp.subnetworks(world_size)
-    modules = partitioned_modules(model, adapter, sdp.partition, sdp.shared_modules)
     plan = make_plan(
-        [module.space for module in modules],
+        spaces,
         num_subnetworks,
         owners_per_unit=sdp.owners(num_subnetworks),
         design=sdp.design,
         max_owner_sets=sdp.max_owner_sets,
         chunk_multiple=sdp.chunk_multiple,
         seed=sdp.seed,
+        shared_flops=shared_flops(model, sdp, spaces),
+        worker_capacity=sdp.capacity(num_subnetworks),
     )
     plan.validate()
     return plan
+
+
+def read_plan(sdp: SDPConfig, spaces: Sequence[UnitSpace], world_size: int) -> SubnetworkPlan:
+    """The plan of ``sdp.plan_file``.
+
+    Raises:
+        ConfigError: the file cannot be read, or it was made for another model or number of workers.
+        PlanError: it holds no valid plan.
+    """
+    key = "subnetwork_data_parallel.plan_file"
+    try:
+        text = Path(str(sdp.plan_file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not a text file"
+        raise ConfigError(f"{key}: cannot read {sdp.plan_file}: {reason}") from None
+    plan = SubnetworkPlan.from_json(text)
+    planned = [space.space for space in plan.spaces]
+    if [_identity(space) for space in planned] != [_identity(space) for space in spaces]:
+        mine, theirs = _first_difference(spaces, planned)
+        raise ConfigError(
+            f"{key}: {sdp.plan_file} is of another model or granularity: it has {theirs}, the model {mine}"
+        )
+    workers = sdp.num_subnetworks or plan.num_subnetworks
+    if workers != plan.num_subnetworks or world_size % workers:
+        raise ConfigError(
+            f"{key}: {sdp.plan_file} is for {plan.num_subnetworks} workers; got num_subnetworks {workers} and a world "
+            f"size of {world_size}; takes a multiple of {plan.num_subnetworks} ranks"
+        )
+    return plan
+
+
+def _first_difference(mine: Sequence[UnitSpace], theirs: Sequence[UnitSpace]) -> tuple[str, str]:
+    for left, right in itertools.zip_longest(mine, theirs):
+        if left is None or right is None or _identity(left) != _identity(right):
+            break
+    describe = [
+        f"{s.name} with {s.num_units} units of {s.unit_numel} parameters" if s else "nothing" for s in (left, right)
+    ]
+    return describe[0], describe[1]
+
+
+def _identity(space: UnitSpace) -> tuple[object, ...]:
+    return space.name, space.kind, space.num_units, space.unit_numel
+
+
+def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[UnitSpace]:
+    """The unit spaces of ``model`` that are partitioned: all but those that ``shared_modules`` names.
+
+    A pattern (``fnmatch``) shares a module and everything in it, e.g. ``"model.layers.0"`` or ``"*.self_attn"``.
+
+    Raises:
+        ConfigError: a pattern matches no module, or only a part of a unit, or nothing is left to partition.
+    """
+    block_unit = sdp.effective_block_unit
+    if block_unit:
+        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition, sdp.seq_length)]
+    else:
+        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition, sdp.seq_length)]
+    names = [name for name, _ in model.named_modules() if name]
+    units = [space.name for space in spaces]
+    for pattern in sdp.shared_modules:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ConfigError(
+                f"subnetwork_data_parallel.shared_modules: got {pattern!r}, which matches no module of "
+                f"{type(model).__name__}; takes name patterns such as {names[-1]!r}"
+            )
+        for name in matched:
+            unit = next((unit for unit in units if name.startswith(f"{unit}.")), None)
+            if unit and not _shares(pattern, unit):
+                raise ConfigError(
+                    f"subnetwork_data_parallel.shared_modules: got {pattern!r}, which matches {name}, a part of a "
+                    f"unit; takes patterns of whole units such as {unit!r}"
+                )
+    left = [space for space in spaces if not any(_shares(pattern, space.name) for pattern in sdp.shared_modules)]
+    if not left:
+        raise ConfigError("subnetwork_data_parallel.shared_modules: shares every unit; takes fewer patterns")
+    return left
+
+
+def shared_flops(model: nn.Module, sdp: SDPConfig, spaces: Sequence[UnitSpace]) -> float:
+    """Training FLOPs per token that every worker computes whatever it owns: the output head and shared modules."""
+    every = find_adapter(model).partitioned_modules(model, ("mlp", "attention"), sdp.seq_length)
+    partitioned = sum(space.num_units * space.unit_flops for space in spaces)
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    head_flops = matmul_flops(sum(p.numel() for p in head.parameters())) if head is not None else 0.0
+    return head_flops + max(0.0, sum(m.space.num_units * m.space.unit_flops for m in every) - partitioned)
+
+
+def _shares(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` names the module ``name`` or one that it lies in."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

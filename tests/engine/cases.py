@@ -1,5 +1,6 @@
 """What the ranks run. Every function is called on all ranks at once."""
 
+import os
 import random
 import time
 
@@ -66,6 +67,7 @@ def face(engine):
     """What a test wants to know of a trained engine."""
     return {
         "plan": engine.plan.to_json(),
+        "workers": list(engine._owner_groups.workers),
         "owned": {
             name: (engine._subnetwork.fragments[name], p.detach().float().clone())
             for name, p in engine.module.named_parameters()
@@ -139,3 +141,13 @@ def one_rank_overflows(stage, bf16, bad_step, bad_rank):
     result = {"snapshots": snapshots, "skipped": engine.skipped_steps, "losses": losses, **face(engine)}
     engine.destroy()
     return result
+
+
+def train_on_nodes(ranks_per_node, **kwargs):
+    """``train`` on nodes of ``ranks_per_node`` ranks, as the launcher would number them."""
+    before = os.environ["LOCAL_WORLD_SIZE"]
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
+    try:
+        return train(**kwargs)
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"] = before

@@ -37,10 +37,12 @@ def bound(n: int, k: int) -> float:
         ("cyclic", 8, 2, 8, 0.146),
         ("auto", 8, 2, 28, 0.571),
         ("cyclic", 8, 6, 8, 0.905),
-        ("auto", 8, 6, 8, 0.905),
+        ("auto", 8, 6, 28, 0.952),
         ("auto", 4, 2, 6, 2 / 3),
         ("auto", 9, 3, 12, 0.75),
         ("auto", 3, 2, 3, 0.75),
+        ("auto", 7, 3, 7, 7 / 9),
+        ("auto", 11, 5, 11, 0.88),
         ("auto", 8, 1, 8, 0.0),
     ],
 )
@@ -125,7 +127,7 @@ def test_windows_are_consecutive() -> None:
 
 def test_seed_changes_random_and_searched_designs() -> None:
     assert make_design("random", 8, 4, seed=0) != make_design("random", 8, 4, seed=1)
-    assert make_design("auto", 12, 4, seed=0) != make_design("auto", 12, 4, seed=1)
+    assert make_design("auto", 20, 4, seed=0) != make_design("auto", 20, 4, seed=1)
 
 
 @pytest.mark.parametrize("limit", [4, 6, 13, 14, 40])

@@ -73,7 +73,8 @@ def test_guarantees_for_all_sizes_up_to_twelve(design: str) -> None:
             mlp = [
                 sum(c.stop - c.start for p in plan.spaces[1::2] for c in plan.owned(p.space.name, w)) for w in range(n)
             ]
-            assert max(mlp) <= 1.05 * 6 * 172 * k / n + 1
+            # A KV head is worth hundreds of these neurons, which make up for some of it.
+            assert max(mlp) <= 1.4 * 6 * 172 * k / n + 1
 
 
 def check_guarantees(plan: SubnetworkPlan, spaces: list[UnitSpace], n: int, k: int) -> None:
@@ -169,6 +170,8 @@ def test_llama_on_eight_workers() -> None:
         "spectral_gap": plan.spectral_gap,
         "spectral_gap_bound": plan.spectral_gap_bound,
         "imbalance": 0.0,
+        "flop_imbalance": 0.0,
+        "byte_imbalance": 0.0,
         "num_spaces": 56,
         "plan_hash": plan.hash,
     }

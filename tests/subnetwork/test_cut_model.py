@@ -6,16 +6,17 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.errors import ConfigError, ModelError, PlanError
 from deepspeed_sdp.plan import make_plan
-from deepspeed_sdp.subnetwork import cut_model, partitioned_modules
+from deepspeed_sdp.subnetwork import cut_model, unit_spaces
 from tests.support.compare import SCALES
 from tests.support.models import tiny_model
 from tests.support.oracle import only_units_of, unit_owners_of
 
 
 def plan_of(model, workers, owners, partition=("mlp", "attention"), **options):
-    spaces = [module.space for module in partitioned_modules(model, find_adapter(model), partition)]
+    spaces = [module.space for module in find_adapter(model).partitioned_modules(model, partition)]
     return make_plan(spaces, workers, owners_per_unit=owners, **options)
 
 
@@ -139,11 +140,43 @@ def test_shared_modules():
     adapter = find_adapter(model)
 
     def left(*patterns):
-        return [m.space.name for m in partitioned_modules(model, adapter, ("mlp", "attention"), patterns)]
+        return [space.name for space in unit_spaces(model, SDPConfig(shared_modules=patterns), adapter)]
 
     assert left("model.layers.0") == [f"model.layers.{i}.{part}" for i in (1, 2) for part in ("self_attn", "mlp")]
     assert left("*.self_attn", "model.layers.2") == ["model.layers.0.mlp", "model.layers.1.mlp"]
     with pytest.raises(ConfigError, match="'nothing', which matches no module"):
         left("nothing")
-    with pytest.raises(ConfigError, match="shares every module"):
+    with pytest.raises(ConfigError, match="shares every unit"):
         left("model")
+
+
+def test_a_pattern_inside_a_block_is_refused():
+    model = tiny_model()
+    config = SDPConfig(granularity="block", shared_modules=("model.layers.0.mlp",))
+    with pytest.raises(
+        ConfigError, match=r"which matches model\.layers\.0\.mlp, a part of a unit; .*'model\.layers\.0'"
+    ):
+        unit_spaces(model, config, find_adapter(model))
+
+
+@pytest.mark.parametrize("block_unit", ["layer", "branch"])
+def test_blocks_cover_the_model_and_an_absent_one_is_the_identity(block_unit):
+    full = tiny_model()
+    config = SDPConfig(granularity="block", block_unit=block_unit, coverage=0.5)
+    spaces = unit_spaces(full, config, find_adapter(full))
+    in_layers = sum(p.numel() for p in full.model.layers.parameters())
+    assert sum(space.numel for space in spaces) == in_layers
+    plan = make_plan(spaces, 2, owners_per_unit=1)
+    held = 0
+    hidden = torch.randn(1, 5, 32)
+    for worker in range(2):
+        model = tiny_model()
+        cut_model(model, plan, worker, block_unit=block_unit)
+        held += sum(p.numel() for p in model.model.layers.parameters())
+        for space in spaces:
+            if worker not in plan.owners(space.name):
+                output = model.get_submodule(space.name)(hidden)
+                output = output[0] if isinstance(output, tuple) else output
+                assert torch.equal(output, hidden if block_unit == "layer" else torch.zeros_like(hidden))
+                assert not list(model.get_submodule(space.name).parameters())
+    assert held == in_layers

@@ -11,7 +11,7 @@ import torch
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import make_plan
-from deepspeed_sdp.subnetwork import cut_model, is_meta, materialize, partitioned_modules
+from deepspeed_sdp.subnetwork import cut_model, is_meta, materialize
 from tests.support.models import FAMILIES, tiny_config, tiny_model
 from tests.support.ranks import rank_environment
 
@@ -27,7 +27,7 @@ def union(family="llama", workers=4, owners=2, partition=("mlp", "attention"), s
         model = tiny_model(family, meta=True, **sizes)
         if dtype:
             model = model.to(dtype)
-        spaces = [module.space for module in partitioned_modules(model, find_adapter(model), partition)]
+        spaces = [module.space for module in find_adapter(model).partitioned_modules(model, partition)]
         plan = make_plan(spaces, workers, owners_per_unit=owners, **options)
         cut = cut_model(model, plan, worker)
         materialize(cut, "cpu", seed)
@@ -113,7 +113,7 @@ def test_values_are_distributed_as_the_family_draws_them(family, dtype):
 
 def test_the_global_generator_is_left_alone():
     model = tiny_model(meta=True)
-    spaces = [module.space for module in partitioned_modules(model, find_adapter(model), ("mlp",))]
+    spaces = [module.space for module in find_adapter(model).partitioned_modules(model, ("mlp",))]
     cut = cut_model(model, make_plan(spaces, 2, owners_per_unit=1), 0)
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -125,7 +125,7 @@ def test_the_global_generator_is_left_alone():
 def test_a_family_that_leaves_a_value_out_is_named():
     model = tiny_model(meta=True)
     model._init_weights = lambda module: None
-    spaces = [module.space for module in partitioned_modules(model, find_adapter(model), ("mlp",))]
+    spaces = [module.space for module in find_adapter(model).partitioned_modules(model, ("mlp",))]
     cut = cut_model(model, make_plan(spaces, 2, owners_per_unit=1), 0)
     with pytest.raises(ModelError, match=r"gives parameter model\.embed_tokens\.weight no value"):
         materialize(cut, "cpu")
@@ -143,13 +143,13 @@ import json, resource, sys
 import torch
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.plan import make_plan
-from deepspeed_sdp.subnetwork import cut_model, materialize, partitioned_modules
+from deepspeed_sdp.subnetwork import cut_model, materialize
 from tests.support.models import tiny_model
 
 def build(workers, owners, **sizes):
     model = tiny_model(meta=True, **sizes)
     full = sum(p.numel() for p in model.parameters()) * 4
-    spaces = [module.space for module in partitioned_modules(model, find_adapter(model), ("mlp", "attention"))]
+    spaces = [module.space for module in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))]
     cut = cut_model(model, make_plan(spaces, workers, owners_per_unit=owners), 0)
     materialize(cut, "cpu")
     return full, cut

@@ -27,14 +27,30 @@ def simulate(
     batches = token_batches(steps, world, (ds or {}).get("accumulation", 1), seed=seed)
     losses, norms = oracle.train(
         module,
-        oracle.unit_owners_of(plan),
+        oracle.unit_owners_of(plan, blocks=(sdp or {}).get("granularity") == "block"),
         plan.num_subnetworks,
         batches,
         optimizer or adamw(module),
         clip=(ds or {}).get("clip", 0.0),
-        scale=plan.coverage**-power,
+        scale=lambda worker, name: _share(plan, worker, name) ** -power,
+        workers=result["workers"],
     )
     return module, losses, norms
+
+
+def _share(plan, worker, name):
+    """The share of the units of a module's kind that is due to a worker: ``K/N``, or by capacity."""
+    kind = next(planned.space.kind for planned in plan.spaces if planned.space.name == name)
+    owners = plan.owners_per_unit if isinstance(plan.owners_per_unit, int) else plan.owners_per_unit[kind]
+    capacity = plan.worker_capacity or [1.0] * plan.num_subnetworks
+    full = set()  # workers that own everything; the others share what is left in proportion
+    while True:
+        left = {w: c for w, c in enumerate(capacity) if w not in full}
+        shares = {w: (owners - len(full)) * c / sum(left.values()) for w, c in left.items()}
+        more = {w for w, share in shares.items() if share > 1.0}
+        if not more:
+            return shares.get(worker, 1.0)
+        full |= more
 
 
 def assert_like(results, simulated, tolerance=1e-5):
@@ -67,7 +83,7 @@ def assert_owners_equal(results):
             holders.setdefault(fragment, []).append((rank, value))
     for fragment, copies in holders.items():
         owners = plan.owner_sets[fragment.owner_set]
-        expected = [rank for rank in range(len(results)) if rank % plan.num_subnetworks in owners]
+        expected = [rank for rank in range(len(results)) if results[rank]["workers"][rank] in owners]
         assert [rank for rank, _ in copies] == expected, fragment
         for rank, value in copies[1:]:
             assert torch.equal(value, copies[0][1]), f"{fragment} differs on rank {rank}"

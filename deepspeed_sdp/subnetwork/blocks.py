@@ -1,0 +1,64 @@
+"""Cutting at block granularity: a residual block is owned whole, or absent.
+
+Everything in an owned block belongs to its owners, its biases and its input norm too. A block that is not owned is the
+identity on the residual stream; it has no parameters, and its input norm is not computed.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.adapters import Block
+from deepspeed_sdp.subnetwork.layout import FullParameter
+from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
+
+
+def cut_block(subnetwork: Subnetwork, block: Block, scale: float) -> None:
+    """Keep or remove ``block``; ``scale`` multiplies what an owned one adds to the residual stream."""
+    model, space = subnetwork.module, block.space
+    names = (space.name, *block.norms)
+    owned = subnetwork.plan.owned(space.name, subnetwork.index)
+    for name in names:
+        for local, parameter in model.get_submodule(name).named_parameters():
+            full_name = f"{name}.{local}"
+            # One unit, as wide as the parameter.
+            full = FullParameter(full_name, tuple(parameter.shape), 0, parameter.shape[0], space.name)
+            subnetwork.partitioned[full_name] = full
+            if owned:
+                subnetwork.fragments[full_name] = full.fragment(0, 1, owned[0].owner_set)
+            else:
+                subnetwork.replaced.setdefault(id(parameter), [])
+    if not owned:
+        _remove(subnetwork, block)
+    elif scale != 1.0:
+        hook = _scale_layer if space.kind == "layer" else _scale_branch
+        model.get_submodule(space.name).register_forward_hook(hook(scale), with_kwargs=True)
+
+
+def _remove(subnetwork: Subnetwork, block: Block) -> None:
+    model = subnetwork.module
+    layer = model.get_submodule(block.space.name)
+    absent = subnetwork.adapter.absent(block.space.kind)()
+    if hasattr(layer, "attention_type"):  # the model asks its layers which attention mask they take
+        absent.attention_type = layer.attention_type
+    replace_module(model, block.space.name, absent)
+    for norm in block.norms:
+        replace_module(model, norm, nn.Identity())
+
+
+def _scale_layer(scale: float) -> Any:
+    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        residual: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        return residual + scale * (output - residual)
+
+    return hook
+
+
+def _scale_branch(scale: float) -> Any:
+    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] * scale, *output[1:])
+        return output * scale
+
+    return hook

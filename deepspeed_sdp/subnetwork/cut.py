@@ -1,0 +1,170 @@
+"""Cutting a full model down to the units that one worker owns.
+
+The model is cut in place, as ``fully_shard`` shards in place: the modules stay transformers' own, only smaller.
+"""
+
+import copy
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.adapters import Adapter, BlockUnit, PartitionedLinear, PartitionedModule, find_adapter
+from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork.blocks import cut_block
+from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
+from deepspeed_sdp.subnetwork.linear import SubnetworkLinear
+from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
+
+KINDS = ("mlp", "attention")
+
+OutputScaling = Literal["none", "inverse_sqrt_coverage", "inverse_coverage"]
+
+
+def cut_model(
+    model: nn.Module,
+    plan: SubnetworkPlan,
+    index: int,
+    *,
+    output_scaling: OutputScaling = "none",
+    block_unit: BlockUnit | None = None,
+    adapter: Adapter | None = None,
+) -> Subnetwork:
+    """Cut ``model`` in place down to the subnetwork of worker ``index``; works on real and on meta parameters.
+
+    Args:
+        block_unit: what a unit of the plan is at block granularity; ``None`` at neuron granularity.
+
+    Raises:
+        ModelError: no adapter knows the model, or the plan was made for other shapes.
+    """
+    adapter = adapter or find_adapter(model)
+    subnetwork = Subnetwork(
+        model,
+        plan,
+        index,
+        adapter,
+        full_order=tuple(name for name, _ in model.named_parameters()),
+        full_config=copy.deepcopy(getattr(model, "config", None)),
+        model_class=type(model),
+    )
+    modules = {module.space.name: module for module in adapter.partitioned_modules(model, KINDS)}
+    for module in modules.values():
+        for spec in module.linears:
+            subnetwork.by_unit.update(_full_parameters(model, module, spec))
+    blocks = {block.space.name: block for block in adapter.blocks(model, block_unit, KINDS)} if block_unit else {}
+    for planned in plan.spaces:
+        found = (blocks if block_unit else modules).get(planned.space.name)
+        if found is None or found.space.num_units != planned.space.num_units:
+            got = f"{found.space.num_units} units" if found else "no such unit space"
+            raise ModelError(
+                f"plan: made for {planned.space.name} with {planned.space.num_units} units; the model has {got}"
+            )
+        if isinstance(found, PartitionedModule):
+            _cut_module(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
+        else:
+            cut_block(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
+    for name, _ in model.named_parameters():
+        subnetwork.fragments.setdefault(name, Fragment(name, SHARED))
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        # A cache of keys and values serves generation; a subnetwork only trains.
+        config.use_cache = False
+    return subnetwork
+
+
+def _scale(output_scaling: OutputScaling, subnetwork: Subnetwork, kind: str) -> float:
+    powers = {"none": 0.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 1.0}
+    # The share of the kind's units that is due to this worker: K/N, unless workers differ in capacity.
+    return math.pow(subnetwork.plan.shares(kind)[subnetwork.index], -powers[output_scaling])
+
+
+def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -> None:
+    name = spec.space.name
+    module = subnetwork.module.get_submodule(name)
+    owned = subnetwork.plan.owned(name, subnetwork.index)
+    for linear_spec in spec.linears:
+        full_name = f"{name}.{linear_spec.name}"
+        linear = module.get_submodule(linear_spec.name)
+        assert isinstance(linear, nn.Linear)
+        full = {kind: subnetwork.by_unit.get(f"{full_name}.{kind}") for kind in ("weight", "bias")}
+        subnetwork.partitioned.update({parameter.name: parameter for parameter in full.values() if parameter})
+        if not owned:
+            continue
+        pieces = {
+            kind: [parameter.fragment(c.start, c.stop, c.owner_set) for c in owned]
+            for kind, parameter in full.items()
+            if parameter
+        }
+        _replace_linear(subnetwork, full_name, linear, linear_spec, pieces, scale)
+    if not owned:
+        _replace_by_absent(subnetwork, spec, module)
+
+
+def _replace_by_absent(subnetwork: Subnetwork, spec: PartitionedModule, module: nn.Module) -> None:
+    name = spec.space.name
+    partitioned = {name for name in subnetwork.partitioned if name.startswith(f"{spec.space.name}.")}
+    bias: nn.Parameter | None = None
+    unused: list[nn.Parameter] = []
+    for local, parameter in module.named_parameters():
+        if f"{name}.{local}" in partitioned:
+            subnetwork.replaced.setdefault(id(parameter), [])
+        elif bias is None and any(local == f"{linear.name}.bias" for linear in spec.linears):
+            bias = parameter
+            subnetwork.fragments[f"{name}.bias"] = Fragment(f"{name}.{local}", SHARED)
+        else:
+            subnetwork.fragments[f"{name}.unused.{len(unused)}"] = Fragment(f"{name}.{local}", SHARED)
+            unused.append(parameter)
+    replace_module(subnetwork.module, name, subnetwork.adapter.absent(spec.space.kind)(bias, unused))
+
+
+def _full_parameters(model: nn.Module, module: PartitionedModule, spec: PartitionedLinear) -> dict[str, FullParameter]:
+    name = f"{module.space.name}.{spec.name}"
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    width, space = spec.features_per_unit, module.space.name
+    dim = 0 if spec.cut == "out" else 1
+    parameters = [FullParameter(f"{name}.weight", tuple(linear.weight.shape), dim, width, space)]
+    if linear.bias is not None and spec.cut == "out":
+        parameters.append(FullParameter(f"{name}.bias", tuple(linear.bias.shape), 0, width, space))
+    return {parameter.name: parameter for parameter in parameters}
+
+
+def _replace_linear(
+    subnetwork: Subnetwork,
+    full_name: str,
+    linear: nn.Linear,
+    spec: PartitionedLinear,
+    pieces: dict[str, list[Fragment]],
+    scale: float,
+) -> None:
+    fragments = subnetwork.fragments
+    weights = [_slice(subnetwork, linear.weight, fragment) for fragment in pieces["weight"]]
+    biases = [_slice(subnetwork, linear.bias, fragment) for fragment in pieces.get("bias", [])]
+    if len(weights) == 1 and (spec.cut == "out" or scale == 1.0):
+        linear.weight = weights[0]
+        fragments[f"{full_name}.weight"] = pieces["weight"][0]
+        if biases:
+            linear.bias = biases[0]
+            fragments[f"{full_name}.bias"] = pieces["bias"][0]
+        linear.out_features, linear.in_features = linear.weight.shape
+        return
+    if spec.cut == "in" and linear.bias is not None:
+        biases = [linear.bias]
+        fragments[f"{full_name}.biases.0"] = Fragment(f"{full_name}.bias", SHARED)
+    for kind in pieces:
+        plural = "weights" if kind == "weight" else "biases"
+        for i, fragment in enumerate(pieces[kind]):
+            fragments[f"{full_name}.{plural}.{i}"] = fragment
+    replacement = SubnetworkLinear(weights, biases, spec.cut, scale if spec.cut == "in" else 1.0)
+    replace_module(subnetwork.module, full_name, replacement)
+
+
+def _slice(subnetwork: Subnetwork, parameter: torch.Tensor, fragment: Fragment) -> nn.Parameter:
+    assert fragment.dim is not None
+    view = parameter.detach().narrow(fragment.dim, fragment.start, fragment.stop - fragment.start)
+    piece = nn.Parameter(view.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
+    subnetwork.replaced.setdefault(id(parameter), []).append(piece)
+    return piece
