@@ -154,8 +154,9 @@ class SDPConfig(BaseModel):
         """
         if self.owners_per_unit is not None:
             return self._for_kinds("owners_per_unit", self.owners_per_unit, num_subnetworks, _check_owners)
-        coverage = DEFAULT_COVERAGE if self.coverage is None else self.coverage
-        return self._for_kinds("coverage", coverage, num_subnetworks, _whole_owners)
+        if self.coverage is None:
+            return _whole_owners(f"{BLOCK}.coverage", DEFAULT_COVERAGE, num_subnetworks, " (the default)")
+        return self._for_kinds("coverage", self.coverage, num_subnetworks, _whole_owners)
 
     def _for_kinds(
         self, key: str, value: float | Mapping[Any, float], workers: int, convert: Callable[[str, float, int], int]
@@ -188,14 +189,14 @@ def _check_owners(key: str, value: float, workers: int) -> int:
     return int(value)
 
 
-def _whole_owners(key: str, value: float, workers: int) -> int:
+def _whole_owners(key: str, value: float, workers: int, note: str = "") -> int:
     # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
     owners = round(value * workers)
     if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
         takes = ", ".join(_fraction(k, workers) for k in range(1, workers + 1))
         raise ConfigError(
-            f"{key}: got {value:g} with {workers} subnetworks, which gives {value * workers:g} owners per unit; takes "
-            f"a whole number of owners: {takes}"
+            f"{key}: got {value:g}{note} with {workers} subnetworks, which gives {value * workers:g} owners per unit; "
+            f"takes a whole number of owners: {takes}"
         )
     return owners
 

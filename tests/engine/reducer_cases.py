@@ -26,7 +26,7 @@ def reduce_in_random_order(seed, rounds=4, parameters=24):
         tuple(range(world)),
         *(tuple(sorted(shared.sample(range(world), shared.randint(1, world - 1)))) for _ in range(5)),
     ]
-    groups = OwnerGroups(SimpleNamespace(num_subnetworks=world, owner_sets=tuple(sets)))
+    groups = OwnerGroups(SimpleNamespace(owner_sets=tuple(sets)), range(world))
     layout = [
         BucketItem((i // 3, i % 3), shared.randrange(len(sets)), shared.randint(1, 40), i) for i in range(parameters)
     ]

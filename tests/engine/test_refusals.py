@@ -45,7 +45,6 @@ SDP_ROWS = [
     ),
     row("both", "ConfigError", "both coverage=0.5 and owners_per_unit=2", sdp={"coverage": 0.5, "owners_per_unit": 2}),
     row("backward", "ConfigError", 'masking: got "backward"', "not available yet", sdp={"masking": "backward"}),
-    row("block", "ConfigError", 'granularity: got "block"', "not available yet", sdp={"granularity": "block"}),
     row("resample", "ConfigError", "resample_interval: got 10", "not available yet", sdp={"resample_interval": 10}),
     row("sync", "ConfigError", "sync_interval: got 2", "not available yet", sdp={"sync_interval": 2}),
     row(
@@ -54,7 +53,7 @@ SDP_ROWS = [
         "shared_modules: got 'model.layer.0'",
         sdp={"shared_modules": ["model.layer.0"]},
     ),
-    row("all_shared", "ConfigError", "shares every module", sdp={"shared_modules": ["model.layers.*"]}),
+    row("all_shared", "ConfigError", "shares every unit", sdp={"shared_modules": ["model.layers.*"]}),
     row("few_sets", "PlanError", "max_owner_sets", sdp={"coverage": 0.5, "max_owner_sets": 1}),
     row("no_block", "ConfigError", "no SDP block", kind="no_block"),
     row("two_blocks", "ConfigError", "two SDP blocks", kind="two_blocks"),
