@@ -67,8 +67,12 @@ def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor
         folder.mkdir(parents=True, exist_ok=True)
         staging = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
         model.save_pretrained(staging, state_dict=weights)  # type: ignore[operator]
-        for file in sorted(Path(staging).iterdir()):
+        written = sorted(Path(staging).iterdir())
+        for file in written:
             os.replace(file, folder / file.name)
+        # Weights of an earlier save with other shards would be loaded instead of these.
+        for stale in {*folder.glob("model*.safetensors*")} - {folder / file.name for file in written}:
+            stale.unlink()
     except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
         return f"save_hf: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
     finally:

@@ -36,6 +36,10 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
+# Updates that depend on a whole weight; a worker steps slices of it, and ZeRO slices of those.
+_NEED_WHOLE_WEIGHTS = ("muon", "lamb", "lars", "adafactor", "shampoo", "lbfgs")
+
+
 def check_supported(ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any) -> None:
     """Refuse what would be ignored or go wrong.
 
@@ -53,7 +57,7 @@ def check_supported(ds_config: Mapping[str, Any], model: Any, optimizer: Any, mp
     if mpu is not None:
         raise ConfigError("mpu: model parallelism cannot be combined with SDP; takes None")
     name = str(_lookup(ds_config, "optimizer.type")) if optimizer is None else type(optimizer).__name__
-    if "muon" in name.lower():
+    if any(whole in name.lower() for whole in _NEED_WHOLE_WEIGHTS):
         raise ConfigError(
             f"optimizer: got {name}, which needs whole weights; takes an element-wise optimizer (AdamW, ...)"
         )
