@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.data.conftest import make_documents
-from tests.support.ranks import ROOT, free_port, rank_environment
+from tests.support.ranks import ROOT, free_port, rank_environment, remove_shared_buffers
 
 TRAIN = ROOT / "launch" / "train.py"
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -100,7 +100,8 @@ def run_job(arguments, cwd, ranks=2):
     for variable in RANK_VARIABLES:
         environment.pop(variable, None)
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *arguments]
+    port = free_port()
+    command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port), *arguments]
     began = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -124,6 +125,7 @@ def run_job(arguments, cwd, ranks=2):
     left = marked(mark)
     commands = [command_line(pid) for pid in left]
     kill(left)
+    remove_shared_buffers(port)
     return Job(process.returncode, output, seconds, commands)
 
 
