@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 RANKS ?= 4
 DEMO_STEPS ?= 260
 
+# DeepSpeed builds an op on first use with the ninja that lies beside it.
+export PATH := $(abspath $(BIN)):$(PATH)
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1

@@ -101,13 +101,15 @@ def _plan(args: argparse.Namespace) -> None:
     plan = plan_for(model, config, config.num_subnetworks)
     summary = plan_summary(plan, sum(parameter.numel() for parameter in model.parameters()))
     print(json.dumps(summary, indent=2) if args.json else to_text(summary))
-    try:
-        if args.out:
-            args.out.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8")
-        if args.plot:
-            plot_plan(plan, args.plot)
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
-        raise OutputError(f"cannot write {args.plot if args.plot else args.out}: {error}") from None
+    for path, write in (
+        (args.out, lambda: args.out.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8")),
+        (args.plot, lambda: plot_plan(plan, args.plot)),
+    ):
+        try:
+            if path:
+                write()
+        except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
+            raise OutputError(f"cannot write {path}: {error}") from None
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -29,6 +29,12 @@ Owners = Annotated[int, Field(ge=1)]
 Capacity = Annotated[float, Field(gt=0)]
 
 
+# What a plan file settles.
+_SAID_BY_A_PLAN = frozenset(
+    {"coverage", "owners_per_unit", "worker_capacity", "design", "max_owner_sets", "chunk_multiple", "seq_length"}
+)
+
+
 class SDPConfig(BaseModel):
     """The typed block. Every error names the key, what it got and what it takes.
 
@@ -85,10 +91,11 @@ class SDPConfig(BaseModel):
                 f"{BLOCK}: got both coverage={self.coverage} and owners_per_unit={self.owners_per_unit}; "
                 "takes one of the two"
             )
-        if self.plan_file is not None and (self.coverage, self.owners_per_unit, self.design) != (None, None, "auto"):
+        said = sorted(_SAID_BY_A_PLAN & self.model_fields_set)
+        if self.plan_file is not None and said:
             raise ConfigError(
-                f"{BLOCK}.plan_file: got {self.plan_file!r} with a coverage, owners_per_unit or design; takes it "
-                "alone, since the file says all of these"
+                f"{BLOCK}.plan_file: got {self.plan_file!r} with {', '.join(said)}; takes it alone, the file "
+                "settles that"
             )
         if self.block_unit is not None and self.granularity != "block":
             raise ConfigError(

@@ -99,11 +99,15 @@ def train(args: argparse.Namespace) -> None:
     engine.save_hf(output / "hf")
     state = model_state_bytes(engine)
     report.ranks = from_all_ranks({**engine.sdp_stats(), "model_state_bytes": with_peak(state, peak.nbytes)})
+    on_first_rank(lambda: finish(report, corpus, output))
     if args.compare_dense:
         engine.destroy()
-        del engine
+        # All that refers to the subnetwork's memory; the dense model may need it.
+        del engine, model, batches
         report.dense_state_bytes = measure_dense(args, corpus)
-    on_first_rank(lambda: finish(report, corpus, output))
+        on_first_rank(lambda: finish(report, corpus, output))
+    if rank == 0:
+        print(report.closing_lines(output), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -285,7 +289,6 @@ def finish(report: Any, corpus: "Corpus", output: Path) -> None:
         report.write(output)
     except OSError as error:
         raise OutputError(f"--output_dir: cannot write {output}: {error.strerror or error}") from None
-    print(report.closing_lines(output), flush=True)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     [
         ({"block_unit": "layer"}, 'block_unit: got "layer" with granularity "neuron"'),
         ({"granularity": "block", "partition": ["mlp"]}, r"partition: got \['mlp'\] with whole layers as units"),
-        ({"plan_file": "p.json", "coverage": 0.5}, "plan_file: got 'p.json' with a coverage"),
+        ({"plan_file": "p.json", "coverage": 0.5}, "plan_file: got 'p.json' with coverage"),
+        (
+            {"plan_file": "p", "worker_capacity": [1, 2], "max_owner_sets": 3},
+            "with max_owner_sets, worker_capacity",
+        ),
         (
             {"coverage": {"mlp": 0.5, "moe": 0.5}},
             r"coverage: got .*; takes a number above 0 and up to 1, or one for each",

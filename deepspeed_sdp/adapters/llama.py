@@ -24,6 +24,7 @@ from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import UnitSpace
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -61,7 +62,7 @@ class LlamaAdapter:
         layers = getattr(getattr(model, "model", None), "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             return False
-        return all(
+        return all(_has_llama_shape(layer) for layer in layers) and all(
             all(isinstance(getattr(getattr(layer, part, None), name, None), nn.Linear) for name in names)
             for layer in layers
             for part, names in (("self_attn", _ATTENTION), ("mlp", _MLP))
@@ -110,6 +111,24 @@ class LlamaAdapter:
 
     def absent(self, kind: str) -> type[AbsentModule]:
         return _ABSENT[kind]
+
+
+def _has_llama_shape(layer: nn.Module) -> bool:
+    """Whether the layer is two pre-norm branches, each with one norm of its own, and heads are counted from weights.
+
+    Others carry the same names but norm a branch's output, run the branches side by side, or norm over all heads.
+    """
+    if {name for name, _ in layer.named_children()} != {"self_attn", "mlp", *_NORMS}:
+        return False
+    attention = layer.get_submodule("self_attn")
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    head_dim = getattr(attention, "head_dim", None)
+    return not hasattr(attention, "num_heads") and all(
+        tuple(parameter.shape) == (head_dim,)
+        for norm in head_norms
+        if norm is not None
+        for parameter in norm.parameters()
+    )
 
 
 def _attention(name: str, index: int, attention: nn.Module, seq_length: int) -> PartitionedModule:

@@ -16,16 +16,17 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
         SDPError: ``describe`` raised one on some rank; every rank raises it, so that none waits for the others.
         ConfigError: ranks differ; the message names the rank, the key and both values.
     """
-    error: SDPError | None = None
+    error: Exception | None = None
     mine: dict[str, str] = {}
     try:
         mine = flatten(describe())
-    except SDPError as raised:
+    except Exception as raised:  # the other ranks wait for word of this one, whatever it is
         error = raised
     reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (mine, None if error is None else str(error)))
+    dist.all_gather_object(reports, (mine, None if error is None else _message(error)))
     failures = {rank: message for rank, (_, message) in enumerate(reports) if message is not None}
-    if error is not None and len(set(failures.values())) == 1 and len(failures) == len(reports):
+    is_everywhere = len(failures) == len(reports) and len(set(failures.values())) == 1
+    if error is not None and (is_everywhere or not isinstance(error, SDPError)):
         raise error
     if failures:
         rank, message = min(failures.items())
@@ -38,6 +39,10 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
                     f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {rank} has "
                     f"{values.get(key, 'nothing')}; give every rank the same configuration"
                 )
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, SDPError) else f"{type(error).__name__}: {error}"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -15,6 +15,7 @@ from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.memory import model_state_bytes
 from deepspeed_sdp.engine.optimizer import OwnedParameters, SDPZeroOptimizer
 from deepspeed_sdp.engine.param_groups import split_by_owner_set
+from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -43,6 +44,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             _owner_groups=groups,
             _agreed_weights=agreed_weights,
             _traffic=Traffic(),
+            _stopwatch=Stopwatch(),
         )
         super().__init__(*args, **kwargs)
 
@@ -86,7 +88,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         """Figures of the last step on this rank.
 
         ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent`` and ``bytes_sent_by_kind``,
-        ``grad_norm``, ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
+        ``seconds`` (forward, backward with its reductions, step; host time), ``grad_norm``, ``owned_numel``,
+        ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """
         sets = {self._subnetwork.owner_set(name) for name in self._subnetwork.fragments}
         norm = self.get_global_grad_norm()
@@ -97,8 +100,26 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             "model_state_bytes": model_state_bytes(self),
             "bytes_sent": self._traffic.last_step_bytes,
             "bytes_sent_by_kind": dict(self._traffic.last_step),
+            "seconds": dict(self._stopwatch.last_step),
             "grad_norm": None if norm is None else float(norm),
         }
+
+    # -- time -------------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        with self._stopwatch.phase("forward"):
+            return super().forward(*inputs, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stopwatch.phase("backward"):
+            return super().backward(*args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        steps = self.global_steps
+        with self._stopwatch.phase("step"):
+            super().step(*args, **kwargs)
+        if self.global_steps > steps:
+            self._stopwatch.end_step()
 
     def destroy(self) -> None:
         super().destroy()

@@ -50,7 +50,7 @@ def _is_transient(subnetwork: Subnetwork, name: str) -> bool:
 def save_hf(subnetwork: Subnetwork, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Collective; see :meth:`SDPEngine.save_hf`.
 
-    Files are written beside the folder and moved into it one by one, so that a failed save leaves an older one whole.
+    Files are written aside and moved into the folder one by one, so that a failed save leaves an older one whole.
     """
     weights = full_state_dict(subnetwork, device, dtype)
     failure = [_write(subnetwork, folder, weights) if weights is not None else None]
@@ -61,11 +61,14 @@ def save_hf(subnetwork: Subnetwork, folder: Path, device: torch.device, dtype: t
 
 def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
     # save_pretrained writes the model's own dtype into the config.
-    model = subnetwork.full_skeleton().to(next(iter(weights.values())).dtype)
     staging = None
     try:
+        model = subnetwork.full_skeleton().to(next(iter(weights.values())).dtype)
+        if subnetwork.generation_config is not None:
+            model.generation_config = subnetwork.generation_config
         folder.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
+        # Inside the folder, which may be a mount point of its own.
+        staging = tempfile.mkdtemp(prefix=".staging-", dir=folder)
         model.save_pretrained(staging, state_dict=weights)  # type: ignore[operator]
         written = sorted(Path(staging).iterdir())
         for file in written:
@@ -75,6 +78,8 @@ def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor
             stale.unlink()
     except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
         return f"save_hf: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
+    except Exception as error:  # the other ranks wait for word of this one, whatever it is
+        return f"save_hf: cannot save the model to {folder}: {type(error).__name__}: {error}"
     finally:
         if staging:
             shutil.rmtree(staging, ignore_errors=True)

@@ -28,12 +28,17 @@ def split_by_owner_set(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwo
     result = []
     for index, group in enumerate(groups):
         by_set: dict[int, list[nn.Parameter]] = {}
-        for parameter in _fragments_of(group["params"], names, subnetwork):
+        # A group of frozen parameters alone would be one that ZeRO cannot flatten, on the owners alone.
+        for parameter in filter(_is_trainable, _fragments_of(group["params"], names, subnetwork)):
             by_set.setdefault(subnetwork.owner_set(names[id(parameter)]), []).append(parameter)
         for owner_set in sorted(by_set):
             members = sorted(by_set[owner_set], key=lambda p: positions[names[id(p)]])
             result.append(({**group, "params": members, OWNER_SET_KEY: owner_set}, index))
     return result
+
+
+def _is_trainable(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.numel() > 0
 
 
 def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:

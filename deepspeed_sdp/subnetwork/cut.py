@@ -48,8 +48,10 @@ def cut_model(
         adapter,
         full_order=tuple(name for name, _ in model.named_parameters()),
         full_config=copy.deepcopy(getattr(model, "config", None)),
+        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
         model_class=type(model),
     )
+    _check_rebuildable(subnetwork)
     modules = {module.space.name: module for module in adapter.partitioned_modules(model, KINDS)}
     for module in modules.values():
         for spec in module.linears:
@@ -73,6 +75,22 @@ def cut_model(
         # A cache of keys and values serves generation; a subnetwork only trains.
         config.use_cache = False
     return subnetwork
+
+
+def _check_rebuildable(subnetwork: Subnetwork) -> None:
+    """Evaluation and export build the full model anew; that must not fail after hours of training."""
+    try:
+        names = tuple(name for name, _ in subnetwork.full_skeleton().named_parameters())
+    except Exception as error:
+        raise ModelError(
+            f"model: {subnetwork.model_class.__name__} cannot be built from its config alone ({type(error).__name__}: "
+            f"{error}), which evaluate_full and save_hf need"
+        ) from None
+    if names != subnetwork.full_order:
+        raise ModelError(
+            f"model: {subnetwork.model_class.__name__} has other parameters than one built from its config; takes a "
+            "model as its config describes it"
+        )
 
 
 def _scale(output_scaling: OutputScaling, subnetwork: Subnetwork, kind: str) -> float:

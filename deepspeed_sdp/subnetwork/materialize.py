@@ -45,11 +45,12 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
         for module_name, module in model.named_modules():
             parameters = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) not in fresh]
             for local, parameter in parameters:
-                fresh[id(parameter)] = _real(module, local, parameter, device)
-            _realize_buffers(module, device)
+                fresh[id(parameter)] = _real(module, local, parameter)
+            _realize_buffers(module)
             if not any(_is_special(subnetwork, _join(module_name, local)) for local, _ in parameters):
                 with _seeded(seed, module_name):
                     _family_init(model, module)
+                _move(module, device)
                 continue
             for local, _ in parameters:
                 name = _join(module_name, local)
@@ -57,11 +58,14 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
                     _init_fragment(subnetwork, name, module.get_parameter(local), seed)
                 else:
                     _init_shared(subnetwork, name, module.get_parameter(local), seed)
+            _move(module, device)
     for names in tied:
         for name in names[1:]:
             _assign(model, name, model.get_parameter(names[0]))
     for replacements in subnetwork.replaced.values():
         replacements[:] = [fresh.get(id(parameter), parameter) for parameter in replacements]
+    for old, parameter in fresh.items():
+        subnetwork.replaced.setdefault(old, [parameter])
     _check_initialised(model)
 
 
@@ -83,7 +87,6 @@ def _init_fragment(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed:
     out_features, in_features = (width, 1) if is_bias else (shape[0], shape[1])
     unit = nn.Linear(in_features, out_features, bias=is_bias, device="meta", dtype=value.dtype).to_empty(device="cpu")
     source = unit.bias if is_bias else unit.weight
-    # Units are drawn on the CPU, whose generator does not depend on the accelerator, and copied over in one piece.
     drawn = torch.empty(value.shape, dtype=value.dtype)
     for i in range(value.shape[dim] // width):
         with _seeded(seed, fragment.full_name, start // width + i):
@@ -118,20 +121,30 @@ def _seeded(seed: int, *key: object) -> Iterator[None]:
     yield
 
 
-def _real(module: nn.Module, local: str, parameter: nn.Parameter, device: torch.device | str) -> nn.Parameter:
-    # NaN, so that a value which no rule sets is found instead of trained.
-    value = torch.full(parameter.shape, math.nan, dtype=parameter.dtype, device=device)
+def _real(module: nn.Module, local: str, parameter: nn.Parameter) -> nn.Parameter:
+    # NaN, so that a value which no rule sets is found instead of trained. On the CPU, whose generator is the one that
+    # is seeded and gives the same numbers beside any accelerator.
+    value = torch.full(parameter.shape, math.nan, dtype=parameter.dtype, device="cpu")
     real = nn.Parameter(value, requires_grad=parameter.requires_grad)
     module.register_parameter(local, real)
     return real
 
 
-def _realize_buffers(module: nn.Module, device: torch.device | str) -> None:
+def _move(module: nn.Module, device: torch.device | str) -> None:
+    """Own parameters and buffers of ``module`` to ``device``; parameters stay the same objects."""
+    for parameter in module.parameters(recurse=False):
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    for local, buffer in module.named_buffers(recurse=False):
+        module._buffers[local] = buffer.to(device)
+
+
+def _realize_buffers(module: nn.Module) -> None:
     for local, buffer in list(module.named_buffers(recurse=False)):
         if buffer.is_meta:
             fill = math.nan if buffer.is_floating_point() else 0
             persistent = local not in module._non_persistent_buffers_set
-            value = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device)
+            value = torch.full(buffer.shape, fill, dtype=buffer.dtype, device="cpu")
             module.register_buffer(local, value, persistent=persistent)
 
 

@@ -28,6 +28,7 @@ class Subnetwork:
         first_ranks: for every worker, the lowest rank that trains its subnetwork; by default its own number.
         full_order: names of all full parameters, in forward order.
         full_config: configuration of the full model.
+        generation_config: its generation settings, if it has any.
         model_class: class of the full model.
         replaced: full parameter (by ``id``) -> the parameters that took its place.
     """
@@ -42,6 +43,7 @@ class Subnetwork:
     first_ranks: tuple[int, ...] = ()
     full_order: tuple[str, ...] = ()
     full_config: Any = None
+    generation_config: Any = None
     model_class: type[nn.Module] = nn.Module
     replaced: dict[int, list[nn.Parameter]] = field(default_factory=dict)
 

@@ -1,6 +1,8 @@
 """What the Llama adapter says about models, and which models it does not know."""
 
 import pytest
+import torch
+import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -58,3 +60,13 @@ def test_broken_head_sizes_are_named():
     model.model.layers[2].self_attn.k_proj = nn.Linear(32, 15, device="meta")
     with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn: q_proj has 32 and k_proj 15 outputs"):
         find_adapter(model).partitioned_modules(model, ("attention",))
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Olmo2", "Cohere", "StableLm"])
+def test_families_with_the_same_names_and_another_shape_are_refused(name):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(ModelError, match=f"no adapter knows {name}ForCausalLM"):
+        find_adapter(model)

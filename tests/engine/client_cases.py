@@ -67,12 +67,12 @@ class Stepper:
             self.scheduler.step()
 
 
-def client_train(how, optimizer="adamw", scheduler=None, reverse=False, steps=5, family="llama", **ds):
+def client_train(how, optimizer="adamw", scheduler=None, reverse=False, steps=5, family="llama", meta=False, **ds):
     """``how`` the client gives groups and optimizer: "instance", "callable", "parameters" or "late".
 
     "late" is a callable that ignores what it is given.
     """
-    module = build_model(family)
+    module = build_model(family, meta=meta)
     groups = parameter_groups(module, reverse)
     build = OPTIMIZERS[optimizer]
     arguments = {}

@@ -72,6 +72,11 @@ ROWS = [
     row("fewer_neurons_than_workers", stage=2, model={"intermediate_size": 2}, bucket=500),
     row("gradient_checkpointing", stage=2, bucket=500, extra={"checkpointing": True}),
     row("frozen_embeddings", stage=1, bucket=500, extra={"frozen": ["model.embed_tokens.weight"]}),
+    row(
+        "frozen_shared",
+        stage=2,
+        extra={"frozen": [n for n, _ in build_model().named_parameters() if "_proj" not in n]},
+    ),
     row("frozen_linear", stage=2, extra={"frozen": ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]}, **CLIP),
 ]
 

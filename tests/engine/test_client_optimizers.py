@@ -37,3 +37,16 @@ def test_client_groups_train_as_the_full_model(ranks4, values):
     ds = {key: values[key] for key in ("clip",) if key in values}
     simulated = simulate(results[0], module=module, optimizer=Stepper(optimizer, scheduler), ds=ds, family=family)
     assert_like(results, simulated)
+
+
+@pytest.mark.parametrize("how", ["instance", "callable", "parameters"])
+def test_client_groups_of_a_meta_model(ranks4, how):
+    first, trained = (
+        ranks4.run("tests.engine.client_cases:client_train", how=how, meta=True, stage=1, steps=steps)
+        for steps in (0, 5)
+    )
+    assert_owners_equal(trained)
+    module = build_model()
+    module.load_state_dict(first[0]["full"])
+    optimizer = OPTIMIZERS["adamw"](parameter_groups(module))
+    assert_like(trained, simulate(trained[0], module=module, optimizer=optimizer))

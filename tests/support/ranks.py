@@ -40,6 +40,8 @@ def rank_environment(**extra):
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "DS_SKIP_CUDA_CHECK": "1",
+        # DeepSpeed builds an op with the ninja beside the interpreter.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         **{key: str(value) for key, value in extra.items()},
     }
