@@ -33,20 +33,19 @@ def main(argv: list[str]) -> None:
 
 def train(args: argparse.Namespace) -> None:
     quiet(args.verbose)
-    import deepspeed
     import torch
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
     import deepspeed_sdp
     from deepspeed_sdp.data import load_corpus
-    from deepspeed_sdp.engine import check_job, gradient_peak, model_state_bytes
+    from deepspeed_sdp.engine import check_job, gradient_peak, model_state_bytes, start_communication
     from deepspeed_sdp.report import RunReport
     from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
     if args.local_rank >= 0:
         get_accelerator().set_device(args.local_rank)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    start_communication()
     rank, world = dist.get_rank(), dist.get_world_size()
     output = Path(args.output_dir)
     cache = Path(args.data_cache) if args.data_cache else output / "data"

@@ -1,7 +1,8 @@
 """The DeepSpeed extension. Everything that knows DeepSpeed from inside lives here."""
 
+from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.initialize import check_job, initialize
 from deepspeed_sdp.engine.memory import gradient_peak, model_state_bytes
 
-__all__ = ["SDPEngine", "check_job", "gradient_peak", "initialize", "model_state_bytes"]
+__all__ = ["SDPEngine", "check_job", "gradient_peak", "initialize", "model_state_bytes", "start_communication"]

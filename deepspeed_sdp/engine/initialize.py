@@ -17,6 +17,7 @@ from torch import nn
 
 from deepspeed_sdp.config import SDPConfig, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree
+from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
@@ -62,11 +63,7 @@ def initialize(
         ModelError: no adapter knows the model.
         PlanError: no plan exists for these numbers.
     """
-    deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
+    start_communication(distributed_port, dist_init_required)
     job = _agree_on_job(
         lambda: model, args, config if config is not None else config_params, sdp_config, optimizer, mpu
     )

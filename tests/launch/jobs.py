@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepspeed_sdp.engine.communication import clear_stale_locks
 from tests.data.conftest import make_documents
 from tests.support.ranks import ROOT, free_port, rank_environment, remove_shared_buffers
 
@@ -101,6 +102,8 @@ def run_job(arguments, cwd, ranks=2):
         environment.pop(variable, None)
     launcher = Path(sys.executable).with_name("deepspeed")
     port = free_port()
+    # A job killed while it loaded DeepSpeed's compiled op left its lock.
+    clear_stale_locks(patience=0)
     command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port), *arguments]
     began = time.monotonic()
     process = subprocess.Popen(

@@ -3,15 +3,17 @@
 import importlib
 import os
 import pickle
-import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from multiprocessing.connection import Client, Listener
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from deepspeed_sdp.engine.communication import clear_stale_locks, start_communication
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,28 +57,44 @@ class RankPool:
         self.processes = []
         self.connections = []
 
-    def start(self):
-        folder = tempfile.mkdtemp(prefix="ranks-")
-        key = secrets.token_hex(16)
-        self.log = Path(folder, "log")
-        with Listener(f"{folder}/socket", "AF_UNIX", authkey=key.encode()) as listener, self.log.open("wb") as log:
-            self.port = port = free_port()
-            for rank in range(self.world_size):
-                env = rank_environment(
-                    RANK=rank,
-                    LOCAL_RANK=rank,
-                    WORLD_SIZE=self.world_size,
-                    LOCAL_SIZE=self.world_size,
-                    LOCAL_WORLD_SIZE=self.world_size,
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port,
-                    RANK_POOL_KEY=key,
-                )
-                command = [sys.executable, "-m", "tests.support.ranks", f"{folder}/socket"]
-                self.processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
-            unordered = [listener.accept() for _ in range(self.world_size)]
-        by_rank = {connection.recv(): connection for connection in unordered}
-        self.connections = [by_rank[rank] for rank in range(self.world_size)]
+    def start(self, timeout=180):
+        """Start the ranks and wait until all have joined; RankFailure, with nothing left running, if one does not."""
+        # A pool killed while it loaded DeepSpeed's compiled op left its lock.
+        clear_stale_locks(patience=0)
+        self.log = Path(tempfile.mkdtemp(prefix="ranks-"), "log")
+        self.port = free_port()
+        deadline = time.monotonic() + timeout
+        try:
+            with self.log.open("wb") as log:
+                for rank in range(self.world_size):
+                    env = rank_environment(
+                        RANK=rank,
+                        LOCAL_RANK=rank,
+                        WORLD_SIZE=self.world_size,
+                        LOCAL_SIZE=self.world_size,
+                        LOCAL_WORLD_SIZE=self.world_size,
+                        MASTER_ADDR="127.0.0.1",
+                        MASTER_PORT=self.port,
+                    )
+                    ours, theirs = Pipe()
+                    with theirs:
+                        command = [sys.executable, "-m", "tests.support.ranks", str(theirs.fileno())]
+                        self.processes.append(
+                            subprocess.Popen(
+                                command, env=env, cwd=ROOT, stdout=log, stderr=log, pass_fds=[theirs.fileno()]
+                            )
+                        )
+                    self.connections.append(ours)
+            for rank, connection in enumerate(self.connections):
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise RankFailure(f"rank {rank} did not start in {timeout} s\n{self.tail()}")
+                connection.recv()
+        except BaseException as error:
+            tail = self.tail()
+            self.stop()
+            if isinstance(error, EOFError | ConnectionError):
+                raise RankFailure(f"a rank died at its start\n{tail}") from None
+            raise
 
     def run(self, case, timeout=180, **kwargs):
         """Call ``module:function`` with ``kwargs`` on every rank; the list of its results, or RankFailure."""
@@ -117,15 +135,13 @@ class RankPool:
         self.processes, self.connections = [], []
 
 
-def serve(address):
+def serve(connection):
     import torch
 
     torch.set_num_threads(1)
-    import deepspeed
 
-    deepspeed.init_distributed("gloo")
-    connection = Client(address, "AF_UNIX", authkey=os.environ["RANK_POOL_KEY"].encode())
-    connection.send(int(os.environ["RANK"]))
+    start_communication()
+    connection.send("ready")
     while True:
         try:
             case, kwargs = connection.recv()
@@ -139,4 +155,4 @@ def serve(address):
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(Connection(int(sys.argv[1])))
