@@ -41,6 +41,10 @@ def assign_by_design(
         return "dense", [Cut(s, [s.num_units], [tuple(range(n))], 1, (1.0,) * n, adjustable=False) for s in spaces]
     if all(covers_evenly(c, n) for c in design.classes):
         return design.name, _cut_in_turn(spaces, design.classes, tally, chunk_multiple)
+    weighted = design.name != "weighted" or not any(_too_few(space.num_units, design) for space in spaces)
+    if not weighted:
+        # Small spaces need owner sets of their own, and are better off with those that a larger design would take.
+        design = make_design(name, n, k, max_owner_sets=max_owner_sets, seed=seed, weighted=False)
     few = [space for space in spaces if _too_few(space.num_units, design)]
     many = [space for space in spaces if not _too_few(space.num_units, design)]
     if few and n % k == 0:
@@ -52,7 +56,8 @@ def assign_by_design(
     units = sum(space.num_units for space in few)
     if many and few and len(design.owner_sets) + units > max_owner_sets:
         room = max(ring, max_owner_sets - ring)
-        design = make_design(name if room > ring else "cyclic", n, k, max_owner_sets=room, seed=seed)
+        wanted = name if room > ring else "cyclic"
+        design = make_design(wanted, n, k, max_owner_sets=room, seed=seed, weighted=weighted)
     room = max_owner_sets - (len(design.owner_sets) if many else 0)
     sequences = _sequences(few, n, k, room, None if design.name == "cyclic" else seed)
     cuts = [cut_by_unit(space, sequences[space.name], (k / n,) * n, tally) for space in few]

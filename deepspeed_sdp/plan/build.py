@@ -41,7 +41,8 @@ def make_plan(
         num_subnetworks: `N`, at least 1.
         owners_per_unit: `K`, from 1 to `N`, or a mapping with a `K` for every kind of space, as
             `{"mlp": 4, "attention": 6}`. Where it is `N`, nothing is partitioned.
-        design: `"auto"` (what mixes best: resolvable, complement or developed designs), `"cyclic"` or `"random"`.
+        design: `"auto"` (what mixes best: resolvable, complement, weighted or developed designs), `"cyclic"` or
+            `"random"`.
         max_owner_sets: bound on the owner sets of partitioned units; each becomes a process group.
         chunk_multiple: chunk borders are multiples of this many units; halved, down to 1, for a space in which owner
             sets would otherwise get no chunk or unequal ones.

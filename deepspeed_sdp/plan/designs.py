@@ -8,9 +8,10 @@ from random import Random
 
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, complement_class, team_class, window_class
-from deepspeed_sdp.plan.developed import developed_classes
-from deepspeed_sdp.plan.mixing import components, shared_mass, spectral_gap
+from deepspeed_sdp.plan.developed import NEARLY_OPTIMAL, developed_classes
+from deepspeed_sdp.plan.mixing import components, shared_mass, spectral_gap, spectral_gap_bound
 from deepspeed_sdp.plan.resolvable import resolvable_classes
+from deepspeed_sdp.plan.weighted import weighted_classes
 
 DESIGN_NAMES = ("auto", "cyclic", "random")
 # A random pool that leaves the workers apart is drawn again; at 2 classes of pairs this happens, rarely twice.
@@ -25,11 +26,12 @@ class Design:
 
     Attributes:
         name: `"dense"` (`K = N`), `"resolvable"` (partitions into teams), `"developed"` (base blocks moved around the
-            ring of the workers), `"complement"` (what a resolvable or developed design leaves out), `"cyclic"` or
-            `"random"`.
+            ring of the workers), `"weighted"` (the same, stored, with more turns for some), `"complement"` (what a
+            resolvable or developed design leaves out), `"cyclic"` or `"random"`.
         num_subnetworks: `N`.
         owners_per_unit: `K`.
-        classes: one per unit space in turn; every prefix mixes as well as could be found.
+        classes: one per unit space in turn; every prefix mixes as well as could be found. A class that stands in it
+            several times gives its owner sets that many times the weight.
     """
 
     name: str
@@ -44,19 +46,25 @@ class Design:
 
     @property
     def spectral_gap(self) -> float:
-        """`1 - λ₂(W)` of a model whose unit spaces are equally large and use every class equally often."""
+        """`1 - λ₂(W)` of a model whose unit spaces are equally large and use every turn equally often."""
         owned = [(owners, 1.0 / len(c)) for c in self.classes for owners in c]
         return spectral_gap(shared_mass(owned, self.num_subnetworks))
 
 
 def make_design(
-    name: str, num_subnetworks: int, owners_per_unit: int, *, max_owner_sets: int = 64, seed: int = 0
+    name: str,
+    num_subnetworks: int,
+    owners_per_unit: int,
+    *,
+    max_owner_sets: int = 64,
+    seed: int = 0,
+    weighted: bool = True,
 ) -> Design:
     """Chooses the owner sets for `N` workers and `K` owners per unit.
 
     `"auto"` is a resolvable design where `K` divides `N` (one team, so one slice of each weight, per worker and layer),
-    else, for `K > N/2`, the complement of the design for `N-K`, which mixes as evenly, else a developed design. Cyclic
-    windows where these do not fit into `max_owner_sets` or mix no better. `K = N` is always `"dense"`.
+    else, for `K > N/2`, the complement of the design for `N-K`, which mixes as evenly, else a weighted or developed
+    design. Cyclic windows where these do not fit into `max_owner_sets` or mix no better. `K = N` is always `"dense"`.
 
     Args:
         name: `"auto"`, `"cyclic"` or `"random"`.
@@ -64,6 +72,7 @@ def make_design(
         owners_per_unit: `K`, from 1 to `N`.
         max_owner_sets: bound on the distinct owner sets; each becomes a process group.
         seed: of the random and the searched designs.
+        weighted: whether stored designs with unequally many turns of their classes may be taken.
 
     Raises:
         PlanError: for values outside these ranges, or when no design fits into `max_owner_sets`.
@@ -83,16 +92,15 @@ def make_design(
         _check_max_owner_sets("resolvable", n, k, _fewest_teams(n, k), max_owner_sets)
         return Design("resolvable", n, k, tuple(resolvable_classes(n, k, max_owner_sets, seed)))
     windows = _cyclic_design(n, k, max_owner_sets)
-    evener = _evener_design(n, k, max_owner_sets, seed)
+    evener = _evener_design(n, k, max_owner_sets, seed, weighted)
     return windows if evener is None or evener.spectral_gap <= windows.spectral_gap + _SAME_GAP else evener
 
 
-def _evener_design(n: int, k: int, max_owner_sets: int, seed: int) -> Design | None:
+def _evener_design(n: int, k: int, max_owner_sets: int, seed: int, weighted: bool) -> Design | None:
     """A design whose pairs meet more evenly than in windows, where `K` does not divide `N`; None if it does not fit."""
     check_at_least_one("max_owner_sets", max_owner_sets)
     if 2 * k < n:
-        classes = developed_classes(n, k, max_owner_sets, seed)
-        return Design("developed", n, k, tuple(classes)) if classes else None
+        return _developed_design(n, k, max_owner_sets, seed, weighted)
     rest = n - k
     if n % rest:
         missing = developed_classes(n, rest, max_owner_sets, seed)
@@ -101,6 +109,20 @@ def _evener_design(n: int, k: int, max_owner_sets: int, seed: int) -> Design | N
     else:
         missing = []
     return Design("complement", n, k, tuple(complement_class(c, n) for c in missing)) if missing else None
+
+
+def _developed_design(n: int, k: int, max_owner_sets: int, seed: int, weighted: bool) -> Design | None:
+    """The stored design if there is one that is nearly optimal, else the better one of it and a searched one."""
+    candidates = []
+    stored = weighted_classes(n, k, max_owner_sets) if weighted else []
+    if stored:
+        candidates.append(Design("weighted", n, k, tuple(stored)))
+        if candidates[0].spectral_gap >= NEARLY_OPTIMAL * spectral_gap_bound(n, k):
+            return candidates[0]
+    searched = developed_classes(n, k, max_owner_sets, seed)
+    if searched:
+        candidates.append(Design("developed", n, k, tuple(searched)))
+    return max(candidates, key=lambda design: design.spectral_gap, default=None)
 
 
 def check_workers(num_subnetworks: int, owners_per_unit: int, key: str = "owners_per_unit") -> None:

@@ -45,6 +45,16 @@ def _round_robin(n: int) -> list[ParallelClass]:
     return rounds
 
 
+def crossing_pairs(n: int) -> list[ParallelClass]:
+    """All pairs of one half of the workers with the other, as `n/2` perfect matchings. `n` even.
+
+    The gap is 1/2, for any `n`. Where not all pairs fit, none is larger: of two workers `i, j` that share nothing, the
+    vector `e_i - e_j` shows that `λ₂(W) ≥ 1/2`.
+    """
+    half = n // 2
+    return [tuple((i, half + (i + r) % half) for i in range(half)) for r in range(half)]
+
+
 def _affine(p: int, m: int, j: int) -> list[ParallelClass]:
     """Workers are the points of GF(p)^m; a class is the cosets of one j-dimensional subspace.
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from deepspeed_sdp.plan.classes import ParallelClass, pair_counts, team_class
 from deepspeed_sdp.plan.developed import enough_gap
-from deepspeed_sdp.plan.geometry import known_classes
+from deepspeed_sdp.plan.geometry import crossing_pairs, known_classes
 from deepspeed_sdp.plan.mixing import spectral_gap_bound
 
 Counts = NDArray[np.int64]
@@ -35,6 +35,8 @@ def resolvable_classes(num_workers: int, team_size: int, max_owner_sets: int, se
     if team_size == 1:
         return known
     limit = max_owner_sets * team_size // num_workers
+    if team_size == 2 and num_workers // 2 <= limit < len(known):
+        known = crossing_pairs(num_workers)
     blocks = team_class(range(num_workers), team_size)
     shifted = team_class([*range(1, num_workers), 0], team_size)
     if known and len(known) <= limit:

@@ -5,7 +5,7 @@ The starters were found by a search over rotations; that all pairs come out equa
 
 from __future__ import annotations
 
-from deepspeed_sdp.plan.classes import ParallelClass
+from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass
 
 # (N, K) -> length M of the rotation, starter classes. Workers 0 … M-1, M … 2M-1, … turn in cycles, a rest stands still.
 _STARTERS: dict[tuple[int, int], tuple[int, tuple[ParallelClass, ...]]] = {
@@ -44,13 +44,14 @@ def rotated_starters(num_workers: int, team_size: int) -> list[ParallelClass]:
     if (num_workers, team_size) not in _STARTERS:
         return []
     length, starters = _STARTERS[num_workers, team_size]
-    turning = num_workers // length * length
-
-    def turn(worker: int, by: int) -> int:
-        return worker - worker % length + (worker + by - worker // length * length) % length
-
     return [
-        tuple(sorted(tuple(sorted(turn(w, by) if w < turning else w for w in owners)) for owners in starter))
+        tuple(sorted(rotate(owners, length, by, num_workers) for owners in starter))
         for by in range(length)
         for starter in starters
     ]
+
+
+def rotate(owners: OwnerSet, length: int, by: int, num_workers: int) -> OwnerSet:
+    """The workers `by` places on in their cycles of `length`; those behind the last whole cycle stand still."""
+    turning = num_workers // length * length
+    return tuple(sorted(w // length * length + (w + by) % length if w < turning else w for w in owners))

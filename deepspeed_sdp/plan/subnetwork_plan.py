@@ -22,8 +22,9 @@ class SubnetworkPlan:
     Attributes:
         num_subnetworks: `N`, the workers `0 … N-1`.
         owners_per_unit: `K`, the owners of every partitioned unit; a dict from kind to `K` where kinds differ.
-        design: `"dense"`, `"resolvable"`, `"complement"`, `"developed"`, `"cyclic"`, `"random"`, `"sequence"` (set by
-            set, for spaces of few units) or `"arcs"` (by capacity); several joined by `+` where kinds differ.
+        design: `"dense"`, `"resolvable"`, `"complement"`, `"developed"`, `"weighted"`, `"cyclic"`, `"random"`,
+            `"sequence"` (set by set, for spaces of few units) or `"arcs"` (by capacity); several joined by `+` where
+            kinds differ.
         seed: the one the plan was made with.
         chunk_multiple: the alignment asked for; a space too small for it has a finer one.
         owner_sets: index 0 is always all workers, the owners of what is shared (and of everything if `K = N`). The

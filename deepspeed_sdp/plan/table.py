@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
 
 from deepspeed_sdp.plan.build import make_plan
 from deepspeed_sdp.plan.classes import sets_per_worker
@@ -34,8 +33,8 @@ class DesignRow:
 
     Attributes:
         chunks: of a weight that a worker holds.
-        limit: no design beats this gap whose owner sets weigh alike, are at most `max_owner_sets` and hold every worker
-            equally often.
+        turns: classes until the design begins again, those that stand in it several times counted as often.
+        limit: no plan with `max_owner_sets` beats this gap, if its workers own equally much.
     """
 
     num_subnetworks: int
@@ -43,6 +42,7 @@ class DesignRow:
     design: str
     owner_sets: int
     chunks: int
+    turns: int
     gap: float
     bound: float
     limit: float
@@ -61,6 +61,7 @@ def design_table(max_n: int = 16, max_owner_sets: int = 64, seed: int = 0) -> li
                     design=design.name,
                     owner_sets=len(design.owner_sets),
                     chunks=sets_per_worker(design.classes[0], n),
+                    turns=len(design.classes),
                     gap=design.spectral_gap,
                     bound=spectral_gap_bound(n, k),
                     limit=gap_limit(n, k, max_owner_sets),
@@ -70,28 +71,30 @@ def design_table(max_n: int = 16, max_owner_sets: int = 64, seed: int = 0) -> li
 
 
 def gap_limit(num_workers: int, owners_per_unit: int, max_owner_sets: int) -> float:
-    """What no design with at most so many owner sets beats, if they weigh alike and hold every worker equally often.
+    """What no plan with at most so many owner sets beats if its workers own equally much, however its sets weigh.
 
-    With `r` sets per worker two workers meet `r(K-1)/(N-1)` times on average, so some pair `i, j` at most the floor of
-    that, `m`. The vector `e_i - e_j` then shows that `λ₂(W) ≥ (r - m) / (rK)`.
+    If two workers `i, j` share no set, the vector `e_i - e_j` shows that `λ₂(W) ≥ 1/K`. To hold every pair takes at
+    least Schönheim's `⌈N/K · ⌈(N-1)/(K-1)⌉⌉` sets: a worker needs `⌈(N-1)/(K-1)⌉` to meet all others.
     """
     n, k = num_workers, owners_per_unit
-    limits = []
-    for sets in range(1, max_owner_sets + 1):
-        if sets * k % n == 0:
-            r = sets * k // n
-            limits.append(1.0 - (r - floor(r * (k - 1) / (n - 1))) / (r * k))
-    return min(spectral_gap_bound(n, k), max(limits, default=0.0))
+    bound = spectral_gap_bound(n, k)
+    if k == 1:
+        return bound
+    per_worker = -(-(n - 1) // (k - 1))
+    return bound if max_owner_sets >= -(-n * per_worker // k) else min(bound, 1.0 - 1.0 / k)
 
 
 def render_designs(rows: Sequence[DesignRow]) -> str:
     """Markdown."""
-    lines = [f"| N | K | design | owner sets | chunks | {_RHO} | {_RHO}/{_RHO}* | at most |", "| --- " * 8 + "|"]
+    lines = [
+        f"| N | K | design | owner sets | chunks | turns | {_RHO} | {_RHO}/{_RHO}* | at most |",
+        "| --- " * 9 + "|",
+    ]
     for row in rows:
         limit = row.limit / row.bound
         lines.append(
             f"| {row.num_subnetworks} | {row.owners_per_unit} | {row.design} | {row.owner_sets} | {row.chunks} | "
-            f"{row.gap:.3f} | {row.gap / row.bound:.3f} | {limit:.3f} |"
+            f"{row.turns} | {row.gap:.3f} | {row.gap / row.bound:.3f} | {limit:.3f} |"
         )
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Designs: the table of gaps, the shape of classes, the bound on owner sets."""
 
 import time
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -71,6 +72,31 @@ def test_searched_and_shortened_designs(n: int, k: int, at_least: float) -> None
     assert design.name == "resolvable"
     assert len(design.owner_sets) <= 64
     assert at_least <= gap(design) <= bound(n, k) + 1e-9
+
+
+@pytest.mark.parametrize(("n", "max_owner_sets"), [(4, 4), (8, 16), (8, 27), (12, 64), (14, 64), (16, 64), (18, 81)])
+def test_pairs_of_the_halves_where_not_all_pairs_fit(n: int, max_owner_sets: int) -> None:
+    design = make_design("auto", n, 2, max_owner_sets=max_owner_sets)
+    assert len(design.owner_sets) == n * n // 4
+    assert gap(design) == pytest.approx(1 / 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_two_workers_that_share_nothing_limit_the_gap(data: st.DataObject) -> None:
+    """For any weights of the owner sets that load the workers equally, found by scaling weights up and down."""
+    n, k = data.draw(st.integers(5, 9)), 2
+    pairs = [pair for pair in combinations(range(n), k) if pair != (0, 1)]
+    weights = data.draw(st.lists(st.floats(0.05, 1.0), min_size=len(pairs), max_size=len(pairs)))
+    shared = np.zeros((n, n))
+    for (v, w), weight in zip(pairs, weights, strict=True):
+        shared[v, w] = shared[w, v] = weight
+    for _ in range(2000):
+        scale = 1 / np.sqrt(shared.sum(axis=1))
+        shared *= scale[:, None] * scale[None, :]
+    np.testing.assert_allclose(shared.sum(axis=1), 1, atol=1e-6)
+    eigenvalues = np.linalg.eigvalsh((np.eye(n) + shared) / k)
+    assert 1 - eigenvalues[-2] <= 1 / 2 + 1e-6
 
 
 def test_random_halves_mix_worse_than_planes() -> None:
