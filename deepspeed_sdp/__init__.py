@@ -6,7 +6,16 @@
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.errors import ConfigError, DataError, ModelError, OutputError, PlanError, SDPError
+from deepspeed_sdp.errors import (
+    ConfigError,
+    ConsistencyError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    SDPError,
+)
 
 if TYPE_CHECKING:
     from deepspeed_sdp.engine import SDPEngine, initialize
@@ -16,8 +25,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "ConsistencyError",
     "DataError",
     "ModelError",
+    "NonFiniteError",
     "OutputError",
     "PlanError",
     "SDPConfig",

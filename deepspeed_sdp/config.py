@@ -76,6 +76,16 @@ class SDPConfig(BaseModel):
     seq_length: int = Field(2048, ge=1, description="sequence length at which the workers' FLOPs are balanced")
     chunk_multiple: int = Field(64, ge=1, description="chunk borders are multiples of this where sizes allow")
     seed: int = Field(0, ge=0, description="seed of the plan and of the unit-wise initialisation")
+    transport: Literal["auto", "owner_sets", "all_to_all"] = Field(
+        "auto", description="how gradients and weights cross the network; auto: what is faster on the backend"
+    )
+    reduction_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="dtype of the gradients' collectives; default: DeepSpeed's communication_data_type"
+    )
+    on_nonfinite: Literal["skip", "stop"] = Field("skip", description="what a step with NaN or Inf gradients does")
+    consistency_check_interval: int = Field(
+        0, ge=0, description="steps between two comparisons of the owners' weights, 0: never"
+    )
     resample_interval: int = Field(0, ge=0, description="steps between two plans, 0: never")
     sync_interval: int = Field(1, ge=1, description="steps between two synchronisations")
 

@@ -23,3 +23,11 @@ class DataError(SDPError, ValueError):
 
 class OutputError(SDPError, OSError):
     """A folder or file cannot be written."""
+
+
+class NonFiniteError(SDPError, ArithmeticError):
+    """Gradients hold NaN or Inf, and the job is configured to stop then."""
+
+
+class ConsistencyError(SDPError, RuntimeError):
+    """Owners of a unit hold different weights."""

@@ -1,25 +1,36 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine, NoopTimer
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.consistency import check_owners
 from deepspeed_sdp.engine.evaluation import evaluate_full
 from deepspeed_sdp.engine.full_model import full_state_dict, save_hf
 from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.layout import make_layout, make_parts
 from deepspeed_sdp.engine.memory import model_state_bytes
-from deepspeed_sdp.engine.optimizer import OwnedParameters, SDPZeroOptimizer
-from deepspeed_sdp.engine.param_groups import split_by_owner_set
+from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
+from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
+from deepspeed_sdp.engine.param_groups import as_groups, translate_groups
+from deepspeed_sdp.engine.sharded_weights import ShardedWeights
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
+from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport, Transport
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import Subnetwork
+
+# Elements of the full model per round of gradients, unless the job says; some 25 layers of a small model, half a layer
+# of a 7B one.
+_ROUND_NUMEL = 25_000_000
 
 
 class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -45,6 +56,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             _agreed_weights=agreed_weights,
             _traffic=Traffic(),
             _stopwatch=Stopwatch(),
+            _weights=None,
         )
         super().__init__(*args, **kwargs)
 
@@ -66,7 +78,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         Args:
             dtype: cast floating-point weights; ``None`` keeps the dtype they are trained in.
         """
-        return full_state_dict(self._subnetwork, self.device, dtype)
+        return full_state_dict(self._subnetwork, self.device, self.gathered_weights, dtype)
 
     def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
         """Collective. Mean loss per predicted token of the *full* model over the batches of all ranks, in nats.
@@ -74,7 +86,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         Ranks may bring different numbers of batches. Layers are gathered one at a time, so no rank needs more memory
         than its subnetwork, one full layer, and the hidden states of its batches.
         """
-        return evaluate_full(self._subnetwork, batches, self.device)
+        with nullcontext() if self._weights is None else self._weights.paused():
+            return evaluate_full(self._subnetwork, batches, self.device, self.gathered_weights)
 
     def save_hf(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Collective. Write the full model as a HuggingFace folder, which needs nothing of this package to load.
@@ -82,14 +95,29 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         Raises:
             OutputError: the folder cannot be written; on every rank.
         """
-        save_hf(self._subnetwork, Path(folder), self.device, dtype)
+        save_hf(self._subnetwork, Path(folder), self.device, self.gathered_weights, dtype)
+
+    @contextmanager
+    def gathered_weights(self, layer: int | None = None) -> Iterator[None]:
+        """Collective, between steps. Inside, this rank's weights of one decoder layer can be read, at any ZeRO stage.
+
+        Args:
+            layer: number of the layer; ``None`` for everything outside of the layers.
+        """
+        if self._weights is None:
+            yield
+            return
+        parts = self._weights.outer if layer is None else (layer + 1,)
+        with self._weights.gathered(parts):
+            yield
 
     def sdp_stats(self) -> dict[str, Any]:
         """Figures of the last step on this rank.
 
-        ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent`` and ``bytes_sent_by_kind``,
-        ``seconds`` (forward, backward with its reductions, step; host time), ``grad_norm``, ``owned_numel``,
-        ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
+        ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent``, also by kind of collective
+        and by owner set, ``seconds`` (host time: forward, backward with its reductions, step; ``communication`` from
+        issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest),
+        ``grad_norm``, ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """
         sets = {self._subnetwork.owner_set(name) for name in self._subnetwork.fragments}
         norm = self.get_global_grad_norm()
@@ -100,7 +128,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             "model_state_bytes": model_state_bytes(self),
             "bytes_sent": self._traffic.last_step_bytes,
             "bytes_sent_by_kind": dict(self._traffic.last_step),
-            "seconds": dict(self._stopwatch.last_step),
+            "bytes_sent_by_owner_set": self._traffic.last_step_by_owner_set,
+            "seconds": self._stopwatch.last_step_seconds,
             "grad_norm": None if norm is None else float(norm),
         }
 
@@ -117,9 +146,34 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
     def step(self, *args: Any, **kwargs: Any) -> None:
         steps = self.global_steps
         with self._stopwatch.phase("step"):
+            if self.is_gradient_accumulation_boundary():
+                self._check_owners(steps + 1)
             super().step(*args, **kwargs)
         if self.global_steps > steps:
             self._stopwatch.end_step()
+            self._write_figures()
+
+    def _write_figures(self) -> None:
+        """The step's norm, traffic and communication to DeepSpeed's monitor, beside its own figures."""
+        if not self.monitor.enabled or self.global_rank != 0:
+            return
+        seconds = self._stopwatch.last_step_seconds
+        figures = {
+            "grad_norm": float(self.get_global_grad_norm()),
+            "bytes_sent": self._traffic.last_step_bytes,
+            "communication_ms": 1e3 * seconds["communication"],
+            "exposed_communication_ms": 1e3 * seconds["exposed"],
+        }
+        self.monitor.write_events(
+            [(f"Train/SDP/{name}", value, self.global_samples) for name, value in figures.items()]
+        )
+
+    def _check_owners(self, step: int) -> None:
+        """Before the update, which at stages 1 and 2 replaces what is not of one's own shard."""
+        interval = self.sdp_config.consistency_check_interval
+        # At stage 3 there is one copy of every weight.
+        if interval and step % interval == 0 and self.zero_optimization_stage() < 3:
+            check_owners(self._subnetwork, step)
 
     def destroy(self) -> None:
         super().destroy()
@@ -148,41 +202,105 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         # One optimizer wrapper for stages 0, 1 and 2 and for fp32 and bf16.
         return ZERO_OPTIMIZATION  # type: ignore[no-any-return]
 
-    def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
-        groups = split_by_owner_set(_as_groups(model_parameters), self._subnetwork)
-        return super()._configure_basic_optimizer([group for group, _ in groups])  # type: ignore[no-any-return]
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        if isinstance(client_optimizer, torch.optim.Optimizer):
+            self._remember_groups(client_optimizer)
+        elif client_optimizer is not None:
+            build = client_optimizer
+            client_optimizer = lambda parameters: self._remember_groups(build(parameters))  # noqa: E731
+        super()._configure_optimizer(client_optimizer, model_parameters)
 
-    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> SDPZeroOptimizer:
-        stage = self.zero_optimization_stage()
-        check_overflow = self.bfloat16_enabled() and self._config.bfloat16_config.check_grad_overflow
-        return SDPZeroOptimizer(
-            optimizer,
-            self.param_names,
-            owned=_owned_parameters(self._subnetwork),
-            groups=self._owner_groups,
-            traffic=self._traffic,
-            partition_states=stage > 0,
-            timers=self.timers if self.wall_clock_breakdown() else NoopTimer(),
-            optimizer_params=self.optimizer_params(),
-            static_loss_scale=self.loss_scale(),
-            dynamic_loss_scale=self.dynamic_loss_scale(),
-            dynamic_loss_args=self.dynamic_loss_scale_args(),
-            clip_grad=self.gradient_clipping(),
-            reduce_bucket_size=self.zero_reduce_bucket_size(),
-            allgather_bucket_size=self.zero_allgather_bucket_size(),
-            dp_process_group=self.seq_data_parallel_group,
-            gradient_accumulation_steps=self.gradient_accumulation_steps(),
-            partition_grads=stage > 1,
-            parameter_alignment=self.zero_parameter_alignment(),
-            gradient_accumulation_dtype=self.get_data_types()[1],
-            communication_data_type=self.communication_data_type,
-            check_grad_overflow=check_overflow,
+    def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
+        groups = translate_groups(as_groups(model_parameters), self._subnetwork)
+        return self._remember_groups(super()._configure_basic_optimizer(groups))
+
+    def _remember_groups(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        # DeepSpeed drops groups of which this rank owns nothing; a scheduler counts them.
+        self._client_groups = list(optimizer.param_groups)
+        return optimizer
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> SDPOptimizer:
+        zero, stage = self._config.zero_config, self.zero_optimization_stage()
+        optimizer.param_groups[:] = self._client_groups
+        group_of = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
+        layout = make_layout(
+            self._subnetwork, self._owner_groups, group_of, stage=stage, round_numel=self._round_numel()
         )
+        dtype, accumulate = self.get_data_types()
+        reduce = self._reduction_dtype()
+        transports = {
+            "gradients": self._make_transport(self._owner_groups.for_gradients, reduce),
+            "weights": self._make_transport(self._owner_groups.for_weights, dtype),
+        }
+        if stage == 3:
+            self.__dict__["_weights"] = ShardedWeights(
+                self._subnetwork.module,
+                make_parts(self._subnetwork, layout),
+                transports["weights"],
+                prefetch=1 if zero.prefetch_bucket_size else 0,
+                device=_offload_device(zero.offload_param, self.device),
+            )
+        names = self._subnetwork.fragments
+        made = SDPOptimizer(
+            optimizer,
+            layout.rounds,
+            layout.gathers(_ROUND_NUMEL),
+            stage=stage,
+            transport=transports["gradients"],
+            weight_transport=transports["weights"],
+            world=self._owner_groups.for_gradients,
+            device=self.device,
+            precision=Precision(reduce, accumulate),
+            loss_scaler=CreateLossScaler(
+                dtype=dtype,
+                static_loss_scale=self.loss_scale(),
+                dynamic_scaling=self.dynamic_loss_scale(),
+                dynamic_loss_args=self.dynamic_loss_scale_args(),
+            ),
+            clip_grad=self.gradient_clipping(),
+            state_device=_offload_device(zero.offload_optimizer, self.device),
+            nonfinite=NonFiniteGradients(
+                [names[name].full_name for name in layout.names], self.sdp_config.on_nonfinite
+            ),
+            traffic=self._traffic,
+        )
+        if self._weights is not None:
+            self._weights.before_backward = made.launch_before
+        return made
+
+    def _make_transport(self, group: dist.ProcessGroup, dtype: torch.dtype) -> Transport:
+        kind = self.sdp_config.transport
+        if kind == "auto":
+            is_gloo = dist.get_backend(group) == "gloo"
+            kind = "all_to_all" if is_gloo and self.zero_optimization_stage() > 0 else "owner_sets"
+        if kind == "all_to_all":
+            return AllToAllTransport(group, self.device, dtype, self._traffic, self._stopwatch)
+        return OwnerSetTransport(self._traffic, self._stopwatch)
+
+    def _round_numel(self) -> int:
+        zero = self._config._param_dict.get("zero_optimization", {})
+        asked = zero.get("reduce_bucket_size", "auto") if isinstance(zero, dict) else "auto"
+        # DeepSpeed's default is larger than most models: nothing would overlap.
+        return _ROUND_NUMEL if asked == "auto" else int(asked)
+
+    def _reduction_dtype(self) -> torch.dtype:
+        named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        asked = self.sdp_config.reduction_dtype
+        return named[asked] if asked else self.communication_data_type
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """``False``: what DeepSpeed does for its own ZeRO-3 parameters is not for ours."""
+        return False
 
     def _backward_prologue(self) -> None:
         super()._backward_prologue()
         self.optimizer.synchronize_gradients = self.enable_backward_allreduce and not self.inside_no_sync_ctxt
         self.optimizer.set_gradient_accumulation_boundary(self.is_gradient_accumulation_boundary())
+
+    def _backward_epilogue(self) -> None:
+        super()._backward_epilogue()
+        if self._weights is not None:
+            self._weights.end_backward()
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         boundary = self.is_gradient_accumulation_boundary()
@@ -209,13 +327,6 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         raise ConfigError("save_16bit_model: would write one subnetwork; save_hf() writes the full model")
 
 
-def _as_groups(model_parameters: Any) -> list[dict[str, Any]]:
-    parameters = list(model_parameters)
-    if parameters and isinstance(parameters[0], dict):
-        return parameters
-    return [{"params": parameters}]
-
-
 def _in_total_order(subnetwork: Subnetwork) -> list[tuple[str, torch.nn.Parameter]]:
     position = subnetwork.positions()
     return sorted(
@@ -223,10 +334,6 @@ def _in_total_order(subnetwork: Subnetwork) -> list[tuple[str, torch.nn.Paramete
     )
 
 
-def _owned_parameters(subnetwork: Subnetwork) -> OwnedParameters:
-    positions = subnetwork.positions()
-    named = dict(subnetwork.module.named_parameters())
-    return OwnedParameters(
-        owner_set={id(p): subnetwork.owner_set(name) for name, p in named.items()},
-        position={id(p): positions[name] for name, p in named.items()},
-    )
+def _offload_device(offload: Any, device: torch.device) -> torch.device:
+    is_cpu = offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
+    return torch.device("cpu") if is_cpu else device

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepspeed_sdp.engine.gather import gather_space, shared_parameters
+from deepspeed_sdp.engine.gather import Access, gather_space, layers_name, shared_parameters
 from deepspeed_sdp.subnetwork import Subnetwork
 
 # Batches whose hidden states are held at a time.
@@ -64,32 +64,39 @@ _Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 @torch.no_grad()
-def evaluate_full(subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device) -> float:
+def evaluate_full(
+    subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device, access: Access
+) -> float:
     """Collective; see :meth:`SDPEngine.evaluate_full`. Batches are what the model takes, with ``labels`` ``[B, T]``."""
     mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
     dist.all_reduce(sweeps, op=dist.ReduceOp.MAX)
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    with _eval_mode(subnetwork.module):
+    with _eval_mode(subnetwork.module), access(None):
         for sweep in range(int(sweeps)):
-            total += _sweep(subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device)
+            total += _sweep(
+                subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device, access
+            )
     dist.all_reduce(total)
     if not total[1]:
         raise ValueError("evaluate_full: no rank brought a batch with a predicted token")
     return float(total[0] / total[1])
 
 
-def _sweep(subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device) -> torch.Tensor:
+def _sweep(
+    subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device, access: Access
+) -> torch.Tensor:
     """Sum of losses and number of predicted tokens, ``[2]`` float64."""
     calls = [_record(subnetwork, batch) for batch in batches]
     hidden = [call[0][0] for call in calls]
     skeleton = subnetwork.full_skeleton().eval()
     for index, layer in enumerate(subnetwork.adapter.layers(skeleton)):
-        weights = _gather_layer(subnetwork, index, skeleton, layer, device)
-        for i, call in enumerate(calls):
-            _, args, kwargs = call[index]
-            output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
-            hidden[i] = output[0] if isinstance(output, tuple) else output
+        with access(index):
+            weights = _gather_layer(subnetwork, index, device)
+            for i, call in enumerate(calls):
+                _, args, kwargs = call[index]
+                output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
+                hidden[i] = output[0] if isinstance(output, tuple) else output
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for batch, output in zip(batches, hidden, strict=True):
         tokens = (batch["labels"][:, 1:] != -100).sum()
@@ -114,11 +121,9 @@ def _replays(subnetwork: Subnetwork, output: torch.Tensor) -> list[_Replay]:
     return [_Replay(layer, output if layer is layers[-1] else None) for layer in layers]
 
 
-def _gather_layer(
-    subnetwork: Subnetwork, index: int, skeleton: nn.Module, layer: nn.Module, device: torch.device
-) -> dict[str, torch.Tensor]:
-    prefix = next(name for name, module in skeleton.named_modules() if module is layer) + "."
-    weights = {name: value for name, value in shared_parameters(subnetwork).items() if name.startswith(prefix)}
+def _gather_layer(subnetwork: Subnetwork, index: int, device: torch.device) -> dict[str, torch.Tensor]:
+    prefix = f"{layers_name(subnetwork)}.{index}."
+    weights = shared_parameters(subnetwork, index)
     for planned in subnetwork.plan.spaces:
         if planned.space.layer == index:
             weights.update(gather_space(subnetwork, planned, device))

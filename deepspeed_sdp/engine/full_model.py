@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from deepspeed_sdp.engine.gather import gather_space, shared_parameters
+from deepspeed_sdp.engine.gather import Access, gather_space, shared_parameters
 from deepspeed_sdp.errors import OutputError
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
 @torch.no_grad()
 def full_state_dict(
-    subnetwork: Subnetwork, device: torch.device, dtype: torch.dtype | None = None
+    subnetwork: Subnetwork, device: torch.device, access: Access, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor] | None:
     """Collective; see :meth:`SDPEngine.full_state_dict`. Other ranks than 0 never hold more than one unit space."""
     is_writer = dist.get_rank() == 0
@@ -27,9 +27,14 @@ def full_state_dict(
             for name, value in values.items():
                 weights[name] = value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
 
-    keep(shared_parameters(subnetwork))
-    for planned in subnetwork.plan.spaces:
-        keep(gather_space(subnetwork, planned, device))
+    with access(None):
+        keep(shared_parameters(subnetwork, None))
+    for layer in range(len(subnetwork.adapter.layers(subnetwork.module))):
+        with access(layer):
+            keep(shared_parameters(subnetwork, layer))
+            for planned in subnetwork.plan.spaces:
+                if planned.space.layer == layer:
+                    keep(gather_space(subnetwork, planned, device))
     if not is_writer:
         return None
     for name, buffer in subnetwork.module.named_buffers():
@@ -47,12 +52,14 @@ def _is_transient(subnetwork: Subnetwork, name: str) -> bool:
     return local in subnetwork.module.get_submodule(parent)._non_persistent_buffers_set
 
 
-def save_hf(subnetwork: Subnetwork, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def save_hf(
+    subnetwork: Subnetwork, folder: Path, device: torch.device, access: Access, dtype: torch.dtype | None = None
+) -> None:
     """Collective; see :meth:`SDPEngine.save_hf`.
 
     Files are written aside and moved into the folder one by one, so that a failed save leaves an older one whole.
     """
-    weights = full_state_dict(subnetwork, device, dtype)
+    weights = full_state_dict(subnetwork, device, access, dtype)
     failure = [_write(subnetwork, folder, weights) if weights is not None else None]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:

@@ -1,5 +1,8 @@
 """Putting full parameters together from the fragments of their owners. All functions are collective over the world."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 import torch.distributed as dist
 
@@ -12,14 +15,27 @@ def weights_dtype(subnetwork: Subnetwork) -> torch.dtype:
     return next(p.dtype for name, p in subnetwork.module.named_parameters() if p.is_floating_point())
 
 
-def shared_parameters(subnetwork: Subnetwork) -> dict[str, torch.Tensor]:
-    """The parameters that every rank holds whole, by full name."""
-    parameters = subnetwork.module.named_parameters()
-    return {
+# A collective that makes this rank's weights of one layer readable inside; ``None``: those outside of the layers.
+Access = Callable[[int | None], AbstractContextManager[None]]
+
+
+def layers_name(subnetwork: Subnetwork) -> str:
+    """Name of the list of decoder layers."""
+    layers = subnetwork.adapter.layers(subnetwork.module)
+    names: dict[int, str] = {id(module): name for name, module in subnetwork.module.named_modules()}
+    return names[id(layers)]
+
+
+def shared_parameters(subnetwork: Subnetwork, layer: int | None) -> dict[str, torch.Tensor]:
+    """The parameters of one layer (``None``: outside of the layers) that every rank owns whole, by full name."""
+    inside = f"{layers_name(subnetwork)}."
+    prefix = inside if layer is None else f"{inside}{layer}."
+    shared = {
         subnetwork.fragments[name].full_name: p.detach()
-        for name, p in parameters
+        for name, p in subnetwork.module.named_parameters()
         if subnetwork.fragments[name].dim is None
     }
+    return {name: value for name, value in shared.items() if name.startswith(prefix) != (layer is None)}
 
 
 def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.device) -> dict[str, torch.Tensor]:

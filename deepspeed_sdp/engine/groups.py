@@ -16,6 +16,9 @@ class OwnerGroups:
         workers: the subnetwork of every rank, ``[world size]``; so the owners of a unit are ``K * R`` ranks.
 
     Every rank creates every group, in the order of the plan, as ``torch.distributed.new_group`` demands.
+
+    Attributes:
+        for_gradients, for_weights: two more groups of the whole world.
     """
 
     def __init__(self, plan: SubnetworkPlan, workers: Sequence[int]) -> None:
@@ -27,22 +30,22 @@ class OwnerGroups:
         ]
         self._created: list[ProcessGroup] = []
         self._groups = [self._make(ranks) for ranks in self._ranks]
-        self._own = self._make((self.rank,), local=True)
+        everyone = list(range(dist.get_world_size()))
+        # Collectives of one group run in the order of their issue; these two orders are independent of each other.
+        self.for_gradients: ProcessGroup = self._keep(dist.new_group(everyone))
+        self.for_weights: ProcessGroup = self._keep(dist.new_group(everyone))
 
-    def _make(self, ranks: Sequence[int], local: bool = False) -> ProcessGroup:
+    def _make(self, ranks: Sequence[int]) -> ProcessGroup:
         if len(ranks) == dist.get_world_size():
             world = dist.group.WORLD
             assert world is not None
             return world
-        group: ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=local)
-        if self.rank in ranks:
-            self._created.append(group)
-        return group
+        group: ProcessGroup = dist.new_group(list(ranks))
+        return self._keep(group) if self.rank in ranks else group
 
-    @property
-    def own(self) -> ProcessGroup:
-        """A group of this rank alone."""
-        return self._own
+    def _keep(self, group: ProcessGroup) -> ProcessGroup:
+        self._created.append(group)
+        return group
 
     def ranks(self, owner_set: int) -> tuple[int, ...]:
         """Global ranks that own what ``owner_set`` owns, ascending."""
@@ -61,3 +64,5 @@ class OwnerGroups:
         for group in self._created:
             dist.destroy_process_group(group)
         self._created.clear()
+        self._groups.clear()
+        del self.for_gradients, self.for_weights

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
-from deepspeed_sdp.engine.param_groups import split_optimizer, split_scheduler
+from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, translate_optimizer
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
@@ -64,9 +66,9 @@ def initialize(
         PlanError: no plan exists for these numbers.
     """
     start_communication(distributed_port, dist_init_required)
-    job = _agree_on_job(
-        lambda: model, args, config if config is not None else config_params, sdp_config, optimizer, mpu
-    )
+    model_parameters = list(model_parameters) if model_parameters is not None else None
+    client = _Client(optimizer, model_parameters, mpu)
+    job = _agree_on_job(lambda: model, args, config if config is not None else config_params, sdp_config, client)
     plain = {
         "args": job.args,
         "training_data": training_data,
@@ -86,9 +88,8 @@ def initialize(
     assert model is not None
     _check_deepspeed()
     # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
-    model_parameters = list(model_parameters) if model_parameters is not None else None
     before_cut = list(model.parameters())
-    subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer, lr_scheduler)
+    subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer)
     del before_cut
     groups = OwnerGroups(job.plan, job.workers)
     subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
@@ -118,11 +119,11 @@ def check_job(
     Raises:
         ConfigError, ModelError, PlanError: see :func:`initialize`; the same on every rank.
     """
-    return _agree_on_job(build_model, args, config, sdp_config, None, None).sdp
+    return _agree_on_job(build_model, args, config, sdp_config, _Client()).sdp
 
 
 def _agree_on_job(
-    build_model: Callable[[], nn.Module | None], args: Any, config: Any, sdp_config: Any, optimizer: Any, mpu: Any
+    build_model: Callable[[], nn.Module | None], args: Any, config: Any, sdp_config: Any, client: "_Client"
 ) -> "_Job":
     job = _Job()
 
@@ -130,14 +131,40 @@ def _agree_on_job(
         _read(job, args, config, sdp_config)
         model = build_model()
         if job.sdp.enabled:
-            check_supported(job.ds_config, model, optimizer, mpu)
+            check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
             job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
-        return _description(job, model)
+        return {**_description(job, model), **client.describe(model)}
 
     agree(describe)
     return job
+
+
+@dataclass(frozen=True)
+class _Client:
+    """What the caller built before; ranks must have built the same."""
+
+    optimizer: Any = None
+    model_parameters: list[Any] | None = None
+    mpu: Any = None
+
+    def describe(self, model: nn.Module | None) -> dict[str, Any]:
+        if model is None:
+            return {}
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        described: dict[str, list[list[str]]] = {"trainable": [trainable]}
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            described["optimizer.param_groups"] = describe_groups(self.optimizer.param_groups, model)
+        if self.model_parameters is not None:
+            described["model_parameters"] = describe_groups(as_groups(self.model_parameters), model)
+        return {key: _summary(groups) for key, groups in described.items()}
+
+
+def _summary(groups: list[list[str]]) -> str:
+    """Sizes and a digest: the lists are as long as the model."""
+    digest = hashlib.sha256(repr(groups).encode()).hexdigest()[:8]
+    return f"{', '.join(str(len(group)) for group in groups)} parameters (digest {digest})"
 
 
 class _Job:
@@ -191,13 +218,13 @@ def _check_deepspeed() -> None:
         )
 
 
-def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any, lr_scheduler: Any) -> tuple[Subnetwork, bool, Any]:
+def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any) -> tuple[Subnetwork, bool, Any]:
     """Collective: an SDPError of one rank is raised on all of them."""
     made: list[tuple[Subnetwork, bool, Any]] = []
 
     def cut() -> Mapping[str, Any]:
         subnetwork, agreed = _build(model, job, job.workers[dist.get_rank()])
-        made.append((subnetwork, agreed, _split_client(optimizer, lr_scheduler, subnetwork)))
+        made.append((subnetwork, agreed, _translate_client(optimizer, subnetwork)))
         return {}
 
     agree(cut)
@@ -217,19 +244,16 @@ def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
     return subnetwork, on_meta
 
 
-def _split_client(optimizer: Any, lr_scheduler: Any, subnetwork: Subnetwork) -> Any:
+def _translate_client(optimizer: Any, subnetwork: Subnetwork) -> Any:
     if optimizer is None:
         return None
     if isinstance(optimizer, torch.optim.Optimizer):
-        client_groups = len(optimizer.param_groups)
-        origins = split_optimizer(optimizer, subnetwork)
-        if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
-            split_scheduler(lr_scheduler, origins, client_groups)
+        translate_optimizer(optimizer, subnetwork)
         return optimizer
 
     def build(parameters: Any) -> torch.optim.Optimizer:
         built: torch.optim.Optimizer = optimizer(parameters)
-        split_optimizer(built, subnetwork)
+        translate_optimizer(built, subnetwork)
         return built
 
     return build

@@ -14,7 +14,8 @@ def model_state_bytes(engine: Any) -> dict[str, int]:
     Weights are the storages of parameters and buffers, padding included. The optimizer is its state and the master
     weights, unless they are the weights themselves. Gradients change within a step: see :func:`gradient_peak`.
     """
-    weights = _storages([*engine.module.parameters(), *engine.module.buffers()])
+    held: list[torch.Tensor] = getattr(engine.optimizer, "weight_tensors", list)()
+    weights = _storages([*engine.module.parameters(), *engine.module.buffers(), *held])
     optimizer = {k: v for k, v in _storages(_optimizer_tensors(engine)).items() if k not in weights}
     sizes = {
         "weights": sum(weights.values()),

@@ -1,212 +1,326 @@
-"""DeepSpeed's ZeRO-1/2 optimizer, with one parameter group per owner set and a reducer of its own.
+"""The ZeRO optimizer over owner sets, for every stage: DeepSpeed's engine sees a ``ZeROOptimizer``.
 
-ZeRO keeps the sharding: every group is flattened, split over its owners, stepped and gathered by DeepSpeed's code. This
-class replaces what that code does wrong for owner sets (docs/architecture.md): how gradients are reduced, and the norm.
-Stage 0 is the same with a partition group of one rank: gradients are averaged over the owners, the state is whole.
+A client's optimizer steps the fp32 master copy of this rank's shards (:mod:`deepspeed_sdp.engine.flat_bucket`). What
+differs between the stages is what is sharded and when gradients are reduced:
+
+====== ============================== ===================================== =========================================
+stage  state                          gradients                             weights
+====== ============================== ===================================== =========================================
+0      whole on every owner           reduced once per step                 whole
+1      sharded over the owners        reduced once per step                 whole, gathered after the step
+2      sharded                        reduced after every micro-batch       whole, gathered after the step
+3      sharded                        reduced after every micro-batch       sharded, gathered where they are used
+====== ============================== ===================================== =========================================
 """
 
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 
-from deepspeed_sdp.engine.buckets import BucketItem, make_buckets
-from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.reducer import Reducer
-from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
+from deepspeed_sdp.engine.traffic import Traffic, all_reduce_bytes
+from deepspeed_sdp.engine.transport import Pending, Transport
 
-OWNER_SET_KEY = "sdp_owner_set"
+GROUP_KEY = "sdp_group"
+
+# Gathers of weights under way at a time after a step.
+_MAX_GATHERS = 2
 
 
 @dataclass(frozen=True)
-class OwnedParameters:
-    """What the optimizer must know about parameters beyond their values.
+class Precision:
+    """Dtypes of a gradient's way.
 
     Attributes:
-        owner_set: owner set of each parameter, by ``id``.
-        position: place in the full model in forward order, by ``id``; equal on all ranks for the same parameter.
+        reduce: of the collectives.
+        accumulate: in which the micro-batches of a step are summed.
     """
 
-    owner_set: dict[int, int]
-    position: dict[int, tuple[int, int]]
+    reduce: torch.dtype
+    accumulate: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """What this rank's partition holds of one gradient: ``numel`` elements from ``source`` in it, at ``target``."""
-
-    group: int
-    source: int
-    target: int
-    numel: int
-
-
-class SDPZeroOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """ZeRO 0, 1 and 2 over owner sets. See the module.
+class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
+    """See the module.
 
     Args:
-        owned: owner set and position of every parameter.
-        groups: process groups of the owner sets.
+        optimizer: the basic optimizer; its groups carry ``GROUP_KEY``, the index of the client's group, and its
+            parameters are replaced by the master shards.
+        rounds: this rank's buckets by round.
+        gathers: the same buckets, those of one gather after the step together.
+        stage: of ZeRO.
+        transport, weight_transport: of gradients, and of weights after the step.
+        world: process group of all ranks, for the norm.
+        device: of weights and gradients.
+        precision: see :class:`Precision`.
+        loss_scaler: DeepSpeed's.
+        clip_grad: largest norm of the gradient, 0 for none.
+        state_device: where the master weights and the optimizer's state live.
+        nonfinite: what is done about NaN and Inf.
         traffic: counts bytes sent.
-        partition_states: ``False`` for stage 0.
     """
 
     def __init__(
         self,
-        init_optimizer: torch.optim.Optimizer,
-        param_names: dict[nn.Parameter, str],
+        optimizer: torch.optim.Optimizer,
+        rounds: Sequence[Sequence[FlatBucket]],
+        gathers: Sequence[Sequence[FlatBucket]],
         *,
-        owned: OwnedParameters,
-        groups: OwnerGroups,
+        stage: int,
+        transport: Transport,
+        weight_transport: Transport,
+        world: dist.ProcessGroup,
+        device: torch.device,
+        precision: Precision,
+        loss_scaler: Any,
+        clip_grad: float,
+        state_device: torch.device,
+        nonfinite: NonFiniteGradients,
         traffic: Traffic,
-        partition_states: bool,
-        **kwargs: Any,
     ) -> None:
-        self._owned = owned
-        self._owner_groups = groups
-        self._traffic = traffic
-        self._partition_states = partition_states
+        super().__init__()
+        self.optimizer = optimizer
+        self.stage = stage
+        self.partition_gradients = stage >= 2
+        self.clip_grad = clip_grad
+        self.loss_scaler = loss_scaler
+        self.dynamic_loss_scale = loss_scaler.dynamic
+        self.custom_loss_scaler = False
+        self.external_loss_scale: float | None = None
+        self.torch_autocast_gradscaler = None
+        self.overflow = False
         self.synchronize_gradients = True
-        # Group i is an "expert group" to DeepSpeed; that is the way to give it a process group of its own.
-        super().__init__(
-            init_optimizer,
-            param_names,
-            has_moe_layers=True,
-            expert_parallel_group={},
-            expert_data_parallel_group={},
-            **kwargs,
-        )
-        self._parameters = [parameter for group in self.bit16_groups for parameter in group]
-        self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
-        self._shards = self._find_shards()
-        self._reducer = self._make_reducer()
+        self.dp_process_group: dist.ProcessGroup | None = world
+        self._global_grad_norm: torch.Tensor | float = 0.0
+        self._device = device
+        self._gathers = gathers
+        self._flats = [flat for buckets in rounds for flat in buckets]
+        self._weight_transport = weight_transport
+        self._precision = precision
+        self._nonfinite = nonfinite
+        self._traffic = traffic
+        self._parameters = {
+            index: parameter
+            for flat in self._flats
+            for index, parameter in zip(flat.bucket.items, flat.parameters, strict=True)
+        }
+        self._accumulated: dict[int, torch.Tensor] = {}
+        self._masters = [_master(flat, state_device) for flat in self._flats]
+        self._replace_parameters()
+        self.reducer = Reducer(rounds, transport, self._flatten, self._keep)
+        self._hooks = self._hook_gradients()
 
-    def _configure_moe_settings(self) -> None:
-        sets = [group[OWNER_SET_KEY] for group in self.optimizer.param_groups]
-        for i, owner_set in enumerate(sets):
-            partition = self._owner_groups.group(owner_set) if self._partition_states else self._owner_groups.own
-            self.real_dp_process_group[i] = partition
-            self.partition_count[i] = dist.get_world_size(partition)
-        self.is_moe_param_group = [True] * len(sets)
-
-    def initialize_optimizer_states(self) -> None:
-        for i, master in enumerate(self.single_partition_of_fp32_groups):
-            weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(self.real_dp_process_group[i])]
-            if weights.dtype == master.dtype and weights.device == master.device:
-                # fp32 training: the weights are their own master copy, a second one would only cost memory.
-                master.data = weights.data
-        super().initialize_optimizer_states()
+    def _replace_parameters(self) -> None:
+        by_group: dict[int, list[nn.Parameter]] = {}
+        for flat, master in zip(self._flats, self._masters, strict=True):
+            by_group.setdefault(flat.bucket.group, []).append(master)
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["params"] = by_group.get(group[GROUP_KEY], [])
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
-    def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
-        # DeepSpeed's name for: averaged gradients live in one flat tensor per group, in the accumulation dtype.
-        return True
+    def _hook_gradients(self) -> list[Any]:
+        trainable = list(self._parameters.values())
 
-    def process_gradients(self, param: nn.Parameter, i: int) -> None:
-        """Hook: ``param.grad`` holds this micro-batch's gradient (and, at stages 0 and 1, those before it)."""
-        if self.use_grad_accum_attribute:
-            self._fill_param_grad_accum_attribute(param)
+        def hook(index: int) -> Callable[[torch.Tensor], None]:
+            def on_gradient(parameter: torch.Tensor) -> None:
+                # DeepSpeed's own order of calls: it finds the end of a backward pass that it did not start itself.
+                must_count = self.should_refresh_expected_hook_count()
+                self.reenter_backward_if_needed()
+                self._on_gradient(index, parameter)
+                expected = count_used_parameters_in_backward(trainable) if must_count else self._max_expected_hooks_seen
+                self.update_hook_state_and_maybe_run_epilogue(expected)
+
+            return on_gradient
+
+        return [
+            parameter.register_post_accumulate_grad_hook(hook(index))  # type: ignore[no-untyped-call]
+            for index, parameter in self._parameters.items()
+        ]
+
+    def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
+        """``parameter.grad`` holds this micro-batch's gradient (and, unless they are taken out, those before it)."""
+        if self._precision.accumulate != parameter.dtype and parameter.grad is not None:
+            before = self._accumulated.get(index)
+            gradient = parameter.grad.to(self._precision.accumulate)
+            self._accumulated[index] = gradient if before is None else before.add_(gradient)
+            parameter.grad = None
         if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
-            self._reducer.ready(self._index[id(param)])
+            self.reducer.ready(index)
+
+    def _flatten(self, flat: FlatBucket) -> torch.Tensor:
+        values = [self._take_gradient(index) for index in flat.bucket.items]
+        self._nonfinite.watch(flat, values)
+        return flat.flatten(values, self._precision.reduce)
+
+    def _take_gradient(self, index: int) -> torch.Tensor | None:
+        parameter = self._parameters[index]
+        gradient, parameter.grad = parameter.grad, None
+        return self._accumulated.pop(index, gradient)
+
+    def _keep(self, flat: FlatBucket, shard: torch.Tensor) -> None:
+        flat.add_average(shard, torch.promote_types(self._precision.accumulate, self._precision.reduce))
+
+    def launch_before(self, round_: int) -> None:
+        """The backward pass is past the rounds before ``round_``; launch them, unless gradients are only summed up."""
+        if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
+            self.reducer.launch_before(round_)
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Finish the reduction of the current backward pass. Afterwards this rank holds its shard of the averages."""
-        self._reducer.finish()
+        self.reducer.finish()
         self._epilogue_ran_this_backward = True
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """DeepSpeed's name for the same at stages 2 and 3."""
         self.reduce_gradients()
 
-    def _make_reducer(self) -> Reducer:
-        items = (
-            BucketItem(self._owned.position[id(p)], self._owned.owner_set[id(p)], p.numel(), index)
-            for index, p in enumerate(self._parameters)
-        )
-        return Reducer(
-            make_buckets(items, self.reduce_bucket_size),
-            self._owner_groups,
-            self._local_gradient,
-            self._keep_shard,
-            self.communication_data_type,
-            self._traffic,
-        )
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """Nothing is deferred to the boundary."""
 
-    def _local_gradient(self, index: int) -> torch.Tensor:
-        parameter = self._parameters[index]
-        grad = self.get_gradient_for_reduction(parameter)
-        if grad is None:
-            dtype = self.gradient_accumulation_dtype if self.use_grad_accum_attribute else parameter.dtype
-            return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-        assert isinstance(grad, torch.Tensor)
-        return grad.detach()
-
-    def _keep_shard(self, index: int, average: torch.Tensor) -> None:
-        shard = self._shards[index]
-        if shard is not None:
-            flat = self._get_compact_grad_partition_buffer(shard.group).flat_partition
-            flat.narrow(0, shard.target, shard.numel).add_(average.narrow(0, shard.source, shard.numel))
-        self.clear_grad_attribute(self._parameters[index])
-
-    def _find_shards(self) -> list[_Shard | None]:
-        shards: list[_Shard | None] = []
-        for i, group in enumerate(self.bit16_groups):
-            partition = dist.get_rank(self.real_dp_process_group[i])
-            for parameter in group:
-                param_id = self.get_param_id(parameter)
-                source = self.grad_start_offset[i][partition].get(param_id)
-                if source is None:
-                    shards.append(None)
-                    continue
-                target = int(self.grad_partition_insertion_offset[i][partition][param_id])
-                numel = min(parameter.numel() - int(source), int(self.partition_size[i]) - target)
-                shards.append(_Shard(i, int(source), target, numel))
-        return shards
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop every gradient, averaged ones included."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        for flat in self._flats:
+            flat.average = None
+        self._accumulated.clear()
 
     # -- norm and step -----------------------------------------------------------------------------------------------
 
-    def scaled_global_norm(self, norm_type: int = 2) -> torch.Tensor:
-        """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same tensor on every rank.
-
-        A NaN or Inf anywhere gives -1 on every rank, DeepSpeed's mark of an invalid norm.
-        """
-        assert norm_type == 2
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, group in enumerate(self.optimizer.param_groups):
-            owners = self._owner_groups.ranks(group[OWNER_SET_KEY])
-            # At stage 0 every owner holds the whole group: the first one counts it.
-            if self._partition_states or owners[0] == self._owner_groups.rank:
-                flat = self._get_compact_grad_partition_buffer(i).flat_partition
-                total += torch.linalg.vector_norm(flat, dtype=torch.float32).double() ** 2
+    def scaled_global_norm(self) -> torch.Tensor:
+        """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same tensor on every rank."""
+        squares = [torch.zeros((), dtype=torch.float64, device=self._device)]
+        for flat in self._flats:
+            # At stage 0 every owner holds the whole bucket: the first one counts it.
+            is_counted = self.stage > 0 or flat.ranks[0] == dist.get_rank()
+            if is_counted and flat.average is not None:
+                squares.append(torch.linalg.vector_norm(flat.average, dtype=torch.float32).double() ** 2)
+        total = torch.stack(squares).sum()
         self._traffic.add("norm_all_reduce", all_reduce_bytes(8, dist.get_world_size()))
-        dist.all_reduce(total)
-        norm = total.sqrt().float()
-        return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
+        dist.all_reduce(total, group=self.dp_process_group)
+        return total.sqrt()
 
     def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        if not self.overflow and self._partition_states:
-            for flat, group in zip(self.bit16_groups_flat, self.real_dp_process_group, strict=True):
-                nbytes = flat.numel() * flat.element_size()
-                self._traffic.add("weight_all_gather", all_gather_bytes(nbytes, dist.get_world_size(group)))
-        self._traffic.end_step()
+        """Clip, step the master shards, and (stages 1 and 2) gather the weights. Skips on NaN and Inf, on all ranks."""
+        assert closure is None, "a closure cannot be combined with ZeRO"
+        norm = float(self.scaled_global_norm())
+        scale = float(self.loss_scale)
+        self.overflow = not _is_finite(norm)
+        self._global_grad_norm = norm / scale if not self.overflow else norm
+        try:
+            if self.overflow:
+                self._nonfinite.handle(scale, self.dynamic_loss_scale)
+            else:
+                self._nonfinite.reset()
+                self._apply(self._combined_scale(norm, scale))
+        finally:
+            self.zero_grad()
+            self._traffic.end_step()
+        self.loss_scaler.update_scale(self.overflow)
+
+    def _combined_scale(self, norm: float, scale: float) -> float:
+        """What the averages are divided by: the loss scale, and what clipping asks for (DeepSpeed's formula)."""
+        clip = (norm / scale + 1e-6) / self.clip_grad if self.clip_grad > 0.0 else 0.0
+        return scale * max(clip, 1.0)
+
+    def _apply(self, divisor: float) -> None:
+        for flat, master in zip(self._flats, self._masters, strict=True):
+            average, flat.average = flat.average, None
+            gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
+            master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
+        self.optimizer.step()
+        for flat, master in zip(self._flats, self._masters, strict=True):
+            master.grad = None
+            if master.data_ptr() != flat.shard.data_ptr():
+                flat.shard.copy_(master.data)
+        if self.stage < 3:
+            self._gather()
+
+    def _gather(self) -> None:
+        if self.stage == 0:
+            return  # the shard is the whole
+        under_way: deque[Pending] = deque()
+        for buckets in self._gathers:
+            if len(under_way) == _MAX_GATHERS:
+                under_way.popleft().finish()
+            under_way.append(self._weight_transport.gather(buckets, "weight_gather"))
+        while under_way:
+            under_way.popleft().finish()
+
+    # -- what DeepSpeed's engine and its users ask for ----------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The client's groups, with master shards as parameters."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        """State of the basic optimizer, by master shard."""
+        return self.optimizer.state
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss of the current step."""
+        return self.external_loss_scale if self.custom_loss_scaler else self.loss_scaler.cur_scale  # type: ignore[return-value]
+
+    @property
+    def cur_scale(self) -> float:
+        """DeepSpeed's other name for it."""
+        return self.loss_scale
+
+    def override_loss_scale(self, loss_scale: float) -> None:
+        """Scale the loss from outside."""
+        self.custom_loss_scaler = True
+        self.external_loss_scale = loss_scale
+
+    def destroy(self) -> None:
+        """Let go of parameters and process groups, whose threads run as long as something holds them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.zero_grad()
+        for flat in self._flats:
+            flat.process_group = None
+        self.dp_process_group = None
+        self.reducer.close()
+        self._weight_transport.close()
 
     # -- measurement -------------------------------------------------------------------------------------------------
 
+    def weight_tensors(self) -> list[torch.Tensor]:
+        """Weights that are held beside those of the parameters."""
+        return [flat.shard for flat in self._flats]
+
     def gradient_tensors(self) -> list[torch.Tensor]:
-        """Every live tensor that holds gradients, this rank's flat averages included."""
-        tensors = []
-        for parameter in self._parameters:
-            tensors += [t for t in (parameter.grad, getattr(parameter, "grad_accum", None)) if t is not None]
-        for grads in self.averaged_gradients.values():
-            if grads is not None:
-                tensors.append(grads.flat_partition)
-        return tensors
+        """Every live tensor that holds gradients beside those of the parameters."""
+        averages = [flat.average for flat in self._flats if flat.average is not None]
+        return [*self._accumulated.values(), *averages]
 
     @property
     def in_flight_bytes(self) -> int:
-        """Bytes of gradient buckets under way."""
-        return self._reducer.in_flight_bytes
+        """Bytes of gradients under way."""
+        return self.reducer.in_flight_bytes
+
+
+def _master(flat: FlatBucket, device: torch.device) -> nn.Parameter:
+    shard = flat.shard
+    if shard.dtype == torch.float32 and shard.device == device:
+        # fp32 training: the weights are their own master copy.
+        return nn.Parameter(shard)
+    return nn.Parameter(shard.to(device, torch.float32, copy=True))
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,4 +1,4 @@
-"""A client's parameter groups, split so that every group belongs to one owner set."""
+"""A client's parameter groups, translated to the parameters of a subnetwork."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,47 +6,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.optimizer import OWNER_SET_KEY
+from deepspeed_sdp.engine.optimizer import GROUP_KEY
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
-def split_by_owner_set(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork) -> list[tuple[dict[str, Any], int]]:
-    """Split every client group by owner set, in (client group, owner set) order, which all ranks share.
+def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork) -> list[dict[str, Any]]:
+    """The client's groups with the trainable fragments that took the place of their parameters.
 
-    Parameters may be the full model's (from before the cut) or the subnetwork's; the former become the fragments that
-    took their place.
-
-    Returns:
-        pairs of a group with the client's own options, and the index of the client group it came from.
+    Parameters may be the full model's (from before the cut) or the subnetwork's. A group keeps its options and gets its
+    index under ``GROUP_KEY``; it may end up empty.
 
     Raises:
         ConfigError: a parameter belongs to neither model.
     """
-    positions = subnetwork.positions()
     names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
-    result = []
+    translated = []
     for index, group in enumerate(groups):
-        by_set: dict[int, list[nn.Parameter]] = {}
-        # A group of frozen parameters alone would be one that ZeRO cannot flatten, on the owners alone.
-        for parameter in filter(_is_trainable, _fragments_of(group["params"], names, subnetwork)):
-            by_set.setdefault(subnetwork.owner_set(names[id(parameter)]), []).append(parameter)
-        for owner_set in sorted(by_set):
-            members = sorted(by_set[owner_set], key=lambda p: positions[names[id(p)]])
-            result.append(({**group, "params": members, OWNER_SET_KEY: owner_set}, index))
-    return result
+        members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, subnetwork))))
+        translated.append({**group, "params": members, GROUP_KEY: index})
+    return translated
+
+
+def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> None:
+    """Translate the groups of a client's optimizer in place.
+
+    Raises:
+        ConfigError: the optimizer has stepped already: its state has the full model's shapes.
+    """
+    if any(optimizer.state.values()):
+        raise ConfigError("optimizer: has state already; takes an optimizer that has not stepped")
+    groups = translate_groups(optimizer.param_groups, subnetwork)
+    optimizer.state.clear()
+    # The very dicts, which a scheduler may hold.
+    for group, translated in zip(optimizer.param_groups, groups, strict=True):
+        group.update(translated)
+
+
+def restore_groups(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Put back the groups that DeepSpeed drops because this rank owns nothing of them: schedulers count groups."""
+    present = {group[GROUP_KEY]: group for group in optimizer.param_groups}
+    optimizer.param_groups[:] = [
+        present.get(group[GROUP_KEY], {**optimizer.defaults, **group, "params": []}) for group in groups
+    ]
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[list[str]]:
+    """Names in ``model`` of every group's parameters, for ranks to compare; those of another model as ``"?"``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names.get(id(parameter), "?") for parameter in _members(group["params"])] for group in groups]
+
+
+def as_groups(model_parameters: Any) -> list[dict[str, Any]]:
+    """A list of groups out of what a torch optimizer takes."""
+    parameters = list(model_parameters)
+    if parameters and isinstance(parameters[0], dict):
+        return parameters
+    return [{"params": parameters}]
 
 
 def _is_trainable(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.numel() > 0
 
 
-def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:
+def _members(parameters: Any) -> list[Any]:
     members: list[Any] = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    # (name, parameter), as named optimizers take them
+    return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in members]
+
+
+def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
-    for parameter in members:
-        if isinstance(parameter, tuple):  # (name, parameter), as named optimizers take them
-            parameter = parameter[1]
+    for parameter in _members(parameters):
         if id(parameter) in subnetwork.replaced:
             found += subnetwork.replaced[id(parameter)]
         elif id(parameter) in names:
@@ -57,35 +88,3 @@ def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetw
                 "model that is given to initialize()"
             )
     return found
-
-
-def split_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> list[int]:
-    """Split the groups of a client's optimizer in place.
-
-    Returns:
-        for every new group, the index of the client group it came from.
-
-    Raises:
-        ConfigError: the optimizer has stepped already: its state has the full model's shapes.
-    """
-    if any(optimizer.state.values()):
-        raise ConfigError("optimizer: has state already; takes an optimizer that has not stepped")
-    split = split_by_owner_set(optimizer.param_groups, subnetwork)
-    optimizer.state.clear()
-    optimizer.param_groups[:] = [group for group, _ in split]
-    return [index for _, index in split]
-
-
-def split_scheduler(scheduler: Any, origins: Sequence[int], client_groups: int) -> None:
-    """Give a torch LR scheduler, built on the client's groups, one entry per new group.
-
-    Per-group attributes (``base_lrs``, ``lr_lambdas``, ...) are its lists with one entry per client group. A scheduler
-    made of others (``SequentialLR``, ``ChainedScheduler``) hands this on to them.
-    """
-    for part in getattr(scheduler, "_schedulers", ()):
-        split_scheduler(part, origins, client_groups)
-    for name, value in vars(scheduler).items():
-        if name in ("_schedulers", "_milestones"):
-            continue
-        if isinstance(value, list) and len(value) == client_groups:
-            setattr(scheduler, name, [value[origin] for origin in origins])

@@ -1,121 +1,110 @@
 """Averages gradients over their owners while the backward pass runs.
 
-Like DDP's reducer, with two differences: every bucket has a process group of its own, and buckets are launched strictly
-in the total order of :mod:`deepspeed_sdp.engine.buckets`, which is what keeps ranks with different parameters from
-waiting for each other in a circle.
+Like DDP's reducer, with one difference: rounds are launched strictly in the total order of
+:mod:`deepspeed_sdp.engine.rounds`, which is what keeps ranks with different parameters from waiting for each other in a
+circle.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from deepspeed_sdp.engine.buckets import Bucket
-from deepspeed_sdp.engine.groups import OwnerGroups
-from deepspeed_sdp.engine.traffic import Traffic, all_reduce_bytes
+from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.transport import Pending, Transport
 
-# Flat copies of gradients alive at a time, beyond the gradients themselves.
+# Rounds under way at a time: flat copies of gradients alive beyond the gradients themselves.
 _MAX_IN_FLIGHT = 2
 
 
-class InFlight(NamedTuple):
-    """A launched all-reduce and what must stay alive until it is done."""
-
-    bucket: Bucket
-    flat: torch.Tensor
-    work: "dist.Work | None"
-
-
-def launch_all_reduce(
-    grads: Sequence[torch.Tensor], bucket: Bucket, groups: OwnerGroups, dtype: torch.dtype, traffic: Traffic
-) -> InFlight:
-    """Start averaging ``grads`` (any shapes, one dtype) over the owners of ``bucket``.
-
-    Returns the flat average ``[sum(bucket.numels)]`` of ``dtype`` once ``work`` is done; ``work`` is ``None`` where one
-    rank owns the bucket alone.
-    """
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    group = groups.group(bucket.owner_set)
-    ranks = len(groups.ranks(bucket.owner_set))
-    if ranks == 1:
-        return InFlight(bucket, flat, None)
-    # Divided before the sum, as DeepSpeed does, so that low precision does not overflow.
-    flat = flat.div_(ranks).to(dtype)
-    traffic.add("gradient_all_reduce", all_reduce_bytes(flat.numel() * flat.element_size(), ranks))
-    return InFlight(bucket, flat, dist.all_reduce(flat, group=group, async_op=True))
-
-
 class Reducer:
-    """Decides when a bucket is launched and when its result is taken.
+    """Decides when a round is launched and when its result is taken.
 
     Args:
-        buckets: this rank's buckets, in the total order.
-        groups: process groups of the owner sets.
-        gradient: gradient of parameter ``index``, zeros if the backward pass did not reach it.
-        consume: takes the averaged flat piece of parameter ``index``; the gradient itself is free after that.
-        dtype: dtype of the collectives.
-        traffic: counts the bytes.
+        rounds: this rank's buckets by round; empty where it owns nothing of a round.
+        transport: moves them.
+        flatten: gives the gradients of a bucket as one tensor ``[padded_numel]``, zeros where the backward pass did not
+            reach; the gradients themselves are free after that.
+        keep: takes the averaged shard ``[shard_numel]`` of a bucket.
     """
 
     def __init__(
         self,
-        buckets: Sequence[Bucket],
-        groups: OwnerGroups,
-        gradient: Callable[[int], torch.Tensor],
-        consume: Callable[[int, torch.Tensor], None],
-        dtype: torch.dtype,
-        traffic: Traffic,
+        rounds: Sequence[Sequence[FlatBucket]],
+        transport: Transport,
+        flatten: Callable[[FlatBucket], torch.Tensor],
+        keep: Callable[[FlatBucket, torch.Tensor], None],
     ) -> None:
-        self.buckets = tuple(buckets)
-        self._groups = groups
-        self._gradient = gradient
-        self._consume = consume
-        self._dtype = dtype
-        self._traffic = traffic
-        self._bucket_of = {index: i for i, bucket in enumerate(self.buckets) for index in bucket.items}
-        self._in_flight: deque[InFlight] = deque()
+        self._rounds = tuple(tuple(buckets) for buckets in rounds)
+        self._transport = transport
+        self._flatten = flatten
+        self._keep = keep
+        self._round_of = {
+            index: round_
+            for round_, buckets in enumerate(self._rounds)
+            for flat in buckets
+            for index in flat.bucket.items
+        }
+        self._in_flight: deque[tuple[tuple[FlatBucket, ...], Pending]] = deque()
         self._reset()
 
     def _reset(self) -> None:
-        self._waiting = [set(bucket.items) for bucket in self.buckets]
+        self._waiting = [{index for flat in buckets for index in flat.bucket.items} for buckets in self._rounds]
         self._next = 0
 
     def ready(self, index: int) -> None:
         """Parameter ``index`` has its whole gradient: launch what is complete, in order."""
-        waiting = self._waiting[self._bucket_of[index]]
+        waiting = self._waiting[self._round_of[index]]
         if index not in waiting:
             raise RuntimeError(f"gradient {index} came twice in one backward pass; it may have been reduced already")
         waiting.remove(index)
-        while self._next < len(self.buckets) and not self._waiting[self._next]:
+        self.launch_before(self._complete())
+
+    def _complete(self) -> int:
+        """The first round that must wait: after it come incomplete rounds, or ones that this rank owns nothing of.
+
+        The latter are always complete. But taking part in them early could mean to wait for ranks that still need
+        something of this one (at ZeRO-3 a gather) to come so far in their backward pass.
+        """
+        end = self._next
+        for round_ in range(self._next, len(self._rounds)):
+            if self._waiting[round_]:
+                break
+            if self._rounds[round_]:
+                end = round_ + 1
+        return end
+
+    def launch_before(self, round_: int) -> None:
+        """Launch all rounds before ``round_``: the backward pass is past them, whatever it did not reach."""
+        while self._next < round_:
             self._launch_next()
 
     def finish(self) -> None:
         """Launch what is left, parameters without a gradient included, and take every result."""
-        while self._next < len(self.buckets):
-            self._launch_next()
+        self.launch_before(len(self._rounds))
         while self._in_flight:
             self._take()
         self._reset()
 
+    def close(self) -> None:
+        """Let go of the process group."""
+        self._transport.close()
+
     @property
     def in_flight_bytes(self) -> int:
-        """Bytes of the flat copies alive now."""
-        return sum(entry.flat.numel() * entry.flat.element_size() for entry in self._in_flight)
+        """Bytes of the buffers under way now."""
+        return sum(pending.nbytes for _, pending in self._in_flight)
 
     def _launch_next(self) -> None:
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._take()
-        bucket = self.buckets[self._next]
+        buckets = self._rounds[self._next]
+        self._waiting[self._next].clear()
         self._next += 1
-        grads = [self._gradient(index) for index in bucket.items]
-        self._in_flight.append(launch_all_reduce(grads, bucket, self._groups, self._dtype, self._traffic))
+        grads = [self._flatten(flat) for flat in buckets]
+        self._in_flight.append((buckets, self._transport.reduce(buckets, grads)))
 
     def _take(self) -> None:
-        entry = self._in_flight.popleft()
-        if entry.work is not None:
-            entry.work.wait()
-        pieces = torch.split(entry.flat, list(entry.bucket.numels))
-        for index, piece in zip(entry.bucket.items, pieces, strict=True):
-            self._consume(index, piece)
+        buckets, pending = self._in_flight.popleft()
+        for flat, shard in zip(buckets, pending.finish(), strict=True):
+            self._keep(flat, shard)

@@ -1,15 +1,20 @@
-"""Host time of the phases of a step."""
+"""Host time of the phases of a step, and of its communication."""
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Stopwatch:
-    """Seconds by phase, over the micro-batches of a step. An accelerator's work counts where the host waits for it."""
+    """Seconds by phase, over the micro-batches of a step. An accelerator's work counts where the host waits for it.
+
+    ``communication`` counts from the issue of each collective to its completion, ``exposed`` the part of it that the
+    host spent waiting; the difference ran beside computation or beside other collectives.
+    """
 
     current: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     last_step: dict[str, float] = field(default_factory=dict)
@@ -23,7 +28,42 @@ class Stopwatch:
         finally:
             self.current[name] += time.perf_counter() - began
 
+    def timed(self, work: Any) -> "TimedWork":
+        """``work`` (a ``dist.Work``), counted from now until it completes."""
+        return TimedWork(work, self)
+
     def end_step(self) -> None:
         """Close the step: what was counted becomes :attr:`last_step`."""
         self.last_step = dict(self.current)
         self.current = defaultdict(float)
+
+    @property
+    def last_step_seconds(self) -> dict[str, float]:
+        """The last step's phases, and its communication: in all, exposed and overlapped."""
+        waited, total = self.last_step.get("exposed", 0.0), self.last_step.get("communication", 0.0)
+        # The callback that tells of completion can run late: waiting is a lower bound.
+        total = max(waited, total)
+        return {**self.last_step, "communication": total, "exposed": waited, "overlapped": total - waited}
+
+
+class TimedWork:
+    """A ``dist.Work`` that tells a stopwatch when it completed and how long the host waited for it."""
+
+    def __init__(self, work: Any, stopwatch: Stopwatch) -> None:
+        self._work = work
+        self._stopwatch = stopwatch
+        self._issued = time.perf_counter()
+        self._completed: float | None = None
+        work.get_future().add_done_callback(self._done)
+
+    def _done(self, _: Any) -> None:
+        self._completed = time.perf_counter()
+
+    def wait(self) -> None:
+        """Block until the collective is done (on an accelerator: until its stream waits for it)."""
+        began = time.perf_counter()
+        self._work.wait()
+        now = time.perf_counter()
+        self._stopwatch.current["exposed"] += now - began
+        # The callback runs on another thread, perhaps later than the waiter.
+        self._stopwatch.current["communication"] += (self._completed or now) - self._issued

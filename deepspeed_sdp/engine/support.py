@@ -6,22 +6,24 @@ from typing import Any
 import torch
 from deepspeed.pipe import PipelineModule
 
+from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.errors import ConfigError
 
 _DEFAULT = object()
 
 # (key of the DeepSpeed config, values that are fine, why the rest is not).
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("zero_optimization.stage", (0, 1, 2), "stage 3 is not available yet; takes 0, 1 or 2"),
-    ("zero_optimization.offload_optimizer.device", ("none", None), "offloading is not available yet"),
-    ("zero_optimization.offload_param.device", ("none", None), "offloading is not available yet"),
-    ("zero_optimization.cpu_offload", (False, None), "offloading is not available yet"),
+    ("zero_optimization.stage", (0, 1, 2, 3), "takes 0, 1, 2 or 3"),
+    ("zero_optimization.offload_optimizer.device", ("none", None, "cpu"), 'takes "cpu" or "none"'),
+    ("zero_optimization.offload_param.device", ("none", None, "cpu"), 'takes "cpu" or "none"'),
+    ("zero_optimization.cpu_offload", (False, None), 'takes "offload_optimizer": {"device": "cpu"}'),
     ("zero_optimization.round_robin_gradients", (False,), "gradients are reduced in the order of the plan"),
     ("zero_optimization.zero_quantized_gradients", (False,), "quantised reduction has no owner groups"),
     ("zero_optimization.zenflow", (None,), "ZenFlow replaces the optimizer that SDP extends"),
-    ("fp16.enabled", (False, None), "fp16 is not available yet; takes bf16 or fp32"),
-    ("amp.enabled", (False,), "takes bf16 or fp32"),
-    ("torch_autocast.enabled", (False,), "takes bf16 or fp32"),
+    ("fp16.fp16_master_weights_and_grads", (False,), "master weights are fp32"),
+    ("fp16.auto_cast", (False, None), "weights and activations are of one dtype"),
+    ("amp.enabled", (False,), "takes bf16, fp16 or fp32"),
+    ("torch_autocast.enabled", (False,), "takes bf16, fp16 or fp32"),
     ("bf16.bf16_master_weights_and_grads", (False,), "master weights are fp32"),
     ("bf16.bf16_optimizer_states", (False,), "optimizer states are fp32"),
     ("sparse_gradients", (False,), "sparse gradients are not reduced over owners"),
@@ -40,7 +42,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 _NEED_WHOLE_WEIGHTS = ("muon", "lamb", "lars", "adafactor", "shampoo", "lbfgs")
 
 
-def check_supported(ds_config: Mapping[str, Any], model: Any, optimizer: Any, mpu: Any) -> None:
+def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, optimizer: Any, mpu: Any) -> None:
     """Refuse what would be ignored or go wrong.
 
     Raises:
@@ -50,6 +52,17 @@ def check_supported(ds_config: Mapping[str, Any], model: Any, optimizer: Any, mp
         value = _lookup(ds_config, key)
         if value is not _DEFAULT and value not in fine:
             raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; {reason}")
+    stage = _lookup(ds_config, "zero_optimization.stage")
+    if sdp.transport == "all_to_all" and stage in (0, _DEFAULT):
+        raise ConfigError(
+            f'{BLOCK}.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where every '
+            "owner needs the whole average"
+        )
+    if stage != 3 and _lookup(ds_config, "zero_optimization.offload_param.device") == "cpu":
+        raise ConfigError(
+            f'DeepSpeed config: zero_optimization.offload_param: got "cpu" with ZeRO stage '
+            f"{0 if stage is _DEFAULT else stage}; takes it with stage 3"
+        )
     if isinstance(model, PipelineModule):
         raise ConfigError("model: got a PipelineModule; pipeline parallelism cannot be combined with SDP")
     if not isinstance(model, torch.nn.Module):

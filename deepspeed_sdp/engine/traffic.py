@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+SHARED_SET = 0
+
 
 def all_reduce_bytes(nbytes: int, ranks: int) -> int:
     """Bytes one rank sends in a ring all-reduce of ``nbytes``: ``2 (n-1)/n``."""
@@ -10,27 +12,43 @@ def all_reduce_bytes(nbytes: int, ranks: int) -> int:
 
 
 def all_gather_bytes(nbytes: int, ranks: int) -> int:
-    """Bytes one rank sends in a ring all-gather whose result has ``nbytes``: ``(n-1)/n``."""
+    """Bytes one rank sends in a ring all-gather (or reduce-scatter) of ``nbytes`` in all: ``(n-1)/n``."""
     return nbytes * (ranks - 1) // ranks
 
 
 @dataclass
 class Traffic:
-    """Bytes sent by this rank, by kind of collective; ``current`` is the step in progress."""
+    """Bytes sent by this rank, by kind of collective and owner set; ``current`` is the step in progress."""
 
-    current: Counter[str] = field(default_factory=Counter)
-    last_step: dict[str, int] = field(default_factory=dict)
+    current: Counter[tuple[str, int]] = field(default_factory=Counter)
+    last: Counter[tuple[str, int]] = field(default_factory=Counter)
 
-    def add(self, kind: str, nbytes: int) -> None:
-        """Count ``nbytes`` sent by a collective of ``kind``."""
-        self.current[kind] += nbytes
+    def add(self, kind: str, nbytes: int, owner_set: int = SHARED_SET) -> None:
+        """Count ``nbytes`` sent by a collective of ``kind`` for what ``owner_set`` owns."""
+        self.current[kind, owner_set] += nbytes
 
     def end_step(self) -> None:
-        """Close the step: what was counted becomes :attr:`last_step`."""
-        self.last_step = dict(self.current)
-        self.current = Counter()
+        """Close the step: what was counted becomes the last step."""
+        self.last, self.current = self.current, Counter()
+
+    @property
+    def last_step(self) -> dict[str, int]:
+        """Bytes of the last step by kind of collective."""
+        return _sums(self.last, 0)
+
+    @property
+    def last_step_by_owner_set(self) -> dict[int, int]:
+        """Bytes of the last step by owner set."""
+        return _sums(self.last, 1)
 
     @property
     def last_step_bytes(self) -> int:
         """All bytes sent in the last step."""
-        return sum(self.last_step.values())
+        return sum(self.last.values())
+
+
+def _sums(counts: Counter[tuple[str, int]], part: int) -> dict:  # type: ignore[type-arg]
+    sums: Counter[object] = Counter()
+    for key, nbytes in counts.items():
+        sums[key[part]] += nbytes
+    return dict(sums)

@@ -68,13 +68,26 @@ def face(engine):
     return {
         "plan": engine.plan.to_json(),
         "workers": list(engine._owner_groups.workers),
-        "owned": {
-            name: (engine._subnetwork.fragments[name], p.detach().float().clone())
-            for name, p in engine.module.named_parameters()
-        },
+        "owned": {name: (engine._subnetwork.fragments[name], value) for name, value in owned_weights(engine).items()},
         "full": engine.full_state_dict(torch.float32),
         "stats": engine.sdp_stats(),
     }
+
+
+def owned_weights(engine, dtype=torch.float32):
+    """This rank's weights, at any ZeRO stage."""
+    layers = len(engine._subnetwork.adapter.layers(engine.module))
+    values = {}
+    for layer in [None, *range(layers)]:
+        with engine.gathered_weights(layer):
+            values.update(
+                {
+                    name: p.detach().to(dtype, copy=True)
+                    for name, p in engine.module.named_parameters()
+                    if (".layers." not in name if layer is None else f".layers.{layer}." in name)
+                }
+            )
+    return {name: values[name] for name, _ in engine.module.named_parameters()}
 
 
 def sleep_in_backward(module, seed, longest=0.01):
@@ -127,7 +140,7 @@ def train_disabled(ds):
 def one_rank_overflows(stage, bf16, bad_step, bad_rank):
     """Rank ``bad_rank`` has an infinite loss at ``bad_step``; weights before it, after it, and one step later."""
     extra = {"bf16": {"enabled": True, "check_grad_overflow": True}} if bf16 else {}
-    config = ds_config(stage, clip=1.0, bucket=500, **extra)
+    config = ds_config(stage, clip=1.0, bucket=4000, **extra)
     engine, *_ = deepspeed_sdp.initialize(model=tiny_model(), config=config, sdp_config={"coverage": 0.5})
     snapshots, losses = [], []
     for step, batches in enumerate(token_batches(bad_step + 2, dist.get_world_size())):
@@ -137,7 +150,7 @@ def one_rank_overflows(stage, bf16, bad_step, bad_rank):
         bad = step == bad_step and dist.get_rank() == bad_rank
         engine.backward(loss * float("inf") if bad else loss)
         engine.step()
-        snapshots.append({name: p.detach().clone() for name, p in engine.module.named_parameters()})
+        snapshots.append(owned_weights(engine))
     result = {"snapshots": snapshots, "skipped": engine.skipped_steps, "losses": losses, **face(engine)}
     engine.destroy()
     return result

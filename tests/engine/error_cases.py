@@ -19,6 +19,8 @@ def refused(ds=None, sdp=None, kind="", rank=None, only=None):
     if rank is not None and here and only:
         config, block = merge(config, only.get("ds", {})), {**block, **only.get("sdp", {})}
     arguments = {"model": build_model(), "config": config, "sdp_config": block}
+    if kind == "fewer_parameters":
+        arguments["model_parameters"] = list(arguments["model"].parameters())
     if kind and here:
         change(arguments, kind)
     try:
@@ -67,6 +69,8 @@ def change(arguments, kind):
         arguments["sdp_config"] = kind.removeprefix("file:")
     elif kind.startswith("ds_file:"):
         arguments["config"] = kind.removeprefix("ds_file:")
+    elif kind == "fewer_parameters":
+        arguments["model_parameters"] = list(arguments["model"].parameters())[1:]
     elif kind == "foreign_parameter":
         arguments["model_parameters"] = [nn.Parameter(torch.ones(3))]
     elif kind in ("stepped", "foreign_optimizer"):

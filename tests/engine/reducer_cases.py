@@ -6,11 +6,15 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from deepspeed_sdp.engine.buckets import BucketItem, make_buckets
+from deepspeed_sdp.engine.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.reducer import Reducer
+from deepspeed_sdp.engine.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
+from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport
 
 
 def gradient_of(rank, parameter, numel, round_):
@@ -18,8 +22,8 @@ def gradient_of(rank, parameter, numel, round_):
     return torch.randn(numel, generator=generator, dtype=torch.float64)
 
 
-def reduce_in_random_order(seed, rounds=4, parameters=24):
-    """Largest error of the averages over all rounds. A fifth of the gradients never comes: it counts as zero."""
+def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=24):
+    """Largest error of the averaged shards over all rounds. A fifth of the gradients never comes: it counts as zero."""
     shared, own = random.Random(seed), random.Random(seed * 10 + dist.get_rank())
     rank, world = dist.get_rank(), dist.get_world_size()
     sets = [
@@ -28,21 +32,42 @@ def reduce_in_random_order(seed, rounds=4, parameters=24):
     ]
     groups = OwnerGroups(SimpleNamespace(owner_sets=tuple(sets)), range(world))
     layout = [
-        BucketItem((i // 3, i % 3), shared.randrange(len(sets)), shared.randint(1, 40), i) for i in range(parameters)
+        Item((i // 3, i % 3), shared.randrange(len(sets)), shared.randrange(2), shared.randint(1, 40), i)
+        for i in range(parameters)
     ]
-    size = shared.choice([1, 30, 100])
+    round_of = make_rounds([100] * (parameters // 3), shared.choice([1, 250, 10_000]))
     mine = {item.parameter: item for item in layout if rank in sets[item.owner_set]}
     missing = {(r, i) for r in range(world) for i in range(parameters) if shared.random() < 0.2}
+    weights = {i: nn.Parameter(torch.zeros(item.numel, dtype=torch.float64)) for i, item in mine.items()}
+    flats = [
+        FlatBucket(
+            bucket,
+            [weights[i] for i in bucket.items],
+            groups.ranks(bucket.owner_set),
+            rank,
+            groups.group(bucket.owner_set),
+            is_sharded=sharded,
+        )
+        for bucket in make_buckets(mine.values(), round_of)
+    ]
     averages, state = {}, {"round": 0}
 
-    def gradient(parameter):
-        whole = gradient_of(rank, parameter, mine[parameter].numel, state["round"])
-        return whole * ((rank, parameter) not in missing)
+    def flatten(flat):
+        values = [
+            None if (rank, i) in missing else gradient_of(rank, i, mine[i].numel, state["round"])
+            for i in flat.bucket.items
+        ]
+        return flat.flatten(values, torch.float64)
 
-    def consume(parameter, average):
-        averages[parameter] = average.clone()
+    def keep(flat, shard):
+        averages[flat] = shard.clone()
 
-    reducer = Reducer(make_buckets(mine.values(), size), groups, gradient, consume, torch.float64, Traffic())
+    if all_to_all:
+        transport = AllToAllTransport(groups.for_gradients, torch.device("cpu"), torch.float64, Traffic(), Stopwatch())
+    else:
+        transport = OwnerSetTransport(Traffic(), Stopwatch())
+    by_round = [[flat for flat in flats if flat.bucket.round == r] for r in range(max(round_of) + 1)]
+    reducer = Reducer(by_round, transport, flatten, keep)
     worst = 0.0
     for round_ in range(rounds):
         state["round"] = round_
@@ -55,13 +80,18 @@ def reduce_in_random_order(seed, rounds=4, parameters=24):
                 time.sleep(own.random() * 0.01)
         reducer.finish()
         assert reducer.in_flight_bytes == 0
-        assert set(averages) == set(mine)
-        for parameter, average in averages.items():
-            owners = sets[mine[parameter].owner_set]
-            copies = [
-                gradient_of(r, parameter, average.numel(), round_) for r in owners if (r, parameter) not in missing
-            ]
-            expected = sum(copies, torch.zeros_like(average)) / len(owners)
-            worst = max(worst, float((average - expected).abs().max()))
+        assert set(averages) == set(flats)
+        for flat, average in averages.items():
+            expected = flat.flatten(
+                [average_of(i, mine[i], sets, missing, round_) for i in flat.bucket.items], torch.float64
+            )
+            part = expected.narrow(0, flat.index * flat.shard_numel, flat.shard_numel)
+            worst = max(worst, float((average - part).abs().max()))
     groups.destroy()
     return worst
+
+
+def average_of(parameter, item, sets, missing, round_):
+    owners = sets[item.owner_set]
+    copies = [gradient_of(r, parameter, item.numel, round_) for r in owners if (r, parameter) not in missing]
+    return sum(copies, torch.zeros(item.numel, dtype=torch.float64)) / len(owners)

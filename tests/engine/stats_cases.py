@@ -3,7 +3,6 @@
 import contextlib
 from unittest import mock
 
-import deepspeed.comm.comm as ds_comm
 import torch.distributed as dist
 
 import deepspeed_sdp
@@ -13,7 +12,6 @@ from tests.engine.cases import build_model, ds_config, face, run_steps
 KINDS = {
     "all_reduce": (0, lambda n: 2 * (n - 1) / n),
     "all_gather_into_tensor": (0, lambda n: (n - 1) / n),
-    "all_gather_single": (0, lambda n: (n - 1) / n),
     "reduce_scatter_tensor": (1, lambda n: (n - 1) / n),
     "broadcast": (0, lambda n: 1.0),
     "reduce": (0, lambda n: 1.0),
@@ -23,35 +21,28 @@ KINDS = {
 @contextlib.contextmanager
 def watched():
     """Every collective on tensors: a list of (kind, group size, bytes sent)."""
-    seen, depth = [], [0]
+    seen = []
 
     def wrap(kind, original):
-        position, factor = KINDS[kind]
-
         def watch(*args, **kwargs):
-            depth[0] += 1
-            try:
-                if depth[0] == 1:
-                    tensor = [*args, *kwargs.values()][position]
-                    n = dist.get_world_size(kwargs.get("group") or None)
-                    seen.append((kind, n, tensor.numel() * tensor.element_size() * factor(n)))
-                return original(*args, **kwargs)
-            finally:
-                depth[0] -= 1
+            group = kwargs.get("group")
+            if kind == "all_to_all_single":
+                _, sent, _, sizes = args
+                # What goes to this rank itself does not travel.
+                others = [size for rank, size in enumerate(sizes) if rank != dist.get_rank()]
+                nbytes = sum(others) * sent.element_size()
+            else:
+                position, factor = KINDS[kind]
+                tensor = args[position]
+                nbytes = tensor.numel() * tensor.element_size() * factor(dist.get_world_size(group))
+            seen.append((kind, dist.get_world_size(group), nbytes))
+            return original(*args, **kwargs)
 
         return watch
 
     with contextlib.ExitStack() as stack:
-        for kind in KINDS:
-            if hasattr(dist, kind):
-                stack.enter_context(mock.patch.object(dist, kind, wrap(kind, getattr(dist, kind))))
-        backend = ds_comm.cdb
-        for name, kind in (
-            ("all_gather_function", "all_gather_into_tensor"),
-            ("reduce_scatter_function", "reduce_scatter_tensor"),
-        ):
-            if getattr(backend, name, None) is not None:
-                stack.enter_context(mock.patch.object(backend, name, wrap(kind, getattr(backend, name))))
+        for kind in (*KINDS, "all_to_all_single"):
+            stack.enter_context(mock.patch.object(dist, kind, wrap(kind, getattr(dist, kind))))
         yield seen
 
 

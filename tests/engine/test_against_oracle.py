@@ -13,7 +13,7 @@ ONE_KV = {"num_key_value_heads": 1}
 MHA = {"num_key_value_heads": 8}
 TIED = {"tie_word_embeddings": True}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-BUCKETS = (20_000, 500)
+BUCKETS = (20_000, 4000)
 
 
 def row(name, *, stage=1, family="llama", model=None, sdp=HALF, world=4, extra=None, **ds):
@@ -22,32 +22,44 @@ def row(name, *, stage=1, family="llama", model=None, sdp=HALF, world=4, extra=N
 
 
 ROWS = [
-    *(row(f"stage{stage}", stage=stage) for stage in (0, 1, 2)),
+    *(row(f"stage{stage}", stage=stage) for stage in (0, 1, 2, 3)),
     *(
-        row(f"stage{stage}-clip-accumulate-tiny_buckets", stage=stage, bucket=500, accumulation=2, **CLIP)
-        for stage in (0, 1, 2)
+        row(f"stage{stage}-clip-accumulate-tiny_buckets", stage=stage, bucket=4000, accumulation=2, **CLIP)
+        for stage in (0, 1, 2, 3)
     ),
+    *(
+        row(f"{transport}-stage{stage}", stage=stage, bucket=4000, sdp={**HALF, "transport": transport}, **CLIP)
+        for transport in ("owner_sets", "all_to_all")
+        for stage in (1, 2, 3)
+    ),
+    row("stage3-tied-qwen3", stage=3, family="qwen3", model=TIED),
+    row("stage3-three_quarters-biases", stage=3, model=BIASES, sdp={"coverage": 0.75}, accumulation=2),
+    row("stage3-gradient_checkpointing", stage=3, extra={"checkpointing": True}),
+    row("stage3-frozen_embeddings", stage=3, extra={"frozen": ["model.embed_tokens.weight"]}),
+    row("stage3-frozen_linear", stage=3, extra={"frozen": ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]}),
+    row("stage3-one_layer", stage=3, model={"num_hidden_layers": 1}, sdp={"owners_per_unit": 2, "design": "cyclic"}),
+    row("stage3-shared_first_layer", stage=3, sdp={**HALF, "shared_modules": ["model.layers.0"]}),
     row("accumulate", stage=2, accumulation=2),
     row("buckets-20000", stage=2, bucket=20_000),
     row("bucket-of-one-element", stage=1, bucket=1),
     row("mistral-tied-clip", family="mistral", model=TIED, **CLIP),
-    row("qwen2-tiny_buckets", family="qwen2", stage=2, bucket=500),
+    row("qwen2-tiny_buckets", family="qwen2", stage=2, bucket=4000),
     row("qwen3-tied", family="qwen3", stage=0, model=TIED),
-    row("qwen3-mha", family="qwen3", stage=2, model=MHA, bucket=500),
-    row("biases-accumulate", stage=2, model=BIASES, accumulation=2, bucket=500),
+    row("qwen3-mha", family="qwen3", stage=2, model=MHA, bucket=4000),
+    row("biases-accumulate", stage=2, model=BIASES, accumulation=2, bucket=4000),
     row("biases-full_scale", stage=1, model=BIASES, sdp={**HALF, "output_scaling": "inverse_coverage"}),
     row("no_scale", stage=2, sdp={**HALF, "output_scaling": "none"}),
-    row("quarter", stage=2, sdp={"coverage": 0.25}, bucket=500),
+    row("quarter", stage=2, sdp={"coverage": 0.25}, bucket=4000),
     row("quarter-qwen2", stage=1, family="qwen2", sdp={"coverage": 0.25}, **CLIP),
-    row("three_quarters", stage=1, sdp={"coverage": 0.75}, bucket=500),
-    row("three_quarters-biases", stage=2, model={**BIASES, **MHA}, sdp={"coverage": 0.75}, bucket=500, **CLIP),
+    row("three_quarters", stage=1, sdp={"coverage": 0.75}, bucket=4000),
+    row("three_quarters-biases", stage=2, model={**BIASES, **MHA}, sdp={"coverage": 0.75}, bucket=4000, **CLIP),
     row("three_quarters-qwen3", stage=0, family="qwen3", sdp={"coverage": 0.75, "chunk_multiple": 1}),
-    row("mlp_only", stage=2, sdp={**HALF, "partition": ["mlp"]}, bucket=500),
+    row("mlp_only", stage=2, sdp={**HALF, "partition": ["mlp"]}, bucket=4000),
     row("attention_only", stage=1, sdp={**HALF, "partition": ["attention"]}),
-    row("shared_first_layer", stage=2, sdp={**HALF, "shared_modules": ["model.layers.0", "*.1.mlp"]}, bucket=500),
+    row("shared_first_layer", stage=2, sdp={**HALF, "shared_modules": ["model.layers.0", "*.1.mlp"]}, bucket=4000),
     row("owners_per_unit", stage=1, sdp={"owners_per_unit": 3, "design": "cyclic"}),
-    row("random_design", stage=2, sdp={**HALF, "design": "random", "seed": 7}, bucket=500),
-    row("3-ranks-2-owners", stage=1, world=3, sdp={"owners_per_unit": 2}, bucket=500),
+    row("random_design", stage=2, sdp={**HALF, "design": "random", "seed": 7}, bucket=4000),
+    row("3-ranks-2-owners", stage=1, world=3, sdp={"owners_per_unit": 2}, bucket=4000),
     row("3-ranks-two_thirds", stage=2, world=3, family="qwen2", sdp={"coverage": 0.6667}, accumulation=2, **CLIP),
     row("3-ranks-stage0", stage=0, world=3, model=BIASES, sdp={"owners_per_unit": 2}),
     *(
@@ -55,23 +67,23 @@ ROWS = [
             f"2-replicas-stage{stage}",
             stage=stage,
             sdp={"num_subnetworks": 2, "owners_per_unit": 1},
-            bucket=500,
+            bucket=4000,
             **CLIP,
         )
-        for stage in (0, 1, 2)
+        for stage in (0, 1, 2, 3)
     ),
     row("2-replicas-dense", stage=1, sdp={"num_subnetworks": 2, "coverage": 1.0}),
     row("one_subnetwork", stage=2, sdp={"num_subnetworks": 1, "coverage": 1.0}),
-    row("one_kv_head", stage=1, model=ONE_KV, bucket=500),
+    row("one_kv_head", stage=1, model=ONE_KV, bucket=4000),
     row("one_kv_head-tied", stage=1, family="mistral", model={**ONE_KV, **TIED}),
     row("one_kv_head-qwen2", stage=0, family="qwen2", model=ONE_KV),
-    row("one_kv_head-qwen3", stage=2, family="qwen3", model=ONE_KV, bucket=500),
-    row("one_kv_head-biases", stage=2, model={**ONE_KV, **BIASES}, bucket=500, **CLIP),
+    row("one_kv_head-qwen3", stage=2, family="qwen3", model=ONE_KV, bucket=4000),
+    row("one_kv_head-biases", stage=2, model={**ONE_KV, **BIASES}, bucket=4000, **CLIP),
     row("one_kv_head-quarter", stage=1, family="qwen3", model=ONE_KV, sdp={"coverage": 0.25}),
     row("one_layer", stage=1, model={"num_hidden_layers": 1}, sdp={"owners_per_unit": 2, "design": "cyclic"}),
-    row("fewer_neurons_than_workers", stage=2, model={"intermediate_size": 2}, bucket=500),
-    row("gradient_checkpointing", stage=2, bucket=500, extra={"checkpointing": True}),
-    row("frozen_embeddings", stage=1, bucket=500, extra={"frozen": ["model.embed_tokens.weight"]}),
+    row("fewer_neurons_than_workers", stage=2, model={"intermediate_size": 2}, bucket=4000),
+    row("gradient_checkpointing", stage=2, bucket=4000, extra={"checkpointing": True}),
+    row("frozen_embeddings", stage=1, bucket=4000, extra={"frozen": ["model.embed_tokens.weight"]}),
     row(
         "frozen_shared",
         stage=2,
@@ -107,7 +119,7 @@ PRODUCT = [
             ("qwen3", "qwen3", {}),
             ("qwen3-one_kv", "qwen3", ONE_KV),
         ],
-        (0, 1, 2),
+        (0, 1, 2, 3),
         (0.25, 0.5, 0.75),
         BUCKETS,
         ((0.0, 1), (1.0, 2)),

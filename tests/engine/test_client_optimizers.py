@@ -13,13 +13,13 @@ def row(how, **values):
 
 
 ROWS = [
-    *(row(how, stage=stage, bucket=500) for how in ("instance", "callable", "parameters") for stage in (0, 1, 2)),
+    *(row(how, stage=stage, bucket=4000) for how in ("instance", "callable", "parameters") for stage in (0, 1, 2, 3)),
     row("late", stage=1),
-    row("instance", stage=2, reverse=True, bucket=500, clip=1.0),
+    row("instance", stage=2, reverse=True, bucket=4000, clip=1.0),
     row("parameters", stage=1, reverse=True, family="qwen2", scheduler="warmup"),
     row("callable", stage=2, scheduler="lambda"),
     row("instance", stage=1, optimizer="sgd"),
-    row("instance", stage=2, optimizer="adamw-amsgrad", bucket=500),
+    row("instance", stage=2, optimizer="adamw-amsgrad", bucket=4000),
     row("instance", stage=1, scheduler="warmup"),
     *(row("instance", stage=2, scheduler=scheduler) for scheduler in SCHEDULERS if scheduler != "warmup"),
 ]

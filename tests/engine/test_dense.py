@@ -8,11 +8,11 @@ DENSE = [{"coverage": 1.0}, {"num_subnetworks": 2, "owners_per_unit": 2}, {"num_
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_full_coverage_is_deepspeed(ranks4, stage, bf16, accumulation):
     ds = {"stage": stage, "bf16": bf16, "clip": 1.0, "accumulation": accumulation}
-    sdp = DENSE[stage] if stage != 2 else {"coverage": 1}
+    sdp = DENSE[stage] if stage < 2 else {"coverage": 1}
     ours = ranks4.run("tests.engine.cases:train", timeout=60, sdp={**sdp, "output_scaling": "inverse_coverage"}, ds=ds)
     theirs = ranks4.run("tests.engine.cases:train_deepspeed", timeout=60, ds=ds)
     assert_owners_equal(ours)

@@ -9,7 +9,7 @@ from tests.engine.face_cases import evaluation_batches
 ROWS = [
     pytest.param({"counts": [2, 2, 2, 2]}, id="equal_counts"),
     pytest.param(
-        {"counts": [3, 0, 1, 5], "ignored": True, "ds": {"stage": 2, "bucket": 500}}, id="unequal-ignored_labels"
+        {"counts": [3, 0, 1, 5], "ignored": True, "ds": {"stage": 2, "bucket": 4000}}, id="unequal-ignored_labels"
     ),
     pytest.param({"counts": [0, 0, 0, 35]}, id="more_than_a_sweep-one_rank"),
     pytest.param(
@@ -21,6 +21,16 @@ ROWS = [
     ),
     pytest.param({"counts": [2, 1, 1, 1], "sdp": {"coverage": 0.75}, "train": False}, id="chunked-eval_mode"),
     pytest.param({"counts": [2, 1, 1, 1], "sdp": {"num_subnetworks": 2}, "ds": {"stage": 0}}, id="replicas"),
+    pytest.param({"counts": [2, 0, 1, 3], "ds": {"stage": 3}}, id="stage3"),
+    pytest.param(
+        {
+            "counts": [1, 2, 1, 1],
+            "ds": {"stage": 3},
+            "sdp": {"granularity": "block"},
+            "model": {"tie_word_embeddings": True, "num_hidden_layers": 4},
+        },
+        id="stage3-tied-blocks",
+    ),
     pytest.param({"counts": [2, 1, 1, 1], "family": "mistral", "model": {"sliding_window": 4}}, id="sliding_window"),
 ]
 

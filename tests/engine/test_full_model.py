@@ -34,6 +34,7 @@ ROWS = [
         {"family": "qwen3", "model": {**TIED, "num_key_value_heads": 1}, "ds": {"stage": 0}}, id="qwen3-tied-absent"
     ),
     pytest.param({"family": "qwen2", "ds": {"stage": 1, "bf16": True}}, id="qwen2-bf16"),
+    pytest.param({"family": "llama", "model": TIED, "ds": {"stage": 3}, "meta": True}, id="stage3-tied-meta"),
     pytest.param({"family": "mistral", "dtype": torch.bfloat16, "meta": True}, id="mistral-cast-meta"),
 ]
 

@@ -7,7 +7,7 @@ from tests.engine.cases import build_model
 from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 ROWS = [
-    pytest.param({"ds": {"stage": 2, "bucket": 500}, "sdp": {"coverage": 0.5}}, id="half"),
+    pytest.param({"ds": {"stage": 2, "bucket": 4000}, "sdp": {"coverage": 0.5}}, id="half"),
     pytest.param({"ds": {"stage": 1}, "sdp": {"coverage": 0.75, "seed": 3}, "family": "qwen2"}, id="chunked-qwen2"),
     pytest.param(
         {

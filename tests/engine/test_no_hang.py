@@ -5,11 +5,12 @@ import random
 import pytest
 
 from tests.support.compare import assert_like, assert_owners_equal, simulate
+from tests.support.ranks import RankPool
 
 
-def random_case(seed):
+def random_case(seed, worlds=(3, 4)):
     draw = random.Random(seed)
-    world = draw.choice([3, 4])
+    world = draw.choice(worlds)
     model = {
         "num_hidden_layers": draw.choice([1, 2, 4]),
         "intermediate_size": draw.choice([7, 24, 53]),
@@ -17,13 +18,19 @@ def random_case(seed):
         "tie_word_embeddings": draw.random() < 0.5,
         "attention_bias": draw.random() < 0.5,
     }
+    granularity = draw.choice(["neuron", "neuron", "block"])
+    if granularity == "block":
+        model["num_hidden_layers"] = draw.choice([4, 6, 7])
+    stage, bucket = draw.choice([0, 1, 2, 3, 3]), draw.choice([1, 1000, 4000, 9000])
     sdp = {
-        "owners_per_unit": draw.randint(2, world - 1),
+        "granularity": granularity,
+        "block_unit": draw.choice(["layer", "branch"]) if granularity == "block" else None,
+        "transport": draw.choice(["owner_sets", "all_to_all"]) if stage else "auto",
+        "owners_per_unit": draw.randint(min(2, world - 1), world - 1),
         "design": draw.choice(["random", "cyclic"]),
         "seed": draw.randrange(1000),
         "chunk_multiple": draw.choice([1, 4, 64]),
     }
-    stage, bucket = draw.choice([0, 1, 2, 2]), draw.choice([1, 60, 500, 3000])
     ds = {"stage": stage, "bucket": bucket, "accumulation": draw.choice([1, 2])}
     return world, {"model": model, "sdp": sdp, "ds": ds, "sleep": seed, "steps": 3}
 
@@ -37,7 +44,38 @@ def test_no_hang_with_random_delays(pools, seed):
     assert_like(results, simulate(results[0], world=world, **arguments))
 
 
-@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 200))])
-def test_the_reducer_takes_gradients_in_any_order(ranks4, seed):
-    errors = ranks4.run("tests.engine.reducer_cases:reduce_in_random_order", timeout=30, seed=seed)
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 5, 6])
+@pytest.mark.parametrize("seed", range(200, 240))
+def test_no_hang_on_other_numbers_of_ranks(pools, world, seed):
+    _, values = random_case(seed, worlds=(world,))
+    results = pools(world).run("tests.engine.cases:train", timeout=120, **values)
+    assert_owners_equal(results)
+
+
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 40), marks=pytest.mark.slow)], ids=str)
+def test_torchs_own_checks_find_nothing(seeds):
+    """torch compares every collective over the ranks of its group, and would say so in the log or raise."""
+    pool = RankPool(3, TORCH_DISTRIBUTED_DEBUG="DETAIL", TORCH_CPP_LOG_LEVEL="WARNING")
+    try:
+        for seed in seeds:
+            _, values = random_case(seed, worlds=(3,))
+            assert_owners_equal(pool.run("tests.engine.cases:train", timeout=120, **values))
+        said = pool.log.read_text(errors="replace")
+    finally:
+        pool.stop()
+    assert not [line for line in said.splitlines() if "ollective" in line or "ProcessGroup" in line]
+
+
+TRANSPORTS = [
+    pytest.param({"all_to_all": True}, id="all_to_all"),
+    pytest.param({"all_to_all": False}, id="owner_sets"),
+    pytest.param({"all_to_all": False, "sharded": False}, id="whole"),
+]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 70))])
+def test_the_reducer_takes_gradients_in_any_order(ranks4, seed, transport):
+    errors = ranks4.run("tests.engine.reducer_cases:reduce_in_random_order", timeout=30, seed=seed, **transport)
     assert max(errors) < 1e-12

@@ -22,11 +22,13 @@ def bf16_simulation(results, ds, **options):
 ROWS = [
     pytest.param({"stage": 0}, id="stage0"),
     pytest.param({"stage": 1, "clip": 1.0}, id="stage1-clip"),
-    pytest.param({"stage": 2, "bucket": 500}, id="stage2-tiny_buckets"),
+    pytest.param({"stage": 2, "bucket": 4000}, id="stage2-tiny_buckets"),
     pytest.param({"stage": 0, "accumulation": 2, **FP32}, id="stage0-accumulate-fp32"),
     pytest.param({"stage": 1, "accumulation": 2, **FP32}, id="stage1-accumulate-fp32"),
-    pytest.param({"stage": 2, "accumulation": 2, "bucket": 500, **FP32}, id="stage2-accumulate-fp32"),
+    pytest.param({"stage": 2, "accumulation": 2, "bucket": 4000, **FP32}, id="stage2-accumulate-fp32"),
     pytest.param({"stage": 2, "accumulation": 2, "clip": 1.0}, id="stage2-accumulate-bf16"),
+    pytest.param({"stage": 3, "clip": 1.0}, id="stage3-clip"),
+    pytest.param({"stage": 3, "accumulation": 2, **FP32}, id="stage3-accumulate-fp32"),
 ]
 
 
@@ -60,7 +62,7 @@ def update_similarity(weights, expected, start):
     return float(torch.cosine_similarity(ours, theirs, dim=0))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_loss_goes_down(ranks4, stage):
     results = ranks4.run(
         "tests.engine.cases:train",
@@ -77,13 +79,14 @@ def test_bf16_loss_goes_down(ranks4, stage):
 
 def test_fp32_accumulation_is_exact_at_every_stage(ranks4):
     norms = {}
-    for stage, dtype in [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]:
+    for stage, dtype in [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")]:
         extra = {"data_types": {"grad_accum_dtype": dtype}, "communication_data_type": dtype}
         ds = {"stage": stage, "bf16": True, "accumulation": 8, **extra}
         results = ranks4.run("tests.engine.cases:train", timeout=60, sdp=HALF, steps=1, ds=ds)
         norms[stage, dtype] = results[0]["norms"][0]
     # The gradients of the micro-batches are the same bf16 numbers everywhere; only sums of them could round.
     assert norms[1, "fp32"] == pytest.approx(norms[0, "fp32"], rel=1e-6)
+    assert norms[3, "fp32"] == pytest.approx(norms[0, "fp32"], rel=1e-6)
     assert norms[2, "fp32"] == pytest.approx(norms[0, "fp32"], rel=1e-6)
     for stage in (1, 2):
         assert norms[stage, "bf16"] != pytest.approx(norms[0, "fp32"], rel=1e-6)
@@ -91,7 +94,7 @@ def test_fp32_accumulation_is_exact_at_every_stage(ranks4):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_infinite_gradient_on_one_rank_skips_the_step_everywhere(ranks4, stage, bf16):
     results = ranks4.run(
         "tests.engine.cases:one_rank_overflows", timeout=60, stage=stage, bf16=bf16, bad_step=1, bad_rank=2

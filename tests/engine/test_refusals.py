@@ -54,6 +54,19 @@ SDP_ROWS = [
         sdp={"shared_modules": ["model.layer.0"]},
     ),
     row("all_shared", "ConfigError", "shares every unit", sdp={"shared_modules": ["model.layers.*"]}),
+    row(
+        "all_to_all_at_stage_0",
+        "ConfigError",
+        'transport: got "all_to_all" with ZeRO stage 0',
+        sdp={"transport": "all_to_all"},
+        ds={"zero_optimization.stage": 0},
+    ),
+    row(
+        "offload_param_at_stage_2",
+        "ConfigError",
+        'offload_param: got "cpu" with ZeRO stage 2',
+        ds={"zero_optimization.stage": 2, "zero_optimization.offload_param.device": "cpu"},
+    ),
     row("few_sets", "PlanError", "max_owner_sets", sdp={"coverage": 0.5, "max_owner_sets": 1}),
     row("no_block", "ConfigError", "no SDP block", kind="no_block"),
     row("two_blocks", "ConfigError", "two SDP blocks", kind="two_blocks"),
@@ -83,11 +96,10 @@ SDP_ROWS = [
 
 # A value that is refused for every row of engine/support.py.
 REFUSED = {
-    "zero_optimization.stage": 3,
-    "zero_optimization.offload_optimizer.device": "cpu",
+    "zero_optimization.stage": 4,
+    "zero_optimization.offload_optimizer.device": "nvme",
     "zero_optimization.offload_param.device": "nvme",
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
-    "fp16.enabled": True,
     "gradient_predivide_factor": 2.0,
     "gradient_allreduce_op": "sum",
     "tensor_parallel.autotp_size": 2,
@@ -150,9 +162,9 @@ ONE_RANK = [
     row(
         "bad_stage",
         "ConfigError",
-        "rank 3: DeepSpeed config: zero_optimization.stage: got 3",
+        "rank 3: DeepSpeed config: zero_optimization.stage: got 4",
         rank=3,
-        only={"ds": {"zero_optimization.stage": 3}},
+        only={"ds": {"zero_optimization.stage": 4}},
     ),
     row("other_model", "ConfigError", "rank 2: model: no adapter knows GPT2LMHeadModel", rank=2, kind="gpt2"),
     row(
@@ -167,7 +179,17 @@ ONE_RANK = [
     row("meta", "ConfigError", "ranks disagree on", "rank 2", "meta", rank=2, kind="meta"),
     row("half_meta", "ConfigError", "rank 1: model: model.norm.weight is on the meta device", rank=1, kind="half_meta"),
     row("no_model", "ConfigError", "rank 0: model: got NoneType", rank=0, kind="no_model"),
-    row("stepped", "ConfigError", "rank 2: optimizer: has state already", rank=2, kind="stepped"),
+    row(
+        "stepped", "ConfigError", "ranks disagree on optimizer.param_groups: rank 0 has nothing", rank=2, kind="stepped"
+    ),
+    row(
+        "other_groups",
+        "ConfigError",
+        "ranks disagree on model_parameters: rank 0 has ",
+        " parameters (digest ",
+        rank=1,
+        kind="fewer_parameters",
+    ),
 ]
 
 

@@ -14,7 +14,7 @@ BRANCHES = {"granularity": "block", "block_unit": "branch"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
-def row(name, *, sdp, stage=1, family="llama", model=None, bucket=500, **ds):
+def row(name, *, sdp, stage=1, family="llama", model=None, bucket=4000, **ds):
     values = {"sdp": sdp, "family": family, "model": model or {}, "ds": {"stage": stage, "bucket": bucket, **ds}}
     return pytest.param(values, id=name)
 
@@ -22,8 +22,8 @@ def row(name, *, sdp, stage=1, family="llama", model=None, bucket=500, **ds):
 @pytest.mark.parametrize(
     "values",
     [
-        *(row(f"layers-stage{stage}", sdp=LAYERS, stage=stage, model={"num_hidden_layers": 5}) for stage in (0, 1, 2)),
-        *(row(f"branches-stage{stage}", sdp=BRANCHES, stage=stage) for stage in (0, 1, 2)),
+        *(row(f"layers-stage{stage}", sdp=LAYERS, stage=stage, model={"num_hidden_layers": 5}) for stage in range(4)),
+        *(row(f"branches-stage{stage}", sdp=BRANCHES, stage=stage) for stage in (0, 1, 2, 3)),
         row("layers-7-clip-accumulate", sdp=LAYERS, stage=2, model={"num_hidden_layers": 7}, clip=1.0, accumulation=2),
         row("layers-three_quarters", sdp={**LAYERS, "coverage": 0.75}, model={"num_hidden_layers": 5}),
         row("layers-shared", sdp={**LAYERS, "shared_modules": ["model.layers.0"]}, model={"num_hidden_layers": 5}),
@@ -34,6 +34,9 @@ def row(name, *, sdp, stage=1, family="llama", model=None, bucket=500, **ds):
         row("branches-by_kind", sdp={**BRANCHES, "coverage": {"mlp": 0.5, "attention": 0.75}}, stage=2),
         row("layers-tied-mistral", sdp=LAYERS, family="mistral", model={"tie_word_embeddings": True}),
         row("layers-qwen2", sdp=LAYERS, family="qwen2", model={"num_hidden_layers": 4}),
+        row("layers-stage3-checkpoint-clip", sdp={**LAYERS, "coverage": 0.75}, stage=3, clip=1.0, accumulation=2),
+        row("layers-owner_sets", sdp={**LAYERS, "transport": "owner_sets"}, stage=3, model={"num_hidden_layers": 7}),
+        row("by_kind-stage3", sdp={"coverage": {"mlp": 0.5, "attention": 0.75}}, stage=3),
         row("by_kind", sdp={"coverage": {"mlp": 0.5, "attention": 0.75}}, stage=2),
         row("owners_by_kind", sdp={"owners_per_unit": {"mlp": 3, "attention": 4}}),
         row("capacity", sdp={"worker_capacity": [1, 1, 0.5, 0.5]}, stage=2),

@@ -18,13 +18,24 @@ def adamw(model):
 
 
 def simulate(
-    result, *, model=None, sdp=None, ds=None, family="llama", steps=5, seed=1, world=4, module=None, optimizer=None
+    result,
+    *,
+    model=None,
+    sdp=None,
+    ds=None,
+    family="llama",
+    steps=5,
+    seed=1,
+    world=4,
+    module=None,
+    optimizer=None,
+    batches=None,
 ):
     """Train the full model as the ranks that gave ``result`` should have: ``(full model, losses, norms)``."""
     plan = SubnetworkPlan.from_json(result["plan"])
     module = module or tiny_model(family, **(model or {}))
     power = SCALES[(sdp or {}).get("output_scaling", "inverse_sqrt_coverage")]
-    batches = token_batches(steps, world, (ds or {}).get("accumulation", 1), seed=seed)
+    batches = batches or token_batches(steps, world, (ds or {}).get("accumulation", 1), seed=seed)
     losses, norms = oracle.train(
         module,
         oracle.unit_owners_of(plan, blocks=(sdp or {}).get("granularity") == "block"),

@@ -52,8 +52,9 @@ def rank_environment(**extra):
 class RankPool:
     """``world_size`` processes joined by gloo. ``run`` gives every rank the same call and returns their results."""
 
-    def __init__(self, world_size):
+    def __init__(self, world_size, **environment):
         self.world_size = world_size
+        self.environment = environment
         self.processes = []
         self.connections = []
 
@@ -75,6 +76,7 @@ class RankPool:
                         LOCAL_WORLD_SIZE=self.world_size,
                         MASTER_ADDR="127.0.0.1",
                         MASTER_PORT=self.port,
+                        **self.environment,
                     )
                     ours, theirs = Pipe()
                     with theirs:

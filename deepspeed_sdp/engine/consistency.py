@@ -1,0 +1,70 @@
+"""Whether the owners of a unit still hold the same weights."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_sdp.errors import ConsistencyError
+from deepspeed_sdp.subnetwork import Fragment, Subnetwork
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+@torch.no_grad()
+def check_owners(subnetwork: Subnetwork, step: int) -> None:
+    """Collective. Compare a checksum of every parameter of this rank with its other owners'; bit-equal passes.
+
+    One pass over the weights and one exchange of an integer per parameter; only if some differ are units compared.
+
+    Raises:
+        ConsistencyError: on every rank, naming the parameter, the first unit, the ranks and the step.
+    """
+    mine = {subnetwork.fragments[name]: p for name, p in subnetwork.module.named_parameters()}
+    sums = torch.stack([_checksums(p, None).sum() for p in mine.values()]).tolist()
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, dict(zip(mine, sums, strict=True)))
+    different = _differing(reports)
+    if not different:
+        return
+    # The first in forward order; equal on all ranks, as is everything it is chosen from.
+    order = {name: place for place, name in enumerate(subnetwork.full_order)}
+    worst = min(different, key=lambda fragment: (order[fragment.full_name], fragment.start))
+    by_unit: list[Any] = [None] * dist.get_world_size()
+    units = _checksums(mine[worst], worst.dim).tolist() if worst in mine else None
+    dist.all_gather_object(by_unit, units)
+    raise ConsistencyError(_describe(subnetwork, worst, by_unit, step, len(different)))
+
+
+def _checksums(value: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """Integer checksums ``[size of dim]`` of the bits, or ``[1]``: position-weighted sums modulo 2**64."""
+    bits = value.detach().contiguous().view(_INTEGERS[value.element_size()])
+    rows = bits.movedim(dim, 0).reshape(bits.shape[dim], -1) if dim is not None else bits.reshape(1, -1)
+    # Odd weights: a change of any one element changes the sum.
+    weights = torch.arange(1, 2 * rows.shape[1], 2, device=value.device, dtype=torch.int64)
+    return (rows.to(torch.int64) * weights).sum(dim=1)
+
+
+def _differing(reports: list[dict[Fragment, int]]) -> list[Fragment]:
+    seen: defaultdict[Fragment, set[int]] = defaultdict(set)
+    for report in reports:
+        for fragment, checksum in report.items():
+            seen[fragment].add(checksum)
+    return [fragment for fragment, checksums in seen.items() if len(checksums) > 1]
+
+
+def _describe(subnetwork: Subnetwork, fragment: Fragment, by_unit: list[Any], step: int, count: int) -> str:
+    held = {rank: units for rank, units in enumerate(by_unit) if units is not None}
+    reference = next(iter(held.values()))
+    feature = next(i for i in range(len(reference)) if len({units[i] for units in held.values()}) > 1)
+    width = 1
+    if fragment.full_name in subnetwork.partitioned:
+        width = subnetwork.partitioned[fragment.full_name].features_per_unit
+    majority: defaultdict[int, list[int]] = defaultdict(list)
+    for rank, units in held.items():
+        majority[units[feature]].append(rank)
+    camps = " and ".join(f"rank(s) {', '.join(map(str, ranks))}" for ranks in majority.values())
+    where = f"unit {(fragment.start + feature) // width} of " if fragment.dim is not None else ""
+    more = f" ({count - 1} more parameters differ)" if count > 1 else ""
+    return f"step {step}: owners hold different weights: {where}{fragment.full_name} on {camps}{more}"

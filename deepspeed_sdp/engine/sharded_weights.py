@@ -1,0 +1,248 @@
+"""ZeRO-3: the weights of a part of the model exist only while it computes.
+
+The parts are what comes before the decoder layers (embeddings), the layers one by one, and what comes after them. Each
+is a range of rounds. Parts are gathered in one fixed sequence, equal on all ranks whatever they own: forwards, then the
+layers backwards; the need for a part issues all that stand before it in the sequence, and ``prefetch`` parts after it.
+So the order of the gathers is a property of the model, and a rank that lacks a block takes part all the same.
+
+Freeing resizes the flat tensor's storage to nothing, and gathering fills the same storage again, so that what autograd
+saved of a weight is valid again when the backward pass reads it; FSDP's way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.transport import Pending, Transport
+
+_Function = TypeVar("_Function", bound=Callable[..., None])
+
+
+def _eager(function: _Function) -> _Function:
+    """Keep a hook out of compiled graphs."""
+    disabled: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+@dataclass
+class Part:
+    """One range of the model.
+
+    Attributes:
+        modules: whose forward pass needs the weights.
+        rounds: its rounds, half-open ``(first, last)`` in backward order.
+        buckets: this rank's buckets in them, in the total order.
+        stays: gathered in the forward pass and kept to the end of the backward pass.
+        is_needed_backward: whether its backward pass reads weights (that of an embedding does not).
+    """
+
+    modules: Sequence[nn.Module]
+    rounds: tuple[int, int]
+    buckets: Sequence[FlatBucket]
+    stays: bool = False
+    is_needed_backward: bool = True
+    pending: Pending | None = field(default=None, repr=False)
+    is_issued: bool = False
+
+    def free(self) -> None:
+        """Give the gathered weights back."""
+        for flat in self.buckets:
+            if flat.is_resident:
+                flat.free()
+        self.is_issued = False
+
+
+class ShardedWeights:
+    """Gathers and frees the parts of one rank's subnetwork.
+
+    Args:
+        module: the whole model; its forward call begins the sequence.
+        parts: in forward order.
+        transport: moves the shards, on a process group that nothing else uses.
+        prefetch: parts gathered ahead of the one that computes.
+        device: where the shards rest.
+
+    Attributes:
+        before_backward: called with the first round of a part when its backward pass begins: whatever the backward pass
+            reaches of the rounds before, it has reached.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Sequence[Part],
+        transport: Transport,
+        prefetch: int,
+        device: torch.device,
+    ) -> None:
+        self._parts = tuple(parts)
+        self._transport = transport
+        self._prefetch = prefetch
+        self._sequence: list[int] = []
+        self._issued = 0
+        self._is_paused = False
+        self._phase = "idle"
+        self.before_backward: Callable[[int], None] = lambda round_: None
+        for part in self._parts:
+            for flat in part.buckets:
+                flat.keep_shard_only(device)
+        module.register_forward_pre_hook(self._begin_forward, prepend=True)
+        module.register_forward_hook(self._end_forward)
+        for index, part in enumerate(self._parts):
+            for submodule in part.modules:
+                submodule.register_forward_pre_hook(self._pre_forward(index), prepend=True)
+                submodule.register_forward_hook(self._post_forward(index))
+
+    # -- the sequence ------------------------------------------------------------------------------------------------
+
+    @_eager
+    def _begin_forward(self, *_: Any) -> None:
+        if not self._is_paused and not _in_backward():
+            self._start(list(range(len(self._parts))))
+
+    @_eager
+    def _end_forward(self, *_: Any) -> None:
+        if self._is_paused or _in_backward():
+            return
+        self._issue_up_to(len(self._sequence))
+        last = len(self._parts) - 1
+        for index, part in enumerate(self._parts):
+            self._settle(part)
+            if not torch.is_grad_enabled() or not (part.stays or index >= last - 1):
+                part.free()
+
+    def _begin_backward(self) -> None:
+        # The last parts are still there, unless this is a second backward pass through the same graph.
+        absent = [i for i, part in enumerate(self._parts) if part.is_needed_backward and not part.is_issued]
+        self._sequence = sorted(absent, key=lambda i: (not self._parts[i].stays, -i))
+        self._issued = 0
+        self._phase = "backward"
+
+    def _start(self, sequence: list[int]) -> None:
+        for part in self._parts:
+            self._settle(part)
+            part.free()
+        self._sequence, self._issued = sequence, 0
+        self._phase = "forward"
+
+    def _issue_up_to(self, count: int) -> None:
+        while self._issued < min(count, len(self._sequence)):
+            self._issue(self._parts[self._sequence[self._issued]])
+            self._issued += 1
+
+    def _issue(self, part: Part) -> None:
+        for flat in part.buckets:
+            flat.allocate()
+        part.pending = self._transport.gather(part.buckets, "weight_gather")
+        part.is_issued = True
+
+    def _settle(self, part: Part) -> None:
+        if part.pending is not None:
+            pending, part.pending = part.pending, None
+            pending.finish()
+
+    def _need(self, index: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """Have part ``index`` in memory, after all that stand before it in the sequence.
+
+        ``meanwhile`` runs between the issue of its gather and the wait for it.
+        """
+        place = self._sequence.index(index) if index in self._sequence else -1
+        self._issue_up_to(place + 1 + self._prefetch)
+        if meanwhile is not None:
+            meanwhile()
+        for earlier in self._sequence[: max(place, 0)]:
+            # What a rank has nothing of is waited for too, or its buffers would pile up.
+            self._settle(self._parts[earlier])
+        self._settle(self._parts[index])
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def _pre_forward(self, index: int) -> Callable[..., None]:
+        @_eager
+        def hook(*_: Any) -> None:
+            if self._is_paused:
+                return
+            if _in_backward():  # activation checkpointing computes it again
+                self._need_backward(index)
+            else:
+                self._need(index)
+
+        return hook
+
+    def _post_forward(self, index: int) -> Callable[..., None]:
+        part = self._parts[index]
+        is_reread = part.is_needed_backward and not part.stays
+
+        @_eager
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if self._is_paused or _in_backward():
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad and is_reread:
+                hidden.register_hook(lambda _: self._need_backward(index))  # type: ignore[no-untyped-call]
+            is_last = module is part.modules[-1]
+            if is_last and not part.stays and index < len(self._parts) - 2:
+                part.free()
+
+        return hook
+
+    @_eager
+    def _need_backward(self, index: int) -> None:
+        if self._phase != "backward":
+            self._begin_backward()
+        # Launched before the wait: see docs/architecture.md for the circle that this breaks.
+        self._need(index, lambda: self.before_backward(self._parts[index].rounds[0]))
+        for later in self._parts[index + 1 :]:
+            if later.is_issued and not later.stays and later.pending is None:
+                later.free()
+
+    def end_backward(self) -> None:
+        """The backward pass is over: nothing stays in memory."""
+        if self._phase == "backward":
+            self._issue_up_to(len(self._sequence))
+        self._start([])
+        self._phase = "idle"
+
+    # -- outside of training -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def gathered(self, parts: Sequence[int]) -> Iterator[None]:
+        """Collective, between steps: the weights of ``parts`` are in memory inside."""
+        for index in parts:
+            self._issue(self._parts[index])
+        try:
+            for index in parts:
+                self._settle(self._parts[index])
+            yield
+        finally:
+            for index in parts:
+                self._parts[index].free()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward calls inside gather nothing."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    @property
+    def outer(self) -> tuple[int, int]:
+        """The parts before and after the layers."""
+        return 0, len(self._parts) - 1
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return len(self._parts)
+
+
+def _in_backward() -> bool:
+    # The id of the running autograd task: private, and what DeepSpeed itself asks (runtime/base_optimizer.py).
+    return torch._C._current_graph_task_id() != -1

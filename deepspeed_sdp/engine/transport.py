@@ -1,0 +1,210 @@
+"""How the buckets of a round cross the network: averaging gradients into shards, and gathering weights from them.
+
+Two ways with the same results and, on backends that have a native reduce-scatter, the same volume (DESIGN of the
+collectives: docs/architecture.md):
+
+- :class:`OwnerSetTransport`: one collective per bucket, on the owners' process group;
+- :class:`AllToAllTransport`: all buckets of a round in one ``all_to_all_single`` over the world, summed locally.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.stopwatch import Stopwatch, TimedWork
+from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
+
+Reduced = list[torch.Tensor]
+
+
+class Pending:
+    """Collectives under way. ``finish`` waits for them and gives their result; call it once.
+
+    Attributes:
+        nbytes: bytes of the buffers that live until then.
+    """
+
+    def __init__(self, works: Sequence[TimedWork], result: Callable[[], Any], nbytes: int) -> None:
+        self.works = works
+        self._result = result
+        self.nbytes = nbytes
+
+    def finish(self) -> Any:
+        """The result; blocks until the collectives are done."""
+        for work in self.works:
+            work.wait()
+        return self._result()
+
+
+class Transport(Protocol):
+    """Collective over the world: every rank calls it for the same rounds in the same order, with its own buckets."""
+
+    def reduce(self, buckets: Sequence[FlatBucket], grads: Sequence[torch.Tensor]) -> Pending:
+        """Average ``grads`` (``[padded_numel]`` per bucket, may be overwritten) over the owners.
+
+        The result is a list with this rank's averaged shard ``[shard_numel]`` of every bucket.
+        """
+
+    def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
+        """Fill ``flat`` of every bucket from the shards of its owners; ``kind`` names the traffic."""
+
+    def close(self) -> None:
+        """Let go of process groups; nothing is moved any more."""
+
+
+class OwnerSetTransport:
+    """One collective per bucket: all-reduce (ZeRO 0), or reduce-scatter and all-gather.
+
+    gloo has no reduce-scatter of its own (torch builds it from an all-reduce), so it is an all-reduce there, and
+    counted as one.
+    """
+
+    def __init__(self, traffic: Traffic, stopwatch: Stopwatch) -> None:
+        self._traffic = traffic
+        self._stopwatch = stopwatch
+
+    def reduce(self, buckets: Sequence[FlatBucket], grads: Sequence[torch.Tensor]) -> Pending:
+        works, shards = [], []
+        for bucket, flat in zip(buckets, grads, strict=True):
+            work, shard = self._reduce_one(bucket, flat)
+            works += work
+            shards.append(shard)
+        return Pending(works, lambda: shards, sum(map(_nbytes, grads)))
+
+    def _reduce_one(self, bucket: FlatBucket, flat: torch.Tensor) -> tuple[list[TimedWork], torch.Tensor]:
+        owners = len(bucket.ranks)
+        mine = flat.narrow(0, bucket.index * bucket.shard_numel, bucket.shard_numel)
+        if owners == 1:
+            return [], mine
+        # Divided before the sum, so that low precision does not overflow.
+        flat.div_(owners)
+        if bucket.shards == 1 or dist.get_backend(bucket.process_group) == "gloo":
+            self._count("gradient_all_reduce", all_reduce_bytes(_nbytes(flat), owners), bucket)
+            return [self._timed(dist.all_reduce(flat, group=bucket.process_group, async_op=True))], mine
+        shard = torch.empty_like(mine)
+        self._count("gradient_reduce_scatter", all_gather_bytes(_nbytes(flat), owners), bucket)
+        work = dist.reduce_scatter_tensor(shard, flat, group=bucket.process_group, async_op=True)
+        return [self._timed(work)], shard
+
+    def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
+        works = []
+        for bucket in buckets:
+            shard = bucket.shard.to(bucket.flat.device)
+            if bucket.shards == 1:
+                if bucket.shard.data_ptr() != bucket.flat.data_ptr():
+                    bucket.flat.copy_(shard)
+                continue
+            self._count(kind, all_gather_bytes(_nbytes(bucket.flat), bucket.shards), bucket)
+            work = dist.all_gather_into_tensor(bucket.flat, shard, group=bucket.process_group, async_op=True)
+            works.append(self._timed(work))
+        return Pending(works, lambda: None, 0)
+
+    def close(self) -> None:
+        pass
+
+    def _count(self, kind: str, nbytes: int, bucket: FlatBucket) -> None:
+        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+
+    def _timed(self, work: Any) -> TimedWork:
+        return self._stopwatch.timed(work)
+
+
+class AllToAllTransport:
+    """All buckets of a round in one ``all_to_all_single``; a rank without a bucket in it takes part with nothing.
+
+    Every shard is summed by the one rank that keeps it, in the order of the ranks and in fp32 at least: the result
+    depends on nothing but the gradients.
+
+    Args:
+        process_group: of the whole world.
+        device, dtype: of what is sent by a rank that has nothing to send.
+    """
+
+    def __init__(
+        self,
+        process_group: ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        traffic: Traffic,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self._device, self._dtype = device, dtype
+        self._group: ProcessGroup | None = process_group
+        self._world = dist.get_world_size(process_group)
+        self._rank = dist.get_rank()
+        self._traffic = traffic
+        self._stopwatch = stopwatch
+
+    def reduce(self, buckets: Sequence[FlatBucket], grads: Sequence[torch.Tensor]) -> Pending:
+        pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
+        for bucket, flat in zip(buckets, grads, strict=True):
+            for rank, piece in zip(bucket.ranks, torch.split(flat, bucket.shard_numel), strict=True):
+                pieces[rank].append(piece)
+            self._count("gradient_all_to_all", bucket, flat.element_size())
+        work, received, sizes = self._exchange(pieces)
+
+        # It holds what was received, and nothing of what was sent.
+        def result() -> Reduced:
+            by_rank = torch.split(received, sizes)
+            taken = [0] * self._world
+            shards = []
+            for bucket in buckets:
+                total = torch.zeros(bucket.shard_numel, dtype=_sum_dtype(received.dtype), device=received.device)
+                for rank in bucket.ranks:
+                    total += by_rank[rank].narrow(0, taken[rank], bucket.shard_numel)
+                    taken[rank] += bucket.shard_numel
+                shards.append(total.div_(len(bucket.ranks)))
+            return shards
+
+        return Pending(work, result, 2 * _nbytes(received))
+
+    def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
+        pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
+        shards = [bucket.shard.to(bucket.flat.device) for bucket in buckets]
+        for bucket, shard in zip(buckets, shards, strict=True):
+            for rank in bucket.ranks:
+                if rank != self._rank:
+                    pieces[rank].append(shard)
+            self._count(kind, bucket, shard.element_size())
+        work, received, sizes = self._exchange(pieces)
+
+        def result() -> None:
+            by_rank = torch.split(received, sizes)
+            taken = [0] * self._world
+            for bucket, shard in zip(buckets, shards, strict=True):
+                for rank, piece in zip(bucket.ranks, torch.split(bucket.flat, bucket.shard_numel), strict=True):
+                    if rank != self._rank:
+                        piece.copy_(by_rank[rank].narrow(0, taken[rank], bucket.shard_numel))
+                        taken[rank] += bucket.shard_numel
+                    elif piece.data_ptr() != shard.data_ptr():
+                        piece.copy_(shard)
+
+        return Pending(work, result, 2 * _nbytes(received))
+
+    def close(self) -> None:
+        self._group = None
+
+    def _exchange(self, pieces: Sequence[Sequence[torch.Tensor]]) -> tuple[list[TimedWork], torch.Tensor, list[int]]:
+        """What this rank sends to a rank is as large as what it gets from it: the shards of their common buckets."""
+        sizes = [sum(piece.numel() for piece in of_rank) for of_rank in pieces]
+        flat = [piece for of_rank in pieces for piece in of_rank]
+        send = torch.cat(flat) if flat else torch.empty(0, dtype=self._dtype, device=self._device)
+        received = torch.empty_like(send)
+        work = dist.all_to_all_single(received, send, sizes, sizes, group=self._group, async_op=True)
+        return [self._stopwatch.timed(work)], received, sizes
+
+    def _count(self, kind: str, bucket: FlatBucket, element_size: int) -> None:
+        nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size
+        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
