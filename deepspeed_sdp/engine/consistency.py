@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed_sdp.errors import ConsistencyError
 from deepspeed_sdp.subnetwork import Fragment, Subnetwork
 
+_PIECE = 1 << 20
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -22,7 +23,7 @@ def check_owners(subnetwork: Subnetwork, step: int) -> None:
         ConsistencyError: on every rank, naming the parameter, the first unit, the ranks and the step.
     """
     mine = {subnetwork.fragments[name]: p for name, p in subnetwork.module.named_parameters()}
-    sums = torch.stack([_checksums(p, None).sum() for p in mine.values()]).tolist()
+    sums = torch.stack([_checksum(p) for p in mine.values()]).tolist()
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, dict(zip(mine, sums, strict=True)))
     different = _differing(reports)
@@ -35,6 +36,13 @@ def check_owners(subnetwork: Subnetwork, step: int) -> None:
     units = _checksums(mine[worst], worst.dim).tolist() if worst in mine else None
     dist.all_gather_object(by_unit, units)
     raise ConsistencyError(_describe(subnetwork, worst, by_unit, step, len(different)))
+
+
+def _checksum(value: torch.Tensor) -> torch.Tensor:
+    """Integer checksum of all bits; a piece at a time, for an integer copy of an embedding is eight times as large."""
+    pieces = torch.split(value.detach().reshape(-1), _PIECE)
+    sums = torch.stack([_checksums(piece, None).sum() for piece in pieces])
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 def _checksums(value: torch.Tensor, dim: int | None) -> torch.Tensor:

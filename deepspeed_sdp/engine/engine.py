@@ -8,29 +8,21 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.assemble import assemble
 from deepspeed_sdp.engine.consistency import check_owners
 from deepspeed_sdp.engine.evaluation import evaluate_full
 from deepspeed_sdp.engine.full_model import full_state_dict, save_hf
 from deepspeed_sdp.engine.groups import OwnerGroups
-from deepspeed_sdp.engine.layout import make_layout, make_parts
 from deepspeed_sdp.engine.memory import model_state_bytes
-from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
-from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
+from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.param_groups import as_groups, translate_groups
-from deepspeed_sdp.engine.sharded_weights import ShardedWeights
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
-from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport, Transport
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import Subnetwork
-
-# Elements of the full model per round of gradients, unless the job says; some 25 layers of a small model, half a layer
-# of a 7B one.
-_ROUND_NUMEL = 25_000_000
 
 
 class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -116,7 +108,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
 
         ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent``, also by kind of collective
         and by owner set, ``seconds`` (host time: forward, backward with its reductions, step; ``communication`` from
-        issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest),
+        issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest; on
+        an accelerator, whose queue runs behind the host, they are times of the host and no more),
         ``grad_norm``, ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """
         sets = {self._subnetwork.owner_set(name) for name in self._subnetwork.fragments}
@@ -140,13 +133,19 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             return super().forward(*inputs, **kwargs)
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._stopwatch.phase("backward"):
-            return super().backward(*args, **kwargs)
+        # Also where the forward pass went around this engine's.
+        self._tell_boundary()
+        try:
+            with self._stopwatch.phase("backward"):
+                return super().backward(*args, **kwargs)
+        except BaseException as error:
+            self.optimizer.reducer.fail(error)
+            raise
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         steps = self.global_steps
         with self._stopwatch.phase("step"):
-            if self.is_gradient_accumulation_boundary():
+            if self.is_gradient_accumulation_boundary() or not self.managed_gradient_accumulation():
                 self._check_owners(steps + 1)
             super().step(*args, **kwargs)
         if self.global_steps > steps:
@@ -220,73 +219,11 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         return optimizer
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> SDPOptimizer:
-        zero, stage = self._config.zero_config, self.zero_optimization_stage()
         optimizer.param_groups[:] = self._client_groups
-        group_of = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
-        layout = make_layout(
-            self._subnetwork, self._owner_groups, group_of, stage=stage, round_numel=self._round_numel()
+        made, self.__dict__["_weights"] = assemble(
+            self, optimizer, self._subnetwork, self._owner_groups, self._traffic, self._stopwatch
         )
-        dtype, accumulate = self.get_data_types()
-        reduce = self._reduction_dtype()
-        transports = {
-            "gradients": self._make_transport(self._owner_groups.for_gradients, reduce),
-            "weights": self._make_transport(self._owner_groups.for_weights, dtype),
-        }
-        if stage == 3:
-            self.__dict__["_weights"] = ShardedWeights(
-                self._subnetwork.module,
-                make_parts(self._subnetwork, layout),
-                transports["weights"],
-                prefetch=1 if zero.prefetch_bucket_size else 0,
-                device=_offload_device(zero.offload_param, self.device),
-            )
-        names = self._subnetwork.fragments
-        made = SDPOptimizer(
-            optimizer,
-            layout.rounds,
-            layout.gathers(_ROUND_NUMEL),
-            stage=stage,
-            transport=transports["gradients"],
-            weight_transport=transports["weights"],
-            world=self._owner_groups.for_gradients,
-            device=self.device,
-            precision=Precision(reduce, accumulate),
-            loss_scaler=CreateLossScaler(
-                dtype=dtype,
-                static_loss_scale=self.loss_scale(),
-                dynamic_scaling=self.dynamic_loss_scale(),
-                dynamic_loss_args=self.dynamic_loss_scale_args(),
-            ),
-            clip_grad=self.gradient_clipping(),
-            state_device=_offload_device(zero.offload_optimizer, self.device),
-            nonfinite=NonFiniteGradients(
-                [names[name].full_name for name in layout.names], self.sdp_config.on_nonfinite
-            ),
-            traffic=self._traffic,
-        )
-        if self._weights is not None:
-            self._weights.before_backward = made.launch_before
         return made
-
-    def _make_transport(self, group: dist.ProcessGroup, dtype: torch.dtype) -> Transport:
-        kind = self.sdp_config.transport
-        if kind == "auto":
-            is_gloo = dist.get_backend(group) == "gloo"
-            kind = "all_to_all" if is_gloo and self.zero_optimization_stage() > 0 else "owner_sets"
-        if kind == "all_to_all":
-            return AllToAllTransport(group, self.device, dtype, self._traffic, self._stopwatch)
-        return OwnerSetTransport(self._traffic, self._stopwatch)
-
-    def _round_numel(self) -> int:
-        zero = self._config._param_dict.get("zero_optimization", {})
-        asked = zero.get("reduce_bucket_size", "auto") if isinstance(zero, dict) else "auto"
-        # DeepSpeed's default is larger than most models: nothing would overlap.
-        return _ROUND_NUMEL if asked == "auto" else int(asked)
-
-    def _reduction_dtype(self) -> torch.dtype:
-        named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        asked = self.sdp_config.reduction_dtype
-        return named[asked] if asked else self.communication_data_type
 
     def zero_optimization_partition_weights(self) -> bool:
         """``False``: what DeepSpeed does for its own ZeRO-3 parameters is not for ours."""
@@ -294,6 +231,9 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     def _backward_prologue(self) -> None:
         super()._backward_prologue()
+        self._tell_boundary()
+
+    def _tell_boundary(self) -> None:
         self.optimizer.synchronize_gradients = self.enable_backward_allreduce and not self.inside_no_sync_ctxt
         self.optimizer.set_gradient_accumulation_boundary(self.is_gradient_accumulation_boundary())
 
@@ -323,6 +263,12 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ConfigError("load_checkpoint: not available with SDP in this version; initialize() takes a full model")
 
+    def offload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError("offload_states: not available with SDP in this version")
+
+    def reload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError("reload_states: not available with SDP in this version")
+
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ConfigError("save_16bit_model: would write one subnetwork; save_hf() writes the full model")
 
@@ -332,8 +278,3 @@ def _in_total_order(subnetwork: Subnetwork) -> list[tuple[str, torch.nn.Paramete
     return sorted(
         subnetwork.module.named_parameters(), key=lambda item: (position[item[0]], subnetwork.owner_set(item[0]))
     )
-
-
-def _offload_device(offload: Any, device: torch.device) -> torch.device:
-    is_cpu = offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
-    return torch.device("cpu") if is_cpu else device

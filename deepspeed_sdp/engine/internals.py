@@ -40,6 +40,9 @@ ENGINE_METHODS: dict[str, tuple[str, ...]] = {
     "save_checkpoint": ("save_dir",),
     "load_checkpoint": ("load_dir",),
     "save_16bit_model": ("save_dir",),
+    "offload_states": (),
+    "reload_states": (),
+    "managed_gradient_accumulation": (),
     "destroy": (),
 }
 

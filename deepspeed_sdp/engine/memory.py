@@ -15,6 +15,8 @@ def model_state_bytes(engine: Any) -> dict[str, int]:
     weights, unless they are the weights themselves. Gradients change within a step: see :func:`gradient_peak`.
     """
     held: list[torch.Tensor] = getattr(engine.optimizer, "weight_tensors", list)()
+    # DeepSpeed's own ZeRO-3 keeps a parameter's shard beside it.
+    held += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
     weights = _storages([*engine.module.parameters(), *engine.module.buffers(), *held])
     optimizer = {k: v for k, v in _storages(_optimizer_tensors(engine)).items() if k not in weights}
     sizes = {
@@ -40,14 +42,18 @@ class Peak:
 
 @contextmanager
 def gradient_peak(engine: Any) -> Iterator[Peak]:
-    """Watch :func:`gradient_bytes` at every gradient of the backward passes inside; slow, for one step."""
+    """Watch :func:`gradient_bytes` at every gradient of the backward passes inside and at updates; slow."""
     peak = Peak()
 
     def sample(gradient: torch.Tensor) -> None:
         # The gradient at hand is not attached to its parameter yet.
         peak.nbytes = max(peak.nbytes, gradient_bytes(engine) + gradient.numel() * gradient.element_size())
 
+    def sample_update(*_: Any) -> None:
+        peak.nbytes = max(peak.nbytes, gradient_bytes(engine))
+
     hooks = [p.register_hook(sample) for p in engine.module.parameters() if p.requires_grad]
+    hooks.append(engine.basic_optimizer.register_step_pre_hook(sample_update))
     try:
         yield peak
     finally:

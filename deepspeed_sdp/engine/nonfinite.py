@@ -25,20 +25,20 @@ class NonFiniteGradients:
     def __init__(self, names: Sequence[str], action: Literal["skip", "stop"]) -> None:
         self._names = names
         self._action = action
-        self._largest: list[tuple[int, torch.Tensor]] = []
+        self._norms: list[tuple[int, torch.Tensor]] = []
         self._skipped = 0
         self._step = 0
 
     def watch(self, flat: FlatBucket, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Remember the largest magnitude of every gradient of a bucket; nothing is read from the device yet."""
+        """Remember the norm of every gradient of a bucket, which NaN and Inf spoil; nothing is read back yet."""
         present = [(i, g) for i, g in zip(flat.bucket.items, gradients, strict=True) if g is not None]
         if present:
-            largest = torch._foreach_norm([gradient for _, gradient in present], ord=float("inf"))
-            self._largest += [(index, value) for (index, _), value in zip(present, largest, strict=True)]
+            norms = torch._foreach_norm([gradient for _, gradient in present], dtype=torch.float32)
+            self._norms += [(index, value) for (index, _), value in zip(present, norms, strict=True)]
 
     def reset(self) -> None:
         """The step was finite."""
-        self._largest.clear()
+        self._norms.clear()
         self._skipped = 0
         self._step += 1
 
@@ -50,7 +50,7 @@ class NonFiniteGradients:
         """
         reports: list[tuple[str, float] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, self._first())
-        self._largest.clear()
+        self._norms.clear()
         self._step += 1
         self._skipped += 1
         found = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
@@ -68,7 +68,7 @@ class NonFiniteGradients:
 
     def _first(self) -> tuple[str, float] | None:
         """Name and value of the first gradient in backward order that is not finite."""
-        for index, value in self._largest:
+        for index, value in self._norms:
             number = float(value)
             if number - number != 0.0:
                 return self._names[index], number

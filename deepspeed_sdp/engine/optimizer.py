@@ -16,7 +16,7 @@ stage  state                          gradients                             weig
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.reducer import Reducer
 from deepspeed_sdp.engine.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.transport import Pending, Transport
+from deepspeed_sdp.errors import ConfigError
 
 GROUP_KEY = "sdp_group"
 
@@ -66,6 +67,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         clip_grad: largest norm of the gradient, 0 for none.
         state_device: where the master weights and the optimizer's state live.
         nonfinite: what is done about NaN and Inf.
+        untrained: parameters that get gradients but are in no group; the gradients are dropped.
         traffic: counts bytes sent.
     """
 
@@ -85,6 +87,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         clip_grad: float,
         state_device: torch.device,
         nonfinite: NonFiniteGradients,
+        untrained: Sequence[nn.Parameter],
         traffic: Traffic,
     ) -> None:
         super().__init__()
@@ -107,6 +110,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._weight_transport = weight_transport
         self._precision = precision
         self._nonfinite = nonfinite
+        self._untrained = tuple(untrained)
         self._traffic = traffic
         self._parameters = {
             index: parameter
@@ -190,7 +194,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, averaged ones included."""
-        for parameter in self._parameters.values():
+        for parameter in (*self._parameters.values(), *self._untrained):
             parameter.grad = None
         for flat in self._flats:
             flat.average = None
@@ -285,6 +289,22 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.custom_loss_scaler = True
         self.external_loss_scale = loss_scale
 
+    def state_dict(self) -> NoReturn:
+        """Not available.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("optimizer.state_dict: not available with SDP in this version")
+
+    def load_state_dict(self, state_dict: Any) -> NoReturn:
+        """Not available.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("optimizer.load_state_dict: not available with SDP in this version")
+
     def destroy(self) -> None:
         """Let go of parameters and process groups, whose threads run as long as something holds them."""
         for hook in self._hooks:
@@ -292,7 +312,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._hooks.clear()
         self.zero_grad()
         for flat in self._flats:
-            flat.process_group = None
+            flat.process_group = flat.weight_group = None
         self.dp_process_group = None
         self.reducer.close()
         self._weight_transport.close()

@@ -43,14 +43,6 @@ def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork
         group.update(translated)
 
 
-def restore_groups(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
-    """Put back the groups that DeepSpeed drops because this rank owns nothing of them: schedulers count groups."""
-    present = {group[GROUP_KEY]: group for group in optimizer.param_groups}
-    optimizer.param_groups[:] = [
-        present.get(group[GROUP_KEY], {**optimizer.defaults, **group, "params": []}) for group in groups
-    ]
-
-
 def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[list[str]]:
     """Names in ``model`` of every group's parameters, for ranks to compare; those of another model as ``"?"``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}

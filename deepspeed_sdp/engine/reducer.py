@@ -46,6 +46,7 @@ class Reducer:
             for index in flat.bucket.items
         }
         self._in_flight: deque[tuple[tuple[FlatBucket, ...], Pending]] = deque()
+        self._failure: BaseException | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -54,6 +55,11 @@ class Reducer:
 
     def ready(self, index: int) -> None:
         """Parameter ``index`` has its whole gradient: launch what is complete, in order."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"an earlier backward pass failed ({type(self._failure).__name__}: {self._failure}) with gradients "
+                "half reduced; this engine cannot train on"
+            )
         waiting = self._waiting[self._round_of[index]]
         if index not in waiting:
             raise RuntimeError(f"gradient {index} came twice in one backward pass; it may have been reduced already")
@@ -85,6 +91,10 @@ class Reducer:
         while self._in_flight:
             self._take()
         self._reset()
+
+    def fail(self, error: BaseException) -> None:
+        """A backward pass ended early. Waiting for what is under way could last for ever: other ranks may be gone."""
+        self._failure = self._failure or error
 
     def close(self) -> None:
         """Let go of the process group."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.transport import Pending, Transport
+from deepspeed_sdp.errors import ConfigError
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
@@ -159,6 +160,12 @@ class ShardedWeights:
             # What a rank has nothing of is waited for too, or its buffers would pile up.
             self._settle(self._parts[earlier])
         self._settle(self._parts[index])
+        if not all(flat.is_resident for flat in self._parts[index].buckets):
+            raise ConfigError(
+                "zero_optimization.stage: got 3 with a pass through the model that it cannot serve; takes one forward "
+                "call of the whole model before each backward pass (two forward calls before one backward pass, or a "
+                "call of an inner module, need stage 2 or lower)"
+            )
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -176,20 +183,27 @@ class ShardedWeights:
 
     def _post_forward(self, index: int) -> Callable[..., None]:
         part = self._parts[index]
-        is_reread = part.is_needed_backward and not part.stays
+        # Of what stays, nothing says that its backward pass comes after that of the layers.
+        need = self._need_again if part.stays else self._need_backward
 
         @_eager
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             if self._is_paused or _in_backward():
                 return
             hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, torch.Tensor) and hidden.requires_grad and is_reread:
-                hidden.register_hook(lambda _: self._need_backward(index))  # type: ignore[no-untyped-call]
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad and part.is_needed_backward:
+                hidden.register_hook(lambda _: need(index))  # type: ignore[no-untyped-call]
             is_last = module is part.modules[-1]
             if is_last and not part.stays and index < len(self._parts) - 2:
                 part.free()
 
         return hook
+
+    @_eager
+    def _need_again(self, index: int) -> None:
+        if self._phase != "backward":
+            self._begin_backward()
+        self._need(index)
 
     @_eager
     def _need_backward(self, index: int) -> None:

@@ -19,6 +19,15 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("zero_optimization.cpu_offload", (False, None), 'takes "offload_optimizer": {"device": "cpu"}'),
     ("zero_optimization.round_robin_gradients", (False,), "gradients are reduced in the order of the plan"),
     ("zero_optimization.zero_quantized_gradients", (False,), "quantised reduction has no owner groups"),
+    ("zero_optimization.zero_quantized_weights", (False,), "weights travel in the dtype they are trained in"),
+    (
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        (False,),
+        "weights travel in the dtype they are trained in",
+    ),
+    ("zero_optimization.zero_hpz_partition_size", (1,), "shards lie on the owners; takes 1"),
+    ("zero_optimization.mics_shard_size", (-1,), "shards lie on the owners; takes -1"),
+    ("zero_optimization.offload_optimizer.ratio", (1, 1.0), "all of the state is offloaded or none"),
     ("zero_optimization.zenflow", (None,), "ZenFlow replaces the optimizer that SDP extends"),
     ("fp16.fp16_master_weights_and_grads", (False,), "master weights are fp32"),
     ("fp16.auto_cast", (False, None), "weights and activations are of one dtype"),
@@ -40,6 +49,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 
 # Updates that depend on a whole weight; a worker steps slices of it, and ZeRO slices of those.
 _NEED_WHOLE_WEIGHTS = ("muon", "lamb", "lars", "adafactor", "shampoo", "lbfgs")
+_COMMUNICATE_THEMSELVES = ("onebit", "zeroone")
 
 
 def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, optimizer: Any, mpu: Any) -> None:
@@ -69,11 +79,18 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         raise ConfigError(f"model: got {type(model).__name__}; takes a torch.nn.Module")
     if mpu is not None:
         raise ConfigError("mpu: model parallelism cannot be combined with SDP; takes None")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigError(
+            "model: built under deepspeed.zero.Init, whose shards are not an owner's; takes a model built on the meta "
+            "device"
+        )
     name = str(_lookup(ds_config, "optimizer.type")) if optimizer is None else type(optimizer).__name__
     if any(whole in name.lower() for whole in _NEED_WHOLE_WEIGHTS):
         raise ConfigError(
             f"optimizer: got {name}, which needs whole weights; takes an element-wise optimizer (AdamW, ...)"
         )
+    if any(own in name.lower() for own in _COMMUNICATE_THEMSELVES):
+        raise ConfigError(f"optimizer: got {name}, which averages gradients over the world; takes AdamW, ...")
 
 
 def _lookup(config: Mapping[str, Any], dotted: str) -> Any:

@@ -8,7 +8,7 @@ collectives: docs/architecture.md):
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,18 @@ from deepspeed_sdp.engine.stopwatch import Stopwatch, TimedWork
 from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 
 Reduced = list[torch.Tensor]
+
+
+def resolve_transport(asked: str, backend: str, stage: int, payload: Literal["gradients", "weights"]) -> str:
+    """The transport that ``"auto"`` stands for; docs/benchmarks.md has the measurement.
+
+    gloo has an all-gather but no reduce-scatter of its own; at stage 0 there is nothing to scatter. At stage 3 one
+    sequence of gathers over the world needs no process groups of its own.
+    """
+    if asked != "auto":
+        return asked
+    scatters = stage > 0 and (payload == "gradients" or stage == 3)
+    return "all_to_all" if backend == "gloo" and scatters else "owner_sets"
 
 
 class Pending:
@@ -99,7 +111,7 @@ class OwnerSetTransport:
                     bucket.flat.copy_(shard)
                 continue
             self._count(kind, all_gather_bytes(_nbytes(bucket.flat), bucket.shards), bucket)
-            work = dist.all_gather_into_tensor(bucket.flat, shard, group=bucket.process_group, async_op=True)
+            work = dist.all_gather_into_tensor(bucket.flat, shard, group=bucket.weight_group, async_op=True)
             works.append(self._timed(work))
         return Pending(works, lambda: None, 0)
 
@@ -145,7 +157,8 @@ class AllToAllTransport:
             for rank, piece in zip(bucket.ranks, torch.split(flat, bucket.shard_numel), strict=True):
                 pieces[rank].append(piece)
             self._count("gradient_all_to_all", bucket, flat.element_size())
-        work, received, sizes = self._exchange(pieces)
+        # The shards of one bucket lie in the order of its ranks.
+        work, received, sizes = self._exchange(pieces, grads[0] if len(grads) == 1 else None)
 
         # It holds what was received, and nothing of what was sent.
         def result() -> Reduced:
@@ -188,11 +201,19 @@ class AllToAllTransport:
     def close(self) -> None:
         self._group = None
 
-    def _exchange(self, pieces: Sequence[Sequence[torch.Tensor]]) -> tuple[list[TimedWork], torch.Tensor, list[int]]:
-        """What this rank sends to a rank is as large as what it gets from it: the shards of their common buckets."""
+    def _exchange(
+        self, pieces: Sequence[Sequence[torch.Tensor]], whole: torch.Tensor | None = None
+    ) -> tuple[list[TimedWork], torch.Tensor, list[int]]:
+        """What this rank sends to a rank is as large as what it gets from it: the shards of their common buckets.
+
+        ``whole``: a tensor in which the pieces already lie one after the other.
+        """
         sizes = [sum(piece.numel() for piece in of_rank) for of_rank in pieces]
         flat = [piece for of_rank in pieces for piece in of_rank]
-        send = torch.cat(flat) if flat else torch.empty(0, dtype=self._dtype, device=self._device)
+        if not flat:
+            send = torch.empty(0, dtype=self._dtype, device=self._device)
+        else:
+            send = whole if whole is not None else torch.cat(flat)
         received = torch.empty_like(send)
         work = dist.all_to_all_single(received, send, sizes, sizes, group=self._group, async_op=True)
         return [self._stopwatch.timed(work)], received, sizes

@@ -171,3 +171,80 @@ def long_run(steps, **values):
     result = face(engine)
     engine.destroy()
     return result
+
+
+def around_the_engine(stage, steps=3):
+    """Accumulate over two micro-batches with the forward pass of the module, not of the engine."""
+    engine, *_ = start(stage=stage, accumulation=2, bucket=1000)
+    norms = []
+    for step in token_batches(steps, dist.get_world_size(), 2):
+        for ids in step[dist.get_rank()]:
+            engine.backward(engine.module(input_ids=ids, labels=ids).loss)
+            engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    result = {"norms": norms, **face(engine)}
+    engine.destroy()
+    engine.destroy()
+    return result
+
+
+def unusual_passes(how, stage, tied):
+    """One step of two backward passes: the norm, or the error.
+
+    ``how``: "retain" (twice through one graph), "no_grad" and "evaluate" (in between), or "two_forwards" (one sum).
+    """
+    engine, *_ = start(stage=stage, model={"tie_word_embeddings": tied})
+    first, second = (step[dist.get_rank()][0] for step in token_batches(2, dist.get_world_size()))
+    try:
+        loss = engine(input_ids=first, labels=first).loss
+        if how == "retain":
+            engine.backward(loss, retain_graph=True)
+            engine.backward(loss)
+        elif how == "two_forwards":
+            engine.backward(loss + engine(input_ids=second, labels=second).loss)
+        else:
+            if how == "no_grad":
+                with torch.no_grad():
+                    engine(input_ids=second, labels=second)
+            else:
+                engine.evaluate_full([{"input_ids": second, "labels": second}])
+            engine.backward(loss)
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    except deepspeed_sdp.SDPError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+def failed_backward():
+    """Every rank fails in the middle of a backward pass and tries to go on; the second error."""
+    engine, *_ = start(stage=2)
+    ids = token_batches(1, dist.get_world_size())[0][dist.get_rank()][0]
+
+    def fail(_):
+        raise ValueError("out of luck")
+
+    hook = engine.module.model.layers[1].mlp.up_proj.weight.register_hook(fail)
+    errors = []
+    for _ in range(2):
+        try:
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+        except (ValueError, RuntimeError) as error:
+            errors.append(str(error))
+        hook.remove()
+    dist.barrier()
+    return errors
+
+
+def left_out(stage):
+    """The optimizer is given all but the embeddings: their gradients must not pile up."""
+    module = build_model()
+    parameters = [p for name, p in module.named_parameters() if "embed" not in name]
+    engine, *_ = deepspeed_sdp.initialize(
+        model=module, model_parameters=parameters, config=ds_config(stage), sdp_config={"coverage": 0.5}
+    )
+    run_steps(engine, 2)
+    result = engine.module.model.embed_tokens.weight.grad is None
+    engine.destroy()
+    return result

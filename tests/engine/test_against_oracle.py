@@ -32,6 +32,17 @@ ROWS = [
         for transport in ("owner_sets", "all_to_all")
         for stage in (1, 2, 3)
     ),
+    *(
+        row(
+            f"stage3-owner_sets-one_kv_head-{family}",
+            stage=3,
+            family=family,
+            model=ONE_KV,
+            bucket=4000,
+            sdp={**HALF, "transport": "owner_sets"},
+        )
+        for family in ("llama", "qwen3")
+    ),
     row("stage3-tied-qwen3", stage=3, family="qwen3", model=TIED),
     row("stage3-three_quarters-biases", stage=3, model=BIASES, sdp={"coverage": 0.75}, accumulation=2),
     row("stage3-gradient_checkpointing", stage=3, extra={"checkpointing": True}),

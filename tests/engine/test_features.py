@@ -211,3 +211,37 @@ def test_fp32_reduction_of_bf16_gradients(ranks4, transport):
 @pytest.mark.parametrize("values", [{"stage": 0}, {"stage": 1}, {"stage": 2, "bf16": True}], ids=str)
 def test_owners_stay_equal_for_thousands_of_steps(ranks4, values):
     assert_owners_equal(ranks4.run(f"{CASES}:long_run", timeout=500, steps=2000, lr=3e-4, **values))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_forward_pass_around_the_engine(ranks4, stage):
+    results = ranks4.run(f"{CASES}:around_the_engine", timeout=60, stage=stage)
+    module, _, norms = simulate(results[0], steps=3, ds={"accumulation": 2})
+    assert results[0]["norms"] == pytest.approx(norms, rel=1e-5)
+    assert_same_weights(results[0]["full"], module.state_dict(), 1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["retain", "no_grad", "evaluate"])
+def test_unusual_passes_at_stage_3_are_those_of_stage_1(ranks4, how, tied):
+    norms = {
+        stage: ranks4.run(f"{CASES}:unusual_passes", timeout=60, how=how, stage=stage, tied=tied) for stage in (1, 3)
+    }
+    assert norms[3] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_two_forward_passes_before_a_backward_pass_are_refused_at_stage_3(ranks4):
+    assert isinstance(ranks4.run(f"{CASES}:unusual_passes", how="two_forwards", stage=1, tied=False)[0], float)
+    errors = ranks4.run(f"{CASES}:unusual_passes", timeout=60, how="two_forwards", stage=3, tied=False)
+    assert all("takes one forward call of the whole model before each backward pass" in error for error in errors)
+
+
+def test_after_a_failed_backward_pass_the_reason_is_said(ranks4):
+    for first, second in ranks4.run(f"{CASES}:failed_backward", timeout=60):
+        assert "out of luck" in first
+        assert "an earlier backward pass failed (ValueError: out of luck)" in second
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradients_that_nobody_asked_for_are_dropped(ranks4, stage):
+    assert ranks4.run(f"{CASES}:left_out", timeout=60, stage=stage) == [True] * 4

@@ -100,6 +100,8 @@ REFUSED = {
     "zero_optimization.offload_optimizer.device": "nvme",
     "zero_optimization.offload_param.device": "nvme",
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
+    "zero_optimization.zero_hpz_partition_size": 2,
+    "zero_optimization.offload_optimizer.ratio": 0.5,
     "gradient_predivide_factor": 2.0,
     "gradient_allreduce_op": "sum",
     "tensor_parallel.autotp_size": 2,

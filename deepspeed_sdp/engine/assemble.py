@@ -1,0 +1,106 @@
+"""Puts the parts of the gradient path together as a job's configuration asks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.layout import make_layout, make_parts
+from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
+from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
+from deepspeed_sdp.engine.sharded_weights import ShardedWeights
+from deepspeed_sdp.engine.stopwatch import Stopwatch
+from deepspeed_sdp.engine.traffic import Traffic
+from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport, Transport, resolve_transport
+from deepspeed_sdp.subnetwork import Subnetwork
+
+# Elements of the full model in a round of gradients, unless the job says. DeepSpeed's default is larger than most
+# models: nothing would overlap. On a CPU smaller pieces also stay in reach of the allocator; measured by
+# benchmarks/engine_speed.py.
+_ROUND_NUMEL = {"gloo": 5_000_000}
+_DEFAULT_ROUND_NUMEL = 25_000_000
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def assemble(
+    engine: Any,
+    optimizer: torch.optim.Optimizer,
+    subnetwork: Subnetwork,
+    groups: OwnerGroups,
+    traffic: Traffic,
+    stopwatch: Stopwatch,
+) -> tuple[SDPOptimizer, ShardedWeights | None]:
+    """The ZeRO optimizer around a client's ``optimizer``; at stage 3 also what gathers and frees the weights.
+
+    Args:
+        engine: a ``DeepSpeedEngine`` in the middle of its construction: its configuration and device are there.
+        optimizer: its groups carry ``GROUP_KEY`` and hold parameters of the subnetwork.
+    """
+    sdp: SDPConfig = engine.sdp_config
+    zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
+    backend = dist.get_backend(groups.for_gradients)
+    dtype, accumulate = engine.get_data_types()
+    reduce = _DTYPES[sdp.reduction_dtype] if sdp.reduction_dtype else engine.communication_data_type
+
+    def transport(payload: Any, group: dist.ProcessGroup, of: torch.dtype) -> Transport:
+        if resolve_transport(sdp.transport, backend, stage, payload) == "all_to_all":
+            return AllToAllTransport(group, engine.device, of, traffic, stopwatch)
+        return OwnerSetTransport(traffic, stopwatch)
+
+    default_numel = _ROUND_NUMEL.get(backend, _DEFAULT_ROUND_NUMEL)
+    group_of = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
+    layout = make_layout(
+        subnetwork, groups, group_of, stage=stage, round_numel=_asked_numel(engine._config) or default_numel
+    )
+    for_weights = transport("weights", groups.for_weights, dtype)
+    weights = None
+    if stage == 3:
+        weights = ShardedWeights(
+            subnetwork.module,
+            make_parts(subnetwork, layout),
+            for_weights,
+            prefetch=1 if zero.prefetch_bucket_size else 0,
+            device=_offload_device(zero.offload_param, engine.device),
+        )
+    fragments = subnetwork.fragments
+    made = SDPOptimizer(
+        optimizer,
+        layout.rounds,
+        layout.gathers(default_numel),
+        stage=stage,
+        transport=transport("gradients", groups.for_gradients, reduce),
+        weight_transport=for_weights,
+        world=groups.for_gradients,
+        device=engine.device,
+        precision=Precision(reduce, accumulate),
+        loss_scaler=CreateLossScaler(
+            dtype=dtype,
+            static_loss_scale=engine.loss_scale(),
+            dynamic_scaling=engine.dynamic_loss_scale(),
+            dynamic_loss_args=engine.dynamic_loss_scale_args(),
+        ),
+        clip_grad=engine.gradient_clipping(),
+        state_device=_offload_device(zero.offload_optimizer, engine.device),
+        nonfinite=NonFiniteGradients([fragments[name].full_name for name in layout.names], sdp.on_nonfinite),
+        untrained=[p for p in engine.module.parameters() if p.requires_grad and id(p) not in group_of],
+        traffic=traffic,
+    )
+    if weights is not None:
+        weights.before_backward = made.launch_before
+    return made, weights
+
+
+def _asked_numel(config: Any) -> int | None:
+    """The job's own ``reduce_bucket_size``, if it has one."""
+    zero = config._param_dict.get("zero_optimization", {})
+    asked = zero.get("reduce_bucket_size", "auto") if isinstance(zero, dict) else "auto"
+    return None if asked == "auto" else int(asked)
+
+
+def _offload_device(offload: Any, device: torch.device) -> torch.device:
+    is_cpu = offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
+    return torch.device("cpu") if is_cpu else device
