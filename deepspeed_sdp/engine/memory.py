@@ -66,6 +66,8 @@ def _optimizer_tensors(engine: Any) -> Iterator[torch.Tensor]:
     basic = engine.basic_optimizer
     for group in basic.param_groups:
         yield from group["params"]
+    # DeepSpeed's own ZeRO-3 hands its master weights to the basic optimizer only while it steps.
+    yield from getattr(engine.optimizer, "fp32_partitioned_groups_flat", ())
     for state in basic.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 

@@ -16,6 +16,7 @@ stage  state                          gradients                             weig
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NoReturn
 
 import torch
@@ -239,17 +240,26 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         return scale * max(clip, 1.0)
 
     def _apply(self, divisor: float) -> None:
-        for flat, master in zip(self._flats, self._masters, strict=True):
+        pairs = list(zip(self._flats, self._masters, strict=True))
+        parts = [pairs]
+        if _counts_steps_by_parameter(self.optimizer):
+            # Round by round: gradients are needed in the master's dtype, and never all at once.
+            parts = [list(part) for _, part in groupby(pairs, key=lambda pair: pair[0].bucket.round)]
+        for part in parts:
+            self._step_part(part, divisor)
+        if self.stage < 3:
+            self._gather()
+
+    def _step_part(self, part: Sequence[tuple[FlatBucket, nn.Parameter]], divisor: float) -> None:
+        for flat, master in part:
             average, flat.average = flat.average, None
             gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
             master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
-        self.optimizer.step()
-        for flat, master in zip(self._flats, self._masters, strict=True):
+        self.optimizer.step()  # passes over parameters without a gradient
+        for flat, master in part:
             master.grad = None
             if master.data_ptr() != flat.shard.data_ptr():
                 flat.shard.copy_(master.data)
-        if self.stage < 3:
-            self._gather()
 
     def _gather(self) -> None:
         if self.stage == 0:
@@ -340,6 +350,11 @@ def _master(flat: FlatBucket, device: torch.device) -> nn.Parameter:
         # fp32 training: the weights are their own master copy.
         return nn.Parameter(shard)
     return nn.Parameter(shard.to(device, torch.float32, copy=True))
+
+
+def _counts_steps_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` can be called for some parameters at a time, as DeepSpeed's ZeRO-3 does with its own."""
+    return type(optimizer).__module__.startswith(("torch.optim.", "deepspeed.ops."))
 
 
 def _is_finite(value: float) -> bool:
