@@ -238,6 +238,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         self.optimizer.set_gradient_accumulation_boundary(self.is_gradient_accumulation_boundary())
 
     def _backward_epilogue(self) -> None:
+        if self._weights is not None:
+            self._weights.complete_backward()
         super()._backward_epilogue()
         if self._weights is not None:
             self._weights.end_backward()

@@ -121,7 +121,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._accumulated: dict[int, torch.Tensor] = {}
         self._masters = [_master(flat, state_device) for flat in self._flats]
         self._replace_parameters()
-        self.reducer = Reducer(rounds, transport, self._flatten, self._keep)
+        self.reducer = Reducer(rounds, transport, self._flatten, self._keep, is_eager=stage < 3)
         self._hooks = self._hook_gradients()
 
     def _replace_parameters(self) -> None:

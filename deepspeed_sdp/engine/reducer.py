@@ -26,6 +26,7 @@ class Reducer:
         flatten: gives the gradients of a bucket as one tensor ``[padded_numel]``, zeros where the backward pass did not
             reach; the gradients themselves are free after that.
         keep: takes the averaged shard ``[shard_numel]`` of a bucket.
+        is_eager: whether a round is launched as soon as it is complete, or by :meth:`launch_before` alone.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Reducer:
         transport: Transport,
         flatten: Callable[[FlatBucket], torch.Tensor],
         keep: Callable[[FlatBucket, torch.Tensor], None],
+        is_eager: bool = True,
     ) -> None:
+        self._is_eager = is_eager
         self._rounds = tuple(tuple(buckets) for buckets in rounds)
         self._transport = transport
         self._flatten = flatten
@@ -64,7 +67,8 @@ class Reducer:
         if index not in waiting:
             raise RuntimeError(f"gradient {index} came twice in one backward pass; it may have been reduced already")
         waiting.remove(index)
-        self.launch_before(self._complete())
+        if self._is_eager:
+            self.launch_before(self._complete())
 
     def _complete(self) -> int:
         """The first round that must wait: after it come incomplete rounds, or ones that this rank owns nothing of.

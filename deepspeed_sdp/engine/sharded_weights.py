@@ -1,9 +1,10 @@
 """ZeRO-3: the weights of a part of the model exist only while it computes.
 
-The parts are what comes before the decoder layers (embeddings), the layers one by one, and what comes after them. Each
-is a range of rounds. Parts are gathered in one fixed sequence, equal on all ranks whatever they own: forwards, then the
-layers backwards; the need for a part issues all that stand before it in the sequence, and ``prefetch`` parts after it.
-So the order of the gathers is a property of the model, and a rank that lacks a block takes part all the same.
+The parts are what comes before the decoder layers (embeddings), the layers one by one, and what comes after them.
+Each is a range of rounds. Parts are gathered in one fixed sequence, equal on all ranks whatever they own: forwards,
+then the layers backwards; the need for a part issues all that stand before it in the sequence, and ``prefetch`` parts
+after it. In the backward pass the reductions of a part are launched when the part before it is needed. So the order
+of gathers and reductions together is a property of the model, and a rank that lacks a block takes part all the same.
 
 Freeing resizes the flat tensor's storage to nothing, and gathering fills the same storage again, so that what autograd
 saved of a weight is valid again when the backward pass reads it; FSDP's way.
@@ -70,7 +71,7 @@ class ShardedWeights:
 
     Attributes:
         before_backward: called with the first round of a part when its backward pass begins: whatever the backward pass
-            reaches of the rounds before, it has reached.
+            reaches of the rounds before, it has reached. It launches their reductions, which are launched nowhere else.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ShardedWeights:
         self._issued = 0
         self._is_paused = False
         self._phase = "idle"
+        self._to_visit: list[int] = []
         self.before_backward: Callable[[int], None] = lambda round_: None
         for part in self._parts:
             for flat in part.buckets:
@@ -122,7 +124,19 @@ class ShardedWeights:
         absent = [i for i, part in enumerate(self._parts) if part.is_needed_backward and not part.is_issued]
         self._sequence = sorted(absent, key=lambda i: (not self._parts[i].stays, -i))
         self._issued = 0
+        self._to_visit = [i for i, part in enumerate(self._parts) if part.is_needed_backward and not part.stays]
         self._phase = "backward"
+
+    def _visit_down_to(self, index: int) -> None:
+        """What the backward passes of the parts down to ``index`` issue, in the one order that all ranks share.
+
+        Hooks of blocks that a rank lacks can fire in another order, or not at all.
+        """
+        while self._to_visit and self._to_visit[-1] >= index:
+            visited = self._to_visit.pop()
+            place = self._sequence.index(visited) if visited in self._sequence else -1
+            self._issue_up_to(place + 1 + self._prefetch)
+            self.before_backward(self._parts[visited].rounds[0])
 
     def _start(self, sequence: list[int]) -> None:
         for part in self._parts:
@@ -147,15 +161,11 @@ class ShardedWeights:
             pending, part.pending = part.pending, None
             pending.finish()
 
-    def _need(self, index: int, meanwhile: Callable[[], None] | None = None) -> None:
-        """Have part ``index`` in memory, after all that stand before it in the sequence.
-
-        ``meanwhile`` runs between the issue of its gather and the wait for it.
-        """
+    def _need(self, index: int) -> None:
+        """Have part ``index`` in memory, after all that stand before it in the sequence."""
         place = self._sequence.index(index) if index in self._sequence else -1
-        self._issue_up_to(place + 1 + self._prefetch)
-        if meanwhile is not None:
-            meanwhile()
+        if self._phase == "forward" or self._parts[index].stays:
+            self._issue_up_to(place + 1 + self._prefetch)
         for earlier in self._sequence[: max(place, 0)]:
             # What a rank has nothing of is waited for too, or its buffers would pile up.
             self._settle(self._parts[earlier])
@@ -209,16 +219,21 @@ class ShardedWeights:
     def _need_backward(self, index: int) -> None:
         if self._phase != "backward":
             self._begin_backward()
-        # Launched before the wait: see docs/architecture.md for the circle that this breaks.
-        self._need(index, lambda: self.before_backward(self._parts[index].rounds[0]))
+        self._visit_down_to(index)
+        self._need(index)
         for later in self._parts[index + 1 :]:
             if later.is_issued and not later.stays and later.pending is None:
                 later.free()
 
+    def complete_backward(self) -> None:
+        """The backward pass is over: issue what its hooks did not come to, before the last gradients are reduced."""
+        if self._phase != "backward":
+            self._begin_backward()
+        self._visit_down_to(0)
+        self._issue_up_to(len(self._sequence))
+
     def end_backward(self) -> None:
-        """The backward pass is over: nothing stays in memory."""
-        if self._phase == "backward":
-            self._issue_up_to(len(self._sequence))
+        """Nothing stays in memory."""
         self._start([])
         self._phase = "idle"
 
