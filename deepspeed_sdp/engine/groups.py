@@ -15,7 +15,7 @@ class OwnerGroups:
         plan: the plan.
         workers: the subnetwork of every rank, ``[world size]``; so the owners of a unit are ``K * R`` ranks.
         weight_groups: whether weights get groups of their own, beside those of gradients. Collectives of one group run
-            in the order of their issue; at ZeRO-3 gathers and reductions come in an order that ranks do not share.
+            one after the other; at ZeRO-3 a gather and a reduction can then run beside each other.
 
     Every rank creates every group, in the order of the plan, as ``torch.distributed.new_group`` demands.
 

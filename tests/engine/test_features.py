@@ -74,10 +74,14 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 @pytest.mark.parametrize(
     "zero",
-    [{"stage": 1, **OFFLOAD}, {"stage": 2, **OFFLOAD}, {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}}],
-    ids=lambda zero: f"stage{zero['stage']}",
+    [
+        pytest.param({"stage": 1, **OFFLOAD}, id="stage1"),
+        pytest.param({"stage": 2, **OFFLOAD}, id="stage2"),
+        pytest.param({"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}}, id="stage3"),
+        pytest.param({"stage": 3, "stage3_prefetch_bucket_size": 0}, id="stage3-no_prefetch"),
+    ],
 )
-def test_offload(ranks4, zero):
+def test_offload_and_prefetch(ranks4, zero):
     config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
     results = ranks4.run("tests.engine.cases:train", timeout=60, sdp=HALF, ds={**config, "clip": 1.0})
     assert_owners_equal(results)
