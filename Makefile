@@ -8,6 +8,8 @@ DEMO_STEPS ?= 260
 
 # DeepSpeed builds an op on first use with the ninja that lies beside it.
 export PATH := $(abspath $(BIN)):$(PATH)
+# Beside the interpreter it is built for: environments that share a folder would build it again and again.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
