@@ -22,7 +22,8 @@ def start_communication(distributed_port: int = 29500, dist_init_required: bool 
     On CPU, DeepSpeed loads a compiled op here. torch guards it by a file that a killed process leaves behind, and for
     which every later process waits without end; such a file is removed first.
     """
-    clear_stale_locks()
+    if not deepspeed.comm.is_initialized():
+        clear_stale_locks()
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(),
         distributed_port=distributed_port,
