@@ -10,20 +10,13 @@ freed while the backward pass runs, so the peak lies below the figure.
 """
 
 import argparse
-import json
-import platform
-import time
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
+from engines import Rows, build_engine, build_llama, largest, make_parser, report, start, step
 
-import deepspeed_sdp
-from deepspeed_sdp.engine import gradient_peak, model_state_bytes, start_communication
+from deepspeed_sdp.engine import gradient_peak, model_state_bytes
 
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "deepspeed": None,
@@ -36,28 +29,15 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab_size", type=int, default=1024)
+    parser = make_parser(__doc__, hidden_size=256, layers=8, vocab_size=1024)
     parser.add_argument("--bucket", type=int, default=200_000, help="reduce_bucket_size: small beside this small model")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--local_rank", type=int, default=-1)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(1)
-    start_communication()
-    deepspeed.utils.logger.setLevel("ERROR")
-    rows = [run(args, stage, name) for stage in args.stages for name in CONTENDERS]
-    if dist.get_rank() == 0:
-        print(table(rows))
-        if args.output:
-            report = {"settings": describe(args), "rows": rows}
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+    start()
+    report(args, [run(args, stage, name) for stage in args.stages for name in CONTENDERS], table)
 
 
 def run(args: argparse.Namespace, stage: int, name: str) -> dict[str, Any]:
@@ -90,59 +70,19 @@ def design_bytes(engine: Any, stage: int) -> float:
 
 
 def build(args: argparse.Namespace, stage: int, sdp: dict[str, Any] | None) -> Any:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 11 // 4,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden_size // 32,
-            num_key_value_heads=args.hidden_size // 32,
-            use_cache=False,
-        )
-    )
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": args.bucket},
-        "steps_per_print": 10**9,
         "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
     }
-    if sdp is None:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    else:
-        engine, *_ = deepspeed_sdp.initialize(model=model, config=config, sdp_config=sdp)
-    return engine
+    return build_engine(build_llama(args, head_size=32), config, sdp)
 
 
 def train(args: argparse.Namespace, engine: Any) -> None:
-    ids = torch.randint(0, args.vocab_size, (1, 32)).to(engine.device)
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
-    engine.step()
+    step(engine, torch.randint(0, args.vocab_size, (1, 32)))
 
 
-def largest(value: float) -> float:
-    """Over the ranks."""
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=get_accelerator().current_device_name())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "local_rank")}
-    return {
-        **settings,
-        "ranks": dist.get_world_size(),
-        "device": get_accelerator().device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     lines = [
         "| ZeRO | engine | weights MB | optimizer MB | gradient peak MB | peak MB | design MB | peak / design |",
         "|---|---|---|---|---|---|---|---|",

@@ -10,22 +10,17 @@ again and again; so a slow minute of the machine hits all of them alike. Ratios 
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from engines import Rows, build_engine, build_llama, make_parser, mean, report, start, step
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import deepspeed_sdp
-from deepspeed_sdp.engine import gradient_peak, model_state_bytes, start_communication
+from deepspeed_sdp.engine import gradient_peak, model_state_bytes
 
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "deepspeed": None,
@@ -36,38 +31,23 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser = make_parser(__doc__, hidden_size=512, layers=4, vocab_size=2048)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="steps of each contender in each repetition")
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--micro_batch", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--local_rank", type=int, default=-1)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(1)
-    start_communication()
-    deepspeed.utils.logger.setLevel("ERROR")
-    rows = []
-    for stage in args.stages:
-        rows += run_stage(args, stage)
-    if dist.get_rank() == 0:
-        report = {"settings": describe(args), "rows": rows}
-        print(table(rows))
-        if args.output:
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+    start()
+    report(args, [r for stage in args.stages for r in run_stage(args, stage)], table)
 
 
-def run_stage(args: argparse.Namespace, stage: int) -> list[dict[str, Any]]:
+def run_stage(args: argparse.Namespace, stage: int) -> Rows:
     names = [name for name in args.contenders if not (stage == 0 and "all_to_all" in name)]
     engines = {name: build(args, stage, CONTENDERS[name]) for name in names}
     for engine in engines.values():
@@ -122,40 +102,20 @@ def row(
 
 
 def build(args: argparse.Namespace, stage: int, sdp: dict[str, Any] | None) -> Any:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 11 // 4,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden_size // 64,
-            num_key_value_heads=args.hidden_size // 64,
-            use_cache=False,
-        )
-    )
     config = {
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "zero_optimization": {"stage": stage},
         "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
         "bf16": {"enabled": args.bf16},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
     }
-    if sdp is None:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    else:
-        engine, *_ = deepspeed_sdp.initialize(model=model, config=config, sdp_config=sdp)
-    return engine
+    return build_engine(build_llama(args, head_size=64), config, sdp)
 
 
 def train(args: argparse.Namespace, engine: Any, steps: int) -> None:
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(steps):
         shape = (args.micro_batch, args.sequence)
-        ids = torch.randint(0, args.vocab_size, shape, generator=generator).to(engine.device)
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
+        step(engine, torch.randint(0, args.vocab_size, shape, generator=generator))
     get_accelerator().synchronize()
 
 
@@ -166,27 +126,7 @@ def count_flops(args: argparse.Namespace, engine: Any) -> float:
     return float(counter.get_total_flops())
 
 
-def mean(value: float) -> float:
-    """Over the ranks."""
-    total = torch.tensor(float(value), dtype=torch.float64, device=get_accelerator().current_device_name())
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "local_rank")}
-    return {
-        **settings,
-        "ranks": dist.get_world_size(),
-        "device": get_accelerator().device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     lines = [
         "| ZeRO | engine | s/step | time / DeepSpeed (quartiles) | FLOPs / DeepSpeed | time / FLOPs | state MB | "
         "gradient peak MB | sent MB/step |",

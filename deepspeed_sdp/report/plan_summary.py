@@ -16,8 +16,9 @@ def plan_summary(plan: SubnetworkPlan, total_numel: int, element_bytes: int = 2)
 
     Returns:
         JSON data; ``bytes_per_worker``: weights that each worker holds, shared ones included;
-        ``bytes_sent_per_step``: what each worker sends in a step at ZeRO stage 0, one replica, ring collectives: the
-        all-reduce of its gradients; ``bytes_sent_per_step_zero12``: at stages 1 and 2, which gather weights besides;
+        ``bytes_sent_per_step``: what each worker sends in a step of one micro-batch at ZeRO stages 0 to 2, one replica,
+        ring collectives: an all-reduce of its gradients, or as much in a reduce-scatter of them and a gather of its
+        weights; ``bytes_sent_per_step_dense``: the same in a job whose workers hold the full model;
         ``process_groups``: owner sets that need a group of their own; ``units``: how many of each kind.
     """
     shared = total_numel - plan.total_numel
@@ -34,7 +35,6 @@ def plan_summary(plan: SubnetworkPlan, total_numel: int, element_bytes: int = 2)
         "bytes_per_worker": [element_bytes * (shared + plan.owned_numel(worker)) for worker in workers],
         "bytes_of_full_model": element_bytes * total_numel,
         "bytes_sent_per_step": [element_bytes * _sent(plan, worker, shared) for worker in workers],
-        "bytes_sent_per_step_zero12": [element_bytes * _sent(plan, worker, shared) * 3 // 2 for worker in workers],
         "bytes_sent_per_step_dense": element_bytes * _ring(total_numel, plan.num_subnetworks),
         "process_groups": len(owner_sets - {0}),
     }

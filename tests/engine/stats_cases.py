@@ -51,6 +51,15 @@ def traffic(ds, sdp, model=None):
     run_steps(engine, 1)
     with watched() as seen:
         run_steps(engine, 1)
-    result = {"seen": seen, **face(engine)}
+    result = {"seen": seen, "buckets": buckets(engine), **face(engine)}
     engine.destroy()
     return result
+
+
+def buckets(engine):
+    """Every bucket: (name of one parameter in it, owner set, elements, elements with padding)."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [
+        (names[id(flat.parameters[0])], flat.bucket.owner_set, flat.bucket.numel, flat.padded_numel)
+        for flat in engine.optimizer._flats
+    ]
