@@ -22,7 +22,7 @@ class FlatBucket:
         parameters: the parameters themselves; their data moves into the flat tensor.
         ranks: global ranks of the owners, ascending.
         rank: this rank.
-        process_group, weight_group: of the owners, for gradients and for weights.
+        process_group: of the owners.
         is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
@@ -38,14 +38,12 @@ class FlatBucket:
         ranks: tuple[int, ...],
         rank: int,
         process_group: ProcessGroup,
-        weight_group: ProcessGroup,
         is_sharded: bool,
     ) -> None:
         self.bucket = bucket
         self.parameters = tuple(parameters)
         self.ranks = ranks
         self.process_group: ProcessGroup | None = process_group
-        self.weight_group: ProcessGroup | None = weight_group
         self.shards = len(ranks) if is_sharded else 1
         self.index = ranks.index(rank) if is_sharded else 0
         self.shard_numel = -(-bucket.numel // (self.shards * _ALIGNMENT)) * _ALIGNMENT

@@ -14,8 +14,6 @@ class OwnerGroups:
     Args:
         plan: the plan.
         workers: the subnetwork of every rank, ``[world size]``; so the owners of a unit are ``K * R`` ranks.
-        weight_groups: whether weights get groups of their own, beside those of gradients. Collectives of one group run
-            one after the other; at ZeRO-3 a gather and a reduction can then run beside each other.
 
     Every rank creates every group, in the order of the plan, as ``torch.distributed.new_group`` demands.
 
@@ -23,7 +21,7 @@ class OwnerGroups:
         for_gradients, for_weights: two more groups of the whole world.
     """
 
-    def __init__(self, plan: SubnetworkPlan, workers: Sequence[int], weight_groups: bool = False) -> None:
+    def __init__(self, plan: SubnetworkPlan, workers: Sequence[int]) -> None:
         self.rank = dist.get_rank()
         self.workers = tuple(workers)
         self.subnetwork_index = self.workers[self.rank]
@@ -35,11 +33,6 @@ class OwnerGroups:
         everyone = list(range(dist.get_world_size()))
         self.for_gradients: ProcessGroup = self._keep(dist.new_group(everyone))
         self.for_weights: ProcessGroup = self._keep(dist.new_group(everyone))
-        self._weight_groups = self._groups
-        if weight_groups:
-            self._weight_groups = [
-                self.for_weights if len(ranks) == len(everyone) else self._make(ranks) for ranks in self._ranks
-            ]
 
     def _make(self, ranks: Sequence[int]) -> ProcessGroup:
         if len(ranks) == dist.get_world_size():
@@ -65,16 +58,11 @@ class OwnerGroups:
         """The process group of ``owner_set``; valid on its members."""
         return self._groups[owner_set]
 
-    def weight_group(self, owner_set: int) -> ProcessGroup:
-        """The process group for the weights of ``owner_set``; valid on its members."""
-        return self._weight_groups[owner_set]
-
     def destroy(self) -> None:
         """Free the groups that this object created."""
         for group in self._created:
             dist.destroy_process_group(group)
         self._created.clear()
         self._groups.clear()
-        self._weight_groups.clear()
         self.__dict__.pop("for_gradients", None)
         self.__dict__.pop("for_weights", None)

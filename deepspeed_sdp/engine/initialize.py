@@ -25,7 +25,6 @@ from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, translate_optimizer
 from deepspeed_sdp.engine.support import check_supported
-from deepspeed_sdp.engine.transport import resolve_transport
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for
@@ -92,7 +91,7 @@ def initialize(
     before_cut = list(model.parameters())
     subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer)
     del before_cut
-    groups = OwnerGroups(job.plan, job.workers, weight_groups=_needs_weight_groups(job))
+    groups = OwnerGroups(job.plan, job.workers)
     subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
     build_engine = functools.partial(
         SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
@@ -104,11 +103,6 @@ def initialize(
     # From here on the parameters that the client's were translated to are the only ones.
     subnetwork.replaced.clear()
     return result  # type: ignore[no-any-return]
-
-
-def _needs_weight_groups(job: "_Job") -> bool:
-    stage = job.ds_config.get("zero_optimization", {}).get("stage", 0)
-    return stage == 3 and resolve_transport(job.sdp.transport, dist.get_backend(), stage, "weights") == "owner_sets"
 
 
 def check_job(

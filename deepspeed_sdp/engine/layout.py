@@ -75,7 +75,6 @@ def make_layout(
                 groups.ranks(bucket.owner_set),
                 groups.rank,
                 groups.group(bucket.owner_set),
-                groups.weight_group(bucket.owner_set),
                 is_sharded=stage > 0,
             )
         )

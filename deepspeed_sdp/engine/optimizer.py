@@ -322,7 +322,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._hooks.clear()
         self.zero_grad()
         for flat in self._flats:
-            flat.process_group = flat.weight_group = None
+            flat.process_group = None
         self.dp_process_group = None
         self.reducer.close()
         self._weight_transport.close()

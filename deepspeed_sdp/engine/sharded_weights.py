@@ -266,11 +266,6 @@ class ShardedWeights:
         """The parts before and after the layers."""
         return 0, len(self._parts) - 1
 
-    @property
-    def count(self) -> int:
-        """Number of parts."""
-        return len(self._parts)
-
 
 def _in_backward() -> bool:
     # The id of the running autograd task: private, and what DeepSpeed itself asks (runtime/base_optimizer.py).

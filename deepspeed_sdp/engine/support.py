@@ -84,6 +84,10 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
             "model: built under deepspeed.zero.Init, whose shards are not an owner's; takes a model built on the meta "
             "device"
         )
+    if optimizer is None and _lookup(ds_config, "optimizer.type") in (_DEFAULT, None):
+        raise ConfigError(
+            'optimizer: got none; takes one as an argument, or an "optimizer" with a "type" in the DeepSpeed config'
+        )
     name = str(_lookup(ds_config, "optimizer.type")) if optimizer is None else type(optimizer).__name__
     if any(whole in name.lower() for whole in _NEED_WHOLE_WEIGHTS):
         raise ConfigError(

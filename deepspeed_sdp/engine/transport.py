@@ -1,7 +1,7 @@
 """How the buckets of a round cross the network: averaging gradients into shards, and gathering weights from them.
 
-Two ways with the same results and, on backends that have a native reduce-scatter, the same volume (DESIGN of the
-collectives: docs/architecture.md):
+Two ways with the same results and, on backends that have a native reduce-scatter, the same volume
+(docs/architecture.md has both side by side):
 
 - :class:`OwnerSetTransport`: one collective per bucket, on the owners' process group;
 - :class:`AllToAllTransport`: all buckets of a round in one ``all_to_all_single`` over the world, summed locally.
@@ -17,8 +17,6 @@ from torch.distributed import ProcessGroup
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.stopwatch import Stopwatch, TimedWork
 from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
-
-Reduced = list[torch.Tensor]
 
 
 def resolve_transport(asked: str, backend: str, stage: int, payload: Literal["gradients", "weights"]) -> str:
@@ -111,7 +109,7 @@ class OwnerSetTransport:
                     bucket.flat.copy_(shard)
                 continue
             self._count(kind, all_gather_bytes(_nbytes(bucket.flat), bucket.shards), bucket)
-            work = dist.all_gather_into_tensor(bucket.flat, shard, group=bucket.weight_group, async_op=True)
+            work = dist.all_gather_into_tensor(bucket.flat, shard, group=bucket.process_group, async_op=True)
             works.append(self._timed(work))
         return Pending(works, lambda: None, 0)
 
@@ -161,7 +159,7 @@ class AllToAllTransport:
         work, received, sizes = self._exchange(pieces, grads[0] if len(grads) == 1 else None)
 
         # It holds what was received, and nothing of what was sent.
-        def result() -> Reduced:
+        def result() -> list[torch.Tensor]:
             by_rank = torch.split(received, sizes)
             taken = [0] * self._world
             shards = []

@@ -46,7 +46,6 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
             groups.ranks(bucket.owner_set),
             rank,
             groups.group(bucket.owner_set),
-            groups.weight_group(bucket.owner_set),
             is_sharded=sharded,
         )
         for bucket in make_buckets(mine.values(), round_of)

@@ -45,6 +45,7 @@ SDP_ROWS = [
     ),
     row("both", "ConfigError", "both coverage=0.5 and owners_per_unit=2", sdp={"coverage": 0.5, "owners_per_unit": 2}),
     row("backward", "ConfigError", 'masking: got "backward"', "not available yet", sdp={"masking": "backward"}),
+    row("no_optimizer", "ConfigError", "optimizer: got none", ds={"optimizer": False}),
     row("resample", "ConfigError", "resample_interval: got 10", "not available yet", sdp={"resample_interval": 10}),
     row("sync", "ConfigError", "sync_interval: got 2", "not available yet", sdp={"sync_interval": 2}),
     row(
