@@ -17,7 +17,6 @@ DEFAULT_COVERAGE = 0.5
 
 # Keys of the design whose feature is not built yet: (key, the values that work today, what is missing).
 _NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("masking", ("forward",), "backward masking"),
     ("resample_interval", (0,), "resampling the plan in mid-run"),
     ("sync_interval", (1,), "synchronising every H steps"),
 )
@@ -44,7 +43,9 @@ class SDPConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     enabled: bool = Field(True, description="false: plain DeepSpeed, as if the block were absent")
-    masking: Literal["forward", "backward"] = Field("forward", description="what is done with units not owned")
+    masking: Literal["forward", "backward"] = Field(
+        "forward", description="units not owned: removed (forward), or computed with but not trained (backward)"
+    )
     granularity: Literal["neuron", "block"] = Field("neuron", description="what a unit is")
     block_unit: Literal["layer", "branch"] | None = Field(
         None, description="at block granularity: decoder layers (the default), or attention and MLP branches"
@@ -106,6 +107,11 @@ class SDPConfig(BaseModel):
             raise ConfigError(
                 f"{BLOCK}.plan_file: got {self.plan_file!r} with {', '.join(said)}; takes it alone, the file "
                 "settles that"
+            )
+        if self.masking == "backward" and "output_scaling" in self.model_fields_set and self.output_scaling != "none":
+            raise ConfigError(
+                f'{BLOCK}.output_scaling: got "{self.output_scaling}" with masking "backward"; takes "none" there, as '
+                "the forward pass is the full model's"
             )
         if self.block_unit is not None and self.granularity != "block":
             raise ConfigError(

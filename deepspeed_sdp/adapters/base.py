@@ -105,6 +105,11 @@ def matmul_flops(numel: int) -> float:
     return 6.0 * numel
 
 
+def weight_gradient_flops(numel: int) -> float:
+    """The part of :func:`matmul_flops` that computes the gradient of the weights."""
+    return 2.0 * numel
+
+
 def attention_flops(heads: int, head_dim: int, seq_length: int) -> float:
     """Training FLOPs per token of scores and weighted values, without use of the causal half."""
     return 12.0 * heads * head_dim * seq_length

@@ -7,10 +7,12 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.exchange import Exchange
 from deepspeed_sdp.engine.groups import OwnerGroups
-from deepspeed_sdp.engine.layout import make_layout, make_parts
+from deepspeed_sdp.engine.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
+from deepspeed_sdp.engine.refresh import WeightRefresh
 from deepspeed_sdp.engine.sharded_weights import ShardedWeights
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
@@ -67,13 +69,24 @@ def assemble(
             device=_offload_device(zero.offload_param, engine.device),
         )
     fragments = subnetwork.fragments
+    exchange = None
+    if subnetwork.masking == "backward":
+        exchange = Exchange(groups.for_weights, stage > 0, engine.device, dtype, traffic, stopwatch)
+    refresh = WeightRefresh(
+        layout.portions(default_numel, is_gathered=0 < stage < 3, is_exchanged=exchange is not None),
+        for_weights,
+        exchange,
+        budget=accumulate.itemsize * sum(parameter.numel() for parameter in layout.parameters),
+    )
+    if exchange is not None:
+        _settle_where_used(subnetwork, layout, refresh)
     made = SDPOptimizer(
         optimizer,
         layout.rounds,
-        layout.gathers(default_numel),
+        dict(enumerate(layout.parameters)),
+        refresh,
         stage=stage,
         transport=transport("gradients", groups.for_gradients, reduce),
-        weight_transport=for_weights,
         world=groups.for_gradients,
         device=engine.device,
         precision=Precision(reduce, accumulate),
@@ -92,6 +105,14 @@ def assemble(
     if weights is not None:
         weights.before_backward = made.launch_before
     return made, weights
+
+
+def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRefresh) -> None:
+    """Weights may still be under way when the next forward pass begins: each module waits for its own."""
+    for part in make_parts(subnetwork, layout):
+        needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(range(*part.rounds))]
+        for module in part.modules if needed else ():
+            refresh.settle_before(module, max(needed))
 
 
 def _asked_numel(config: Any) -> int | None:

@@ -15,14 +15,17 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 @torch.no_grad()
 def check_owners(subnetwork: Subnetwork, step: int) -> None:
-    """Collective. Compare a checksum of every parameter of this rank with its other owners'; bit-equal passes.
+    """Collective. Compare a checksum of every parameter of this rank with its other holders'; bit-equal passes.
+
+    Those who hold one are its owners, and under backward masking all ranks.
 
     One pass over the weights and one exchange of an integer per parameter; only if some differ are units compared.
 
     Raises:
         ConsistencyError: on every rank, naming the parameter, the first unit, the ranks and the step.
     """
-    mine = {subnetwork.fragments[name]: p for name, p in subnetwork.module.named_parameters()}
+    parameters = [(name, p) for name, p in subnetwork.module.named_parameters() if name not in subnetwork.views]
+    mine = {subnetwork.fragments[name]: p for name, p in parameters}
     sums = torch.stack([_checksum(p) for p in mine.values()]).tolist()
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, dict(zip(mine, sums, strict=True)))

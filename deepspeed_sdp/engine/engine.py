@@ -76,8 +76,10 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         """Collective. Mean loss per predicted token of the *full* model over the batches of all ranks, in nats.
 
         Ranks may bring different numbers of batches. Layers are gathered one at a time, so no rank needs more memory
-        than its subnetwork, one full layer, and the hidden states of its batches.
+        than its subnetwork, one full layer, and the hidden states of its batches. Under backward masking every rank has
+        the full model, and nothing is gathered.
         """
+        self.optimizer.refresh.settle()
         with nullcontext() if self._weights is None else self._weights.paused():
             return evaluate_full(self._subnetwork, batches, self.device, self.gathered_weights)
 
@@ -93,9 +95,12 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
     def gathered_weights(self, layer: int | None = None) -> Iterator[None]:
         """Collective, between steps. Inside, this rank's weights of one decoder layer can be read, at any ZeRO stage.
 
+        Under backward masking weights may still be under way after a step; here and in a forward pass they are not.
+
         Args:
             layer: number of the layer; ``None`` for everything outside of the layers.
         """
+        self.optimizer.refresh.settle()
         if self._weights is None:
             yield
             return
@@ -112,7 +117,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         an accelerator, whose queue runs behind the host, they are times of the host and no more),
         ``grad_norm``, ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """
-        sets = {self._subnetwork.owner_set(name) for name in self._subnetwork.fragments}
+        owned = self._subnetwork.fragments.keys() - self._subnetwork.frozen
+        sets = {self._subnetwork.owner_set(name) for name in owned}
         norm = self.get_global_grad_norm()
         return {
             "subnetwork_index": self.subnetwork_index,
@@ -172,6 +178,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         interval = self.sdp_config.consistency_check_interval
         # At stage 3 there is one copy of every weight.
         if interval and step % interval == 0 and self.zero_optimization_stage() < 3:
+            self.optimizer.refresh.settle()
             check_owners(self._subnetwork, step)
 
     def destroy(self) -> None:
@@ -188,6 +195,10 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         if self._agreed_weights:
             return
         for name, parameter in _in_total_order(self._subnetwork):
+            if self._subnetwork.masking == "backward":
+                if name not in self._subnetwork.views:
+                    dist.broadcast(parameter.data, src=0)
+                continue
             ranks = self._owner_groups.ranks(self._subnetwork.owner_set(name))
             if len(ranks) > 1:
                 group = self._owner_groups.group(self._subnetwork.owner_set(name))

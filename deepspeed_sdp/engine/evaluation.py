@@ -69,18 +69,37 @@ def evaluate_full(
 ) -> float:
     """Collective; see :meth:`SDPEngine.evaluate_full`. Batches are what the model takes, with ``labels`` ``[B, T]``."""
     mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    if subnetwork.masking == "backward":
+        with _eval_mode(subnetwork.module):
+            total = sum((_loss_sum(subnetwork.module, batch) for batch in mine), _nothing(device))
+        return _mean_over_ranks(total)
     sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
     dist.all_reduce(sweeps, op=dist.ReduceOp.MAX)
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = _nothing(device)
     with _eval_mode(subnetwork.module), access(None):
         for sweep in range(int(sweeps)):
             total += _sweep(
                 subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device, access
             )
+    return _mean_over_ranks(total)
+
+
+def _mean_over_ranks(total: torch.Tensor) -> float:
     dist.all_reduce(total)
     if not total[1]:
         raise ValueError("evaluate_full: no rank brought a batch with a predicted token")
     return float(total[0] / total[1])
+
+
+def _nothing(device: torch.device) -> torch.Tensor:
+    """Sum of losses and number of predicted tokens, ``[2]`` float64: of no batch."""
+    return torch.zeros(2, dtype=torch.float64, device=device)
+
+
+def _loss_sum(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of losses and number of predicted tokens of a batch, ``[2]`` float64."""
+    loss, tokens = model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
+    return torch.stack([loss.double() * tokens, tokens.double()]) if tokens else _nothing(loss.device)
 
 
 def _sweep(
@@ -97,13 +116,10 @@ def _sweep(
                 _, args, kwargs = call[index]
                 output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
                 hidden[i] = output[0] if isinstance(output, tuple) else output
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = _nothing(device)
     for batch, output in zip(batches, hidden, strict=True):
-        tokens = (batch["labels"][:, 1:] != -100).sum()
         with _swapped_layers(subnetwork, _replays(subnetwork, output)):
-            loss = subnetwork.module(**batch).loss
-        if tokens:
-            total += torch.stack([loss.double() * tokens, tokens.double()])
+            total += _loss_sum(subnetwork.module, batch)
     return total
 
 

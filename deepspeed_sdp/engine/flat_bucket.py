@@ -1,4 +1,4 @@
-"""A bucket's weights in one flat tensor, and this rank's shard of it."""
+"""A bucket whose weights lie in one flat tensor."""
 
 from collections.abc import Sequence
 
@@ -6,29 +6,21 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.rounds import Bucket
 
-# A shard's elements are a multiple of this, so that it starts at an aligned address in every dtype.
-_ALIGNMENT = 8
 
-
-class FlatBucket:
-    """Parameters of one owner set as views of one flat tensor, cut into equal shards over the owners.
+class FlatBucket(OwnerBucket):
+    """Parameters of one owner set as views of one flat tensor.
 
     The layout of FSDP's flat parameters (``torch.distributed.fsdp``), one per (round, owner set, client group).
 
     Args:
-        bucket: what it holds.
         parameters: the parameters themselves; their data moves into the flat tensor.
-        ranks: global ranks of the owners, ascending.
-        rank: this rank.
-        process_group: of the owners.
-        is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
-        flat: ``[shards * shard_numel]``, weights in the dtype they are trained in; zero padding at the end.
+        flat: ``[padded_numel]``, weights in the dtype they are trained in; zero padding at the end.
         shard: ``[shard_numel]``, this rank's part. A view of :attr:`flat` until :meth:`keep_shard_only`.
-        average: ``[shard_numel]`` of averaged gradients; ``None`` when there are none.
     """
 
     def __init__(
@@ -37,49 +29,32 @@ class FlatBucket:
         parameters: Sequence[nn.Parameter],
         ranks: tuple[int, ...],
         rank: int,
-        process_group: ProcessGroup,
+        process_group: ProcessGroup | None,
         is_sharded: bool,
     ) -> None:
-        self.bucket = bucket
-        self.parameters = tuple(parameters)
-        self.ranks = ranks
-        self.process_group: ProcessGroup | None = process_group
-        self.shards = len(ranks) if is_sharded else 1
-        self.index = ranks.index(rank) if is_sharded else 0
-        self.shard_numel = -(-bucket.numel // (self.shards * _ALIGNMENT)) * _ALIGNMENT
-        self.average: torch.Tensor | None = None
+        super().__init__(bucket, parameters, ranks, rank, process_group, is_sharded)
         self._is_resident = True
-        first = parameters[0]
-        self.flat = torch.zeros(self.padded_numel, dtype=first.dtype, device=first.device)
-        for parameter, view in zip(self.parameters, self.split(self.flat), strict=True):
+        self.flat = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
+        for parameter, view in zip(parameters, self.split(self.flat), strict=True):
             view.copy_(parameter.data.reshape(-1))
             parameter.data = view.view(parameter.shape)
         self.shard = self.flat.narrow(0, self.index * self.shard_numel, self.shard_numel)
 
-    @property
-    def padded_numel(self) -> int:
-        """Elements of :attr:`flat`."""
-        return self.shards * self.shard_numel
+    def master(self, device: torch.device) -> nn.Parameter:
+        if self.shard.dtype == torch.float32 and self.shard.device == device:
+            # fp32 training: the weights are their own master copy.
+            return nn.Parameter(self.shard)
+        return nn.Parameter(self.shard.to(device, torch.float32, copy=True))
 
-    def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
-        return torch.split(flat.narrow(0, 0, self.bucket.numel), list(self.bucket.numels))
+    def store(self, master: torch.Tensor) -> None:
+        if master.data_ptr() != self.shard.data_ptr():
+            self.shard.copy_(master)
 
-    def flatten(self, values: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-        """One ``[padded_numel]`` tensor of ``dtype`` out of one tensor per parameter; ``None`` counts as zeros."""
-        flat = torch.empty(self.padded_numel, dtype=dtype, device=self.flat.device)
-        for piece, value in zip(self.split(flat), values, strict=True):
-            piece.zero_() if value is None else piece.copy_(value.reshape(-1))
-        flat.narrow(0, self.bucket.numel, self.padded_numel - self.bucket.numel).zero_()
-        return flat
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.flat[start:stop]
 
-    def add_average(self, piece: torch.Tensor, dtype: torch.dtype) -> None:
-        """Add ``piece`` ``[shard_numel]`` to the averaged gradients, held in ``dtype``."""
-        if self.average is None:
-            is_view = piece.untyped_storage().nbytes() > piece.numel() * piece.element_size()
-            self.average = piece.to(dtype, copy=is_view)
-        else:
-            self.average += piece.to(dtype)
+    def write(self, start: int, values: torch.Tensor) -> None:
+        self.flat.narrow(0, start, len(values)).copy_(values)
 
     # -- ZeRO 3: the flat tensor exists only while it is used ---------------------------------------------------------
 

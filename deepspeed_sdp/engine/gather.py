@@ -41,12 +41,15 @@ def shared_parameters(subnetwork: Subnetwork, layer: int | None) -> dict[str, to
 def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.device) -> dict[str, torch.Tensor]:
     """The full parameters of one unit space, on every rank.
 
-    One broadcast per chunk, from one of its owners; owners take turns over the layers, so that none sends most.
+    One broadcast per chunk, from one of its owners; owners take turns over the layers, so that none sends most. Under
+    backward masking every rank holds them already.
 
     Returns:
         full name -> tensor of the full shape on ``device``, in the dtype of training.
     """
     parameters = partitioned_by_space(subnetwork.partitioned)[planned.space.name]
+    if subnetwork.masking == "backward":
+        return {p.name: subnetwork.module.get_parameter(p.name).detach() for p in parameters}
     dtype = weights_dtype(subnetwork)
     full = {p.name: torch.empty(p.shape, dtype=dtype, device=device) for p in parameters}
     mine = {

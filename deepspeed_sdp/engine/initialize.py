@@ -102,6 +102,7 @@ def initialize(
         )
     # From here on the parameters that the client's were translated to are the only ones.
     subnetwork.replaced.clear()
+    subnetwork.full_names.clear()
     return result  # type: ignore[no-any-return]
 
 
@@ -234,7 +235,12 @@ def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any) -> tuple[Subnetw
 def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
     on_meta = is_meta(model)
     subnetwork = cut_model(
-        model, job.plan, index, output_scaling=job.sdp.output_scaling, block_unit=job.sdp.effective_block_unit
+        model,
+        job.plan,
+        index,
+        masking=job.sdp.masking,
+        output_scaling=job.sdp.output_scaling,
+        block_unit=job.sdp.effective_block_unit,
     )
     if on_meta:
         # DeepSpeed's engine sets the device too, but later than this.

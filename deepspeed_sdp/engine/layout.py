@@ -1,84 +1,150 @@
-"""From a subnetwork to its flat buckets: which parameters travel and rest together."""
+"""From a subnetwork to its buckets: which parameters travel and rest together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.gather import layers_name
 from deepspeed_sdp.engine.groups import OwnerGroups
-from deepspeed_sdp.engine.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.engine.in_place_bucket import InPlaceBucket
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
+from deepspeed_sdp.engine.refresh import Portion
+from deepspeed_sdp.engine.rounds import Bucket, Item, make_buckets, make_rounds
 from deepspeed_sdp.engine.sharded_weights import Part
-from deepspeed_sdp.subnetwork import Subnetwork
+from deepspeed_sdp.subnetwork import SHARED, Subnetwork
 
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's buckets.
+    """The buckets that this rank holds.
 
     Attributes:
-        rounds: buckets by round, in the total order; empty where this rank owns nothing.
-        names: name in the subnetwork of every parameter, by its index in the buckets.
+        rounds: buckets that it trains, by round, in the total order; empty where it owns nothing.
+        copies: under backward masking, buckets of others of which it holds a copy, by round.
+        parameters: those it trains, by their index in the buckets.
+        names: their names in the subnetwork.
         first_places: for every part (see :mod:`~deepspeed_sdp.engine.sharded_weights`), the place in forward order of
             its first full parameter, and one more for the end.
         round_of_place: the round of every full parameter.
         numels: elements of every full parameter.
     """
 
-    rounds: tuple[tuple[FlatBucket, ...], ...]
+    rounds: tuple[tuple[OwnerBucket, ...], ...]
+    copies: tuple[tuple[OwnerBucket, ...], ...]
+    parameters: tuple[nn.Parameter, ...]
     names: tuple[str, ...]
     first_places: tuple[int, ...]
     round_of_place: tuple[int, ...]
     numels: tuple[int, ...]
 
-    def gathers(self, numel: int) -> list[list[FlatBucket]]:
-        """Buckets of consecutive rounds together, up to ``numel`` elements of the full model; equal on all ranks."""
+    def portions(self, numel: int, *, is_gathered: bool, is_exchanged: bool) -> list[Portion]:
+        """Consecutive rounds together, up to ``numel`` elements of the full model, in forward order.
+
+        Args:
+            is_gathered: whether owners step shards, and gather each other's.
+            is_exchanged: whether those who do not own a bucket hold a copy of it.
+        """
+        return [self._portion(rounds, is_gathered, is_exchanged) for rounds in reversed(list(self._consecutive(numel)))]
+
+    def _consecutive(self, numel: int) -> Iterator[tuple[int, ...]]:
         sizes = [0] * len(self.rounds)
         for place, round_ in enumerate(self.round_of_place):
             sizes[round_] += self.numels[place]
-        gathers: list[list[FlatBucket]] = []
-        filled = numel
-        for size, buckets in zip(sizes, self.rounds, strict=True):
-            if filled + size > numel:
-                gathers.append([])
-                filled = 0
-            gathers[-1] += buckets
-            filled += size
-        return gathers
+        rounds: list[int] = []
+        for round_, size in enumerate(sizes):
+            if rounds and sum(sizes[r] for r in rounds) + size > numel:
+                yield tuple(rounds)
+                rounds = []
+            rounds.append(round_)
+        yield tuple(rounds)
+
+    def _portion(self, rounds: tuple[int, ...], is_gathered: bool, is_exchanged: bool) -> Portion:
+        owned = tuple(self.rounds[round_] for round_ in rounds)
+        held = [bucket for round_ in rounds for bucket in (*self.rounds[round_], *self.copies[round_])]
+        held.sort(key=lambda bucket: bucket.bucket.key)
+        exchanged = [b for b in held if is_exchanged and _is_exchanged(b)]
+        gathered = [b for b in held if is_gathered and b not in exchanged and isinstance(b, FlatBucket)]
+        return Portion(rounds, owned, tuple(gathered), tuple(exchanged))
+
+
+def _is_exchanged(bucket: OwnerBucket) -> bool:
+    """What everyone owns is gathered like any weight, but where only the exchange knows where it lies."""
+    return isinstance(bucket, InPlaceBucket) or bucket.bucket.owner_set != SHARED
 
 
 def make_layout(
     subnetwork: Subnetwork, groups: OwnerGroups, group_of: Mapping[int, int], *, stage: int, round_numel: int
 ) -> Layout:
-    """Move every trained parameter into a flat bucket.
+    """Put every trained parameter, and every copy of one, into a bucket.
 
     Args:
         group_of: index of the client's parameter group, by ``id`` of a parameter; others are not trained.
         round_numel: see :func:`make_rounds`.
     """
+    subnetwork.link_views()
     numels = _full_numels(subnetwork)
     first_places = _first_places(subnetwork)
     rounds = make_rounds(numels, round_numel, breaks=first_places if stage == 3 else ())
     positions = subnetwork.positions()
-    named = [(name, p) for name, p in subnetwork.module.named_parameters() if id(p) in group_of]
+    trained = [(name, p) for name, p in subnetwork.module.named_parameters() if id(p) in group_of]
     items = [
-        Item(positions[name], subnetwork.owner_set(name), group_of[id(p)], p.numel(), index)
-        for index, (name, p) in enumerate(named)
+        Item(positions[name], subnetwork.owner_set(name), group_of[id(p)], p.numel(), index, name in subnetwork.views)
+        for index, (name, p) in enumerate(trained)
     ]
-    flats: list[list[FlatBucket]] = [[] for _ in range(max(rounds) + 1)]
-    for bucket in make_buckets(items, rounds):
-        flats[bucket.round].append(
-            FlatBucket(
-                bucket,
-                [named[index][1] for index in bucket.items],
-                groups.ranks(bucket.owner_set),
-                groups.rank,
-                groups.group(bucket.owner_set),
-                is_sharded=stage > 0,
-            )
-        )
-    return Layout(tuple(map(tuple, flats)), tuple(name for name, _ in named), first_places, rounds, tuple(numels))
+    copies = list(_copies(subnetwork)) if subnetwork.masking == "backward" else []
+
+    def build(bucket: Bucket, weights: Sequence[torch.Tensor]) -> OwnerBucket:
+        kind = InPlaceBucket if bucket.in_place else FlatBucket
+        ranks = groups.ranks(bucket.owner_set)
+        process_group = groups.group(bucket.owner_set) if groups.rank in ranks else None
+        of_items = [weights[index] for index in bucket.items]
+        return kind(bucket, of_items, ranks, groups.rank, process_group, is_sharded=stage > 0)  # type: ignore[arg-type]
+
+    parameters = [parameter for _, parameter in trained]
+    return Layout(
+        _by_round([build(bucket, parameters) for bucket in make_buckets(items, rounds)], rounds),
+        _by_round(
+            [build(bucket, [t for _, t in copies]) for bucket in make_buckets([i for i, _ in copies], rounds)], rounds
+        ),
+        tuple(parameters),
+        tuple(name for name, _ in trained),
+        first_places,
+        rounds,
+        tuple(numels),
+    )
+
+
+def _by_round(buckets: Sequence[OwnerBucket], rounds: Sequence[int]) -> tuple[tuple[OwnerBucket, ...], ...]:
+    by_round: list[list[OwnerBucket]] = [[] for _ in range(max(rounds) + 1)]
+    for bucket in buckets:
+        by_round[bucket.bucket.round].append(bucket)
+    return tuple(map(tuple, by_round))
+
+
+def _copies(subnetwork: Subnetwork) -> Iterator[tuple[Item, torch.Tensor]]:
+    """What others train and this rank computes with: as they see it, and the weights here."""
+    place_of = {name: place for place, name in enumerate(subnetwork.full_order)}
+    index = 0
+    for name, full in subnetwork.partitioned.items():
+        if name not in subnetwork.trainable or name not in subnetwork.group_of:
+            continue
+        parameter = subnetwork.module.get_parameter(name)
+        fragments = list(full.fragments(subnetwork.plan))
+        for fragment in fragments:
+            if subnetwork.index in subnetwork.plan.owner_sets[fragment.owner_set]:
+                continue
+            in_place = len(fragments) > 1
+            assert fragment.dim is not None
+            weights: torch.Tensor = parameter
+            if in_place:
+                weights = parameter.detach().narrow(fragment.dim, fragment.start, fragment.stop - fragment.start)
+            position = (place_of[name], fragment.start)
+            group = subnetwork.group_of[name]
+            yield Item(position, fragment.owner_set, group, weights.numel(), index, in_place), weights
+            index += 1
 
 
 def make_parts(subnetwork: Subnetwork, layout: Layout) -> list[Part]:
@@ -108,7 +174,7 @@ def _make_part(index: int, users: Sequence[nn.Module], layout: Layout) -> Part:
         end = layout.round_of_place[first] + 1 if first < len(layout.round_of_place) else 0
         return Part(users, (end, end), (), is_needed_backward=False)
     rounds = (layout.round_of_place[last - 1], layout.round_of_place[first] + 1)
-    buckets = [flat for round_ in layout.rounds[slice(*rounds)] for flat in round_]
+    buckets = [b for round_ in layout.rounds[slice(*rounds)] for b in round_ if isinstance(b, FlatBucket)]
     is_embedding = all(isinstance(user, nn.Embedding) for user in users)
     # Tied weights are used again after the layers.
     stays = index == 0 and not is_embedding

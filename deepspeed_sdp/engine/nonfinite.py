@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 
-from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.errors import NonFiniteError
 
 # Steps skipped in a row (without a loss scale that could fall) after which nothing will change any more.
@@ -29,7 +29,7 @@ class NonFiniteGradients:
         self._skipped = 0
         self._step = 0
 
-    def watch(self, flat: FlatBucket, gradients: Sequence[torch.Tensor | None]) -> None:
+    def watch(self, flat: OwnerBucket, gradients: Sequence[torch.Tensor | None]) -> None:
         """Remember the norm of every gradient of a bucket, which NaN and Inf spoil; nothing is read back yet."""
         present = [(i, g) for i, g in zip(flat.bucket.items, gradients, strict=True) if g is not None]
         if present:

@@ -1,6 +1,6 @@
 """The ZeRO optimizer over owner sets, for every stage: DeepSpeed's engine sees a ``ZeROOptimizer``.
 
-A client's optimizer steps the fp32 master copy of this rank's shards (:mod:`deepspeed_sdp.engine.flat_bucket`). What
+A client's optimizer steps the fp32 master copy of this rank's shards (:mod:`deepspeed_sdp.engine.owner_bucket`). What
 differs between the stages is what is sharded and when gradients are reduced:
 
 ====== ============================== ===================================== =========================================
@@ -13,10 +13,8 @@ stage  state                          gradients                             weig
 ====== ============================== ===================================== =========================================
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NoReturn
 
 import torch
@@ -26,16 +24,16 @@ from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.local_gradients import LocalGradients
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.reducer import Reducer
+from deepspeed_sdp.engine.refresh import Portion, WeightRefresh
 from deepspeed_sdp.engine.traffic import Traffic, all_reduce_bytes
-from deepspeed_sdp.engine.transport import Pending, Transport
+from deepspeed_sdp.engine.transport import Transport
 from deepspeed_sdp.errors import ConfigError
 
 GROUP_KEY = "sdp_group"
-
-# Gathers of weights under way at a time after a step.
-_MAX_GATHERS = 2
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,11 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     Args:
         optimizer: the basic optimizer; its groups carry ``GROUP_KEY``, the index of the client's group, and its
             parameters are replaced by the master shards.
-        rounds: this rank's buckets by round.
-        gathers: the same buckets, those of one gather after the step together.
+        rounds: this rank's buckets by round, with their parameters.
+        parameters: of the buckets, by their index there.
+        refresh: moves weights after the step.
         stage: of ZeRO.
-        transport, weight_transport: of gradients, and of weights after the step.
+        transport: of gradients.
         world: process group of all ranks, for the norm.
         device: of weights and gradients.
         precision: see :class:`Precision`.
@@ -75,12 +74,12 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        rounds: Sequence[Sequence[FlatBucket]],
-        gathers: Sequence[Sequence[FlatBucket]],
+        rounds: Sequence[Sequence[OwnerBucket]],
+        parameters: Mapping[int, nn.Parameter],
+        refresh: WeightRefresh,
         *,
         stage: int,
         transport: Transport,
-        weight_transport: Transport,
         world: dist.ProcessGroup,
         device: torch.device,
         precision: Precision,
@@ -106,27 +105,21 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.dp_process_group: dist.ProcessGroup | None = world
         self._global_grad_norm: torch.Tensor | float = 0.0
         self._device = device
-        self._gathers = gathers
+        self.refresh = refresh
         self._flats = [flat for buckets in rounds for flat in buckets]
-        self._weight_transport = weight_transport
         self._precision = precision
         self._nonfinite = nonfinite
         self._untrained = tuple(untrained)
         self._traffic = traffic
-        self._parameters = {
-            index: parameter
-            for flat in self._flats
-            for index, parameter in zip(flat.bucket.items, flat.parameters, strict=True)
-        }
-        self._accumulated: dict[int, torch.Tensor] = {}
-        self._masters = [_master(flat, state_device) for flat in self._flats]
+        self._local = LocalGradients(parameters, precision.accumulate)
+        self._masters = {flat: flat.master(state_device) for flat in self._flats}
         self._replace_parameters()
         self.reducer = Reducer(rounds, transport, self._flatten, self._keep, is_eager=stage < 3)
         self._hooks = self._hook_gradients()
 
     def _replace_parameters(self) -> None:
         by_group: dict[int, list[nn.Parameter]] = {}
-        for flat, master in zip(self._flats, self._masters, strict=True):
+        for flat, master in self._masters.items():
             by_group.setdefault(flat.bucket.group, []).append(master)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
@@ -135,14 +128,14 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _hook_gradients(self) -> list[Any]:
-        trainable = list(self._parameters.values())
+        trainable = list(self._local.parameters.values())
 
         def hook(index: int) -> Callable[[torch.Tensor], None]:
             def on_gradient(parameter: torch.Tensor) -> None:
                 # DeepSpeed's own order of calls: it finds the end of a backward pass that it did not start itself.
                 must_count = self.should_refresh_expected_hook_count()
                 self.reenter_backward_if_needed()
-                self._on_gradient(index, parameter)
+                self._on_gradient(index)
                 expected = count_used_parameters_in_backward(trainable) if must_count else self._max_expected_hooks_seen
                 self.update_hook_state_and_maybe_run_epilogue(expected)
 
@@ -150,30 +143,20 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
         return [
             parameter.register_post_accumulate_grad_hook(hook(index))  # type: ignore[no-untyped-call]
-            for index, parameter in self._parameters.items()
+            for index, parameter in self._local.parameters.items()
         ]
 
-    def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
-        """``parameter.grad`` holds this micro-batch's gradient (and, unless they are taken out, those before it)."""
-        if self._precision.accumulate != parameter.dtype and parameter.grad is not None:
-            before = self._accumulated.get(index)
-            gradient = parameter.grad.to(self._precision.accumulate)
-            self._accumulated[index] = gradient if before is None else before.add_(gradient)
-            parameter.grad = None
+    def _on_gradient(self, index: int) -> None:
+        self._local.add(index)
         if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
             self.reducer.ready(index)
 
-    def _flatten(self, flat: FlatBucket) -> torch.Tensor:
-        values = [self._take_gradient(index) for index in flat.bucket.items]
+    def _flatten(self, flat: OwnerBucket) -> torch.Tensor:
+        values = [self._local.take(index) for index in flat.bucket.items]
         self._nonfinite.watch(flat, values)
         return flat.flatten(values, self._precision.reduce)
 
-    def _take_gradient(self, index: int) -> torch.Tensor | None:
-        parameter = self._parameters[index]
-        gradient, parameter.grad = parameter.grad, None
-        return self._accumulated.pop(index, gradient)
-
-    def _keep(self, flat: FlatBucket, shard: torch.Tensor) -> None:
+    def _keep(self, flat: OwnerBucket, shard: torch.Tensor) -> None:
         flat.add_average(shard, torch.promote_types(self._precision.accumulate, self._precision.reduce))
 
     def launch_before(self, round_: int) -> None:
@@ -195,11 +178,11 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, averaged ones included."""
-        for parameter in (*self._parameters.values(), *self._untrained):
+        self._local.clear()
+        for parameter in self._untrained:
             parameter.grad = None
         for flat in self._flats:
             flat.average = None
-        self._accumulated.clear()
 
     # -- norm and step -----------------------------------------------------------------------------------------------
 
@@ -217,8 +200,9 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         return total.sqrt()
 
     def step(self, closure: Any = None) -> None:
-        """Clip, step the master shards, and (stages 1 and 2) gather the weights. Skips on NaN and Inf, on all ranks."""
+        """Clip, step the master shards, and send the new weights. Skips on NaN and Inf, on all ranks."""
         assert closure is None, "a closure cannot be combined with ZeRO"
+        self.refresh.settle()
         norm = float(self.scaled_global_norm())
         scale = float(self.loss_scale)
         self.overflow = not _is_finite(norm)
@@ -240,37 +224,30 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         return scale * max(clip, 1.0)
 
     def _apply(self, divisor: float) -> None:
-        pairs = list(zip(self._flats, self._masters, strict=True))
-        parts = [pairs]
-        if _counts_steps_by_parameter(self.optimizer):
-            # Round by round: gradients are needed in the master's dtype, and never all at once.
-            parts = [list(part) for _, part in groupby(pairs, key=lambda pair: pair[0].bucket.round)]
-        for part in parts:
-            self._step_part(part, divisor)
-        if self.stage < 3:
-            self._gather()
+        portions = self.refresh.portions
+        if not _counts_steps_by_parameter(self.optimizer):
+            self._step_part(self._flats, divisor)
+        for index, portion in enumerate(portions):
+            if _counts_steps_by_parameter(self.optimizer):
+                self._step_portion(portion, divisor)
+            self.refresh.issue(index)
 
-    def _step_part(self, part: Sequence[tuple[FlatBucket, nn.Parameter]], divisor: float) -> None:
-        for flat, master in part:
+    def _step_portion(self, portion: Portion, divisor: float) -> None:
+        # Round by round: gradients are needed in the master's dtype, and never all at once.
+        for buckets in portion.owned:
+            self._step_part(buckets, divisor)
+
+    @torch.no_grad()
+    def _step_part(self, part: Sequence[OwnerBucket], divisor: float) -> None:
+        for flat in part:
+            master = self._masters[flat]
             average, flat.average = flat.average, None
             gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
             master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
         self.optimizer.step()  # passes over parameters without a gradient
-        for flat, master in part:
-            master.grad = None
-            if master.data_ptr() != flat.shard.data_ptr():
-                flat.shard.copy_(master.data)
-
-    def _gather(self) -> None:
-        if self.stage == 0:
-            return  # the shard is the whole
-        under_way: deque[Pending] = deque()
-        for buckets in self._gathers:
-            if len(under_way) == _MAX_GATHERS:
-                under_way.popleft().finish()
-            under_way.append(self._weight_transport.gather(buckets, "weight_gather"))
-        while under_way:
-            under_way.popleft().finish()
+        for flat in part:
+            self._masters[flat].grad = None
+            flat.store(self._masters[flat].data)
 
     # -- what DeepSpeed's engine and its users ask for ----------------------------------------------------------------
 
@@ -321,35 +298,27 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             hook.remove()
         self._hooks.clear()
         self.zero_grad()
+        self.refresh.close()
         for flat in self._flats:
             flat.process_group = None
         self.dp_process_group = None
         self.reducer.close()
-        self._weight_transport.close()
 
     # -- measurement -------------------------------------------------------------------------------------------------
 
     def weight_tensors(self) -> list[torch.Tensor]:
         """Weights that are held beside those of the parameters."""
-        return [flat.shard for flat in self._flats]
+        return [flat.shard for flat in self._flats if isinstance(flat, FlatBucket)]
 
     def gradient_tensors(self) -> list[torch.Tensor]:
         """Every live tensor that holds gradients beside those of the parameters."""
         averages = [flat.average for flat in self._flats if flat.average is not None]
-        return [*self._accumulated.values(), *averages]
+        return [*self._local.tensors(), *averages]
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of gradients under way."""
         return self.reducer.in_flight_bytes
-
-
-def _master(flat: FlatBucket, device: torch.device) -> nn.Parameter:
-    shard = flat.shard
-    if shard.dtype == torch.float32 and shard.device == device:
-        # fp32 training: the weights are their own master copy.
-        return nn.Parameter(shard)
-    return nn.Parameter(shard.to(device, torch.float32, copy=True))
 
 
 def _counts_steps_by_parameter(optimizer: torch.optim.Optimizer) -> bool:

@@ -15,7 +15,7 @@ def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork
     """The client's groups with the trainable fragments that took the place of their parameters.
 
     Parameters may be the full model's (from before the cut) or the subnetwork's. A group keeps its options and gets its
-    index under ``GROUP_KEY``; it may end up empty.
+    index under ``GROUP_KEY``; it may end up empty. ``subnetwork.group_of`` learns the index of every full parameter.
 
     Raises:
         ConfigError: a parameter belongs to neither model.
@@ -23,6 +23,10 @@ def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork
     names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
     translated = []
     for index, group in enumerate(groups):
+        for parameter in _members(group["params"]):
+            name = _full_name(parameter, names, subnetwork)
+            if name is not None:
+                subnetwork.group_of[name] = index
         members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, subnetwork))))
         translated.append({**group, "params": members, GROUP_KEY: index})
     return translated
@@ -65,6 +69,12 @@ def _members(parameters: Any) -> list[Any]:
     members: list[Any] = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     # (name, parameter), as named optimizers take them
     return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in members]
+
+
+def _full_name(parameter: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> str | None:
+    if id(parameter) in subnetwork.full_names:
+        return subnetwork.full_names[id(parameter)]
+    return subnetwork.fragments[names[id(parameter)]].full_name if id(parameter) in names else None
 
 
 def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:

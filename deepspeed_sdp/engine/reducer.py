@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.transport import Pending, Transport
 
 # Rounds under way at a time: flat copies of gradients alive beyond the gradients themselves.
@@ -31,10 +31,10 @@ class Reducer:
 
     def __init__(
         self,
-        rounds: Sequence[Sequence[FlatBucket]],
+        rounds: Sequence[Sequence[OwnerBucket]],
         transport: Transport,
-        flatten: Callable[[FlatBucket], torch.Tensor],
-        keep: Callable[[FlatBucket, torch.Tensor], None],
+        flatten: Callable[[OwnerBucket], torch.Tensor],
+        keep: Callable[[OwnerBucket, torch.Tensor], None],
         is_eager: bool = True,
     ) -> None:
         self._is_eager = is_eager
@@ -48,7 +48,7 @@ class Reducer:
             for flat in buckets
             for index in flat.bucket.items
         }
-        self._in_flight: deque[tuple[tuple[FlatBucket, ...], Pending]] = deque()
+        self._in_flight: deque[tuple[tuple[OwnerBucket, ...], Pending]] = deque()
         self._failure: BaseException | None = None
         self._reset()
 

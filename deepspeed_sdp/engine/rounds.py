@@ -19,6 +19,7 @@ class Item(NamedTuple):
         group: index of the client's parameter group.
         numel: elements.
         parameter: the caller's own index of it.
+        in_place: whether it is a part of a larger weight that stays where it is; equal on all ranks.
     """
 
     position: tuple[int, int]
@@ -26,6 +27,7 @@ class Item(NamedTuple):
     group: int
     numel: int
     parameter: int
+    in_place: bool = False
 
 
 class Bucket(NamedTuple):
@@ -35,6 +37,7 @@ class Bucket(NamedTuple):
         round: place in the backward pass, 0 first.
         owner_set: index of the owner set.
         group: index of the client's parameter group.
+        in_place: of all its parameters.
         items: indices of the parameters, in backward order.
         numels: elements of each of them.
     """
@@ -42,13 +45,14 @@ class Bucket(NamedTuple):
     round: int
     owner_set: int
     group: int
+    in_place: bool
     items: tuple[int, ...]
     numels: tuple[int, ...]
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def key(self) -> tuple[int, int, int, bool]:
         """Place in the total order of collectives, ascending."""
-        return self.round, self.owner_set, self.group
+        return self.round, self.owner_set, self.group, self.in_place
 
     @property
     def numel(self) -> int:
@@ -81,12 +85,12 @@ def make_rounds(numels: Sequence[int], round_numel: int, breaks: Iterable[int] =
 
 def make_buckets(items: Iterable[Item], rounds: Sequence[int]) -> tuple[Bucket, ...]:
     """The buckets of one rank's parameters, in the total order."""
-    members: dict[tuple[int, int, int], list[Item]] = {}
+    members: dict[tuple[int, int, int, bool], list[Item]] = {}
     for item in items:
-        members.setdefault((rounds[item.position[0]], item.owner_set, item.group), []).append(item)
+        members.setdefault((rounds[item.position[0]], item.owner_set, item.group, item.in_place), []).append(item)
     return tuple(_bucket(key, members[key]) for key in sorted(members))
 
 
-def _bucket(key: tuple[int, int, int], members: Sequence[Item]) -> Bucket:
+def _bucket(key: tuple[int, int, int, bool], members: Sequence[Item]) -> Bucket:
     ordered = sorted(members, key=lambda item: item.position, reverse=True)
     return Bucket(*key, tuple(item.parameter for item in ordered), tuple(item.numel for item in ordered))

@@ -68,6 +68,11 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
             f'{BLOCK}.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where every '
             "owner needs the whole average"
         )
+    if stage == 3 and sdp.masking == "backward":
+        raise ConfigError(
+            f'{BLOCK}.masking: got "backward" with ZeRO stage 3; takes stage 0, 1 or 2, as every rank computes with '
+            'the whole model, or masking "forward"'
+        )
     if stage != 3 and _lookup(ds_config, "zero_optimization.offload_param.device") == "cpu":
         raise ConfigError(
             f'DeepSpeed config: zero_optimization.offload_param: got "cpu" with ZeRO stage '

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.stopwatch import Stopwatch, TimedWork
 from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 
@@ -53,7 +54,7 @@ class Pending:
 class Transport(Protocol):
     """Collective over the world: every rank calls it for the same rounds in the same order, with its own buckets."""
 
-    def reduce(self, buckets: Sequence[FlatBucket], grads: Sequence[torch.Tensor]) -> Pending:
+    def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         """Average ``grads`` (``[padded_numel]`` per bucket, may be overwritten) over the owners.
 
         The result is a list with this rank's averaged shard ``[shard_numel]`` of every bucket.
@@ -77,7 +78,7 @@ class OwnerSetTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
-    def reduce(self, buckets: Sequence[FlatBucket], grads: Sequence[torch.Tensor]) -> Pending:
+    def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         works, shards = [], []
         for bucket, flat in zip(buckets, grads, strict=True):
             work, shard = self._reduce_one(bucket, flat)
@@ -85,7 +86,7 @@ class OwnerSetTransport:
             shards.append(shard)
         return Pending(works, lambda: shards, sum(map(_nbytes, grads)))
 
-    def _reduce_one(self, bucket: FlatBucket, flat: torch.Tensor) -> tuple[list[TimedWork], torch.Tensor]:
+    def _reduce_one(self, bucket: OwnerBucket, flat: torch.Tensor) -> tuple[list[TimedWork], torch.Tensor]:
         owners = len(bucket.ranks)
         mine = flat.narrow(0, bucket.index * bucket.shard_numel, bucket.shard_numel)
         if owners == 1:
@@ -116,7 +117,7 @@ class OwnerSetTransport:
     def close(self) -> None:
         pass
 
-    def _count(self, kind: str, nbytes: int, bucket: FlatBucket) -> None:
+    def _count(self, kind: str, nbytes: int, bucket: OwnerBucket) -> None:
         self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
 
     def _timed(self, work: Any) -> TimedWork:
@@ -149,7 +150,7 @@ class AllToAllTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
-    def reduce(self, buckets: Sequence[FlatBucket], grads: Sequence[torch.Tensor]) -> Pending:
+    def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
         for bucket, flat in zip(buckets, grads, strict=True):
             for rank, piece in zip(bucket.ranks, torch.split(flat, bucket.shard_numel), strict=True):
@@ -216,7 +217,7 @@ class AllToAllTransport:
         work = dist.all_to_all_single(received, send, sizes, sizes, group=self._group, async_op=True)
         return [self._stopwatch.timed(work)], received, sizes
 
-    def _count(self, kind: str, bucket: FlatBucket, element_size: int) -> None:
+    def _count(self, kind: str, bucket: OwnerBucket, element_size: int) -> None:
         nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size
         self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
 

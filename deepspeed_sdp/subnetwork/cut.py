@@ -16,11 +16,13 @@ from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork.blocks import cut_block
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
 from deepspeed_sdp.subnetwork.linear import SubnetworkLinear
+from deepspeed_sdp.subnetwork.mask import mask_units
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
 KINDS = ("mlp", "attention")
 
 OutputScaling = Literal["none", "inverse_sqrt_coverage", "inverse_coverage"]
+Masking = Literal["forward", "backward"]
 
 
 def cut_model(
@@ -28,6 +30,7 @@ def cut_model(
     plan: SubnetworkPlan,
     index: int,
     *,
+    masking: Masking = "forward",
     output_scaling: OutputScaling = "none",
     block_unit: BlockUnit | None = None,
     adapter: Adapter | None = None,
@@ -35,6 +38,8 @@ def cut_model(
     """Cut ``model`` in place down to the subnetwork of worker ``index``; works on real and on meta parameters.
 
     Args:
+        masking: ``"forward"`` removes what the worker does not own; ``"backward"`` keeps it, without gradients.
+        output_scaling: for forward masking.
         block_unit: what a unit of the plan is at block granularity; ``None`` at neuron granularity.
 
     Raises:
@@ -50,6 +55,9 @@ def cut_model(
         full_config=copy.deepcopy(getattr(model, "config", None)),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
         model_class=type(model),
+        full_names={id(parameter): name for name, parameter in model.named_parameters()},
+        trainable=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        masking=masking,
     )
     _check_rebuildable(subnetwork)
     modules = {module.space.name: module for module in adapter.partitioned_modules(model, KINDS)}
@@ -64,7 +72,9 @@ def cut_model(
             raise ModelError(
                 f"plan: made for {planned.space.name} with {planned.space.num_units} units; the model has {got}"
             )
-        if isinstance(found, PartitionedModule):
+        if masking == "backward":
+            mask_units(subnetwork, found, planned.chunks)
+        elif isinstance(found, PartitionedModule):
             _cut_module(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
         else:
             cut_block(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))

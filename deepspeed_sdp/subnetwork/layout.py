@@ -59,6 +59,10 @@ class FullParameter:
         width = self.features_per_unit
         return Fragment(self.name, owner_set, self.dim, first_unit * width, last_unit * width)
 
+    def whole(self) -> Fragment:
+        """All of it, as one fragment."""
+        return Fragment(self.name, SHARED, self.dim, 0, self.shape[self.dim])
+
     def fragment_shape(self, fragment: Fragment) -> tuple[int, ...]:
         """Shape of the tensor that holds ``fragment``."""
         shape = list(self.shape)

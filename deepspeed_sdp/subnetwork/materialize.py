@@ -45,7 +45,9 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
         for module_name, module in model.named_modules():
             parameters = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) not in fresh]
             for local, parameter in parameters:
-                fresh[id(parameter)] = _real(module, local, parameter)
+                is_view = _join(module_name, local) in subnetwork.views
+                fresh[id(parameter)] = (_without_memory if is_view else _real)(module, local, parameter)
+            parameters = [item for item in parameters if _join(module_name, item[0]) not in subnetwork.views]
             _realize_buffers(module)
             if not any(_is_special(subnetwork, _join(module_name, local)) for local, _ in parameters):
                 with _seeded(seed, module_name):
@@ -66,6 +68,7 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
         replacements[:] = [fresh.get(id(parameter), parameter) for parameter in replacements]
     for old, parameter in fresh.items():
         subnetwork.replaced.setdefault(old, [parameter])
+    subnetwork.link_views()
     _check_initialised(model)
 
 
@@ -126,6 +129,13 @@ def _real(module: nn.Module, local: str, parameter: nn.Parameter) -> nn.Paramete
     # is seeded and gives the same numbers beside any accelerator.
     value = torch.full(parameter.shape, math.nan, dtype=parameter.dtype, device="cpu")
     real = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    module.register_parameter(local, real)
+    return real
+
+
+def _without_memory(module: nn.Module, local: str, parameter: nn.Parameter) -> nn.Parameter:
+    """Stands for a view until what it is a view of is there."""
+    real = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
     module.register_parameter(local, real)
     return real
 

@@ -3,12 +3,13 @@
 import fnmatch
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from deepspeed_sdp.adapters import Adapter, find_adapter
-from deepspeed_sdp.adapters.base import matmul_flops
+from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
@@ -21,6 +22,12 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
     """
     spaces = unit_spaces(model, sdp, find_adapter(model))
+    shared = shared_flops(model, sdp, spaces)
+    if sdp.masking == "backward":
+        # Whoever owns a unit, all compute with it; its owners compute the gradient of its weights besides.
+        full = sum(space.num_units * space.unit_flops for space in spaces)
+        spaces = [replace(space, unit_flops=weight_gradient_flops(space.unit_numel)) for space in spaces]
+        shared += full - sum(space.num_units * space.unit_flops for space in spaces)
     if sdp.plan_file is not None:
         return read_plan(sdp, spaces, world_size)
     num_subnetworks = sdp.subnetworks(world_size)
@@ -32,7 +39,7 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
         max_owner_sets=sdp.max_owner_sets,
         chunk_multiple=sdp.chunk_multiple,
         seed=sdp.seed,
-        shared_flops=shared_flops(model, sdp, spaces),
+        shared_flops=shared,
         worker_capacity=sdp.capacity(num_subnetworks),
     )
     plan.validate()

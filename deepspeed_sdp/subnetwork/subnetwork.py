@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,6 +31,13 @@ class Subnetwork:
         generation_config: its generation settings, if it has any.
         model_class: class of the full model.
         replaced: full parameter (by ``id``) -> the parameters that took its place.
+        full_names: full parameter (by ``id``) -> its name, from before the cut.
+        trainable: names of the full parameters that take gradients.
+        group_of: the client's parameter group of every full parameter that is in one, by name.
+        masking: ``"forward"``: ``module`` lacks what is not owned; ``"backward"``: it is the full model.
+        views: for backward masking, parameters of ``module`` that are views of another one: name -> name of the other.
+        frozen: for backward masking, names of parameters of ``module`` that are held, and not trained, by this worker:
+            those not owned, and the full weights of which only views are trained.
     """
 
     module: nn.Module
@@ -46,14 +53,29 @@ class Subnetwork:
     generation_config: Any = None
     model_class: type[nn.Module] = nn.Module
     replaced: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    full_names: dict[int, str] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()
+    group_of: dict[str, int] = field(default_factory=dict)
+    masking: Literal["forward", "backward"] = "forward"
+    views: dict[str, str] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.first_ranks = self.first_ranks or tuple(range(self.plan.num_subnetworks))
 
     @property
     def owned_numel(self) -> int:
-        """Parameters that this worker holds, shared ones included."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
+        """Parameters that this worker owns, shared ones included."""
+        return sum(p.numel() for name, p in self.module.named_parameters() if name not in self.frozen)
+
+    def link_views(self) -> None:
+        """Let every view share memory with the parameter that it is a view of; a cast or a move gives it its own."""
+        for name, full_name in self.views.items():
+            fragment = self.fragments[name]
+            assert fragment.dim is not None
+            full = self.module.get_parameter(full_name)
+            view = full.data.narrow(fragment.dim, fragment.start, fragment.stop - fragment.start)
+            self.module.get_parameter(name).data = view
 
     def owner_set(self, name: str) -> int:
         """Index of the owner set of parameter ``name`` of :attr:`module`."""

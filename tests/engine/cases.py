@@ -65,10 +65,13 @@ def train(
 
 def face(engine):
     """What a test wants to know of a trained engine."""
+    held = {name: (engine._subnetwork.fragments[name], value) for name, value in owned_weights(engine).items()}
+    frozen = engine._subnetwork.frozen
     return {
         "plan": engine.plan.to_json(),
         "workers": list(engine._owner_groups.workers),
-        "owned": {name: (engine._subnetwork.fragments[name], value) for name, value in owned_weights(engine).items()},
+        "owned": {name: item for name, item in held.items() if name not in frozen},
+        "copies": {name: item for name, item in held.items() if name in frozen},
         "full": engine.full_state_dict(torch.float32),
         "stats": engine.sdp_stats(),
     }

@@ -45,6 +45,7 @@ def simulate(
         clip=(ds or {}).get("clip", 0.0),
         scale=lambda worker, name: _share(plan, worker, name) ** -power,
         workers=result["workers"],
+        masking=(sdp or {}).get("masking", "forward"),
     )
     return module, losses, norms
 
@@ -88,6 +89,9 @@ def assert_same_weights(weights, expected, tolerance):
 def assert_owners_equal(results):
     """Every fragment is held by exactly the ranks that own it, and is the same on all of them to the bit."""
     plan = SubnetworkPlan.from_json(results[0]["plan"])
+    for rank, result in enumerate(results):
+        for fragment, value in result["copies"].values():
+            assert torch.equal(value, results[0]["full"][fragment.full_name]), (rank, fragment)
     holders = {}
     for rank, result in enumerate(results):
         for fragment, value in result["owned"].values():

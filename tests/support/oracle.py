@@ -4,7 +4,9 @@ It follows the two formulas of the method word by word, so that its correctness 
 
     forward masking    g_u = 1/|S_u| * sum over w in S_u of  grad_u loss(theta_w; batch_w)
 
-where ``theta_w`` is the full model with the activations of all units that worker ``w`` does not own set to zero.
+where ``theta_w`` is the full model with the activations of all units that worker ``w`` does not own set to zero, and
+
+    backward masking   g_u = 1/|S_u| * sum over w in S_u of  grad_u loss(theta; batch_w)
 """
 
 import contextlib
@@ -83,11 +85,11 @@ def _branch_of(name):
     return name.replace("post_attention_layernorm", "mlp.norm").replace("input_layernorm", "self_attn.norm")
 
 
-def _owner_count(model, unit_owners, name, parameter, num_workers):
-    """|S_u| of every element of a parameter, in a shape that broadcasts to it."""
+def _by_owners(unit_owners, name, parameter, num_workers, of):
+    """``of(S_u)`` of every element of a parameter, in a shape that broadcasts to it."""
     for block, owners in unit_owners.items():
         if is_block(block, owners) and (f"{_branch_of(name)}.".startswith(f"{block}.")):
-            return torch.tensor(float(len(owners[0])))
+            return torch.tensor(float(of(owners[0])))
     parts = name.split(".")
     module, linear, kind = ".".join(parts[:-2]), parts[-2], parts[-1]
     if (
@@ -104,16 +106,16 @@ def _owner_count(model, unit_owners, name, parameter, num_workers):
             "down_proj",
         )
     ):
-        return torch.tensor(float(num_workers))
+        return torch.tensor(float(of(range(num_workers))))
     if linear in ("o_proj", "down_proj") and kind == "bias":
-        return torch.tensor(float(num_workers))
+        return torch.tensor(float(of(range(num_workers))))
     dim = 1 if linear in ("o_proj", "down_proj") else 0
-    counts = torch.tensor([float(len(owners)) for owners in unit_owners[module]])
+    counts = torch.tensor([float(of(owners)) for owners in unit_owners[module]])
     counts = counts.repeat_interleave(parameter.shape[dim] // len(counts))
     return counts.view(-1, *[1] * (parameter.dim() - 1)) if dim == 0 else counts.view(1, -1)
 
 
-def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scale=1.0, workers=None):
+def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scale=1.0, workers=None, masking="forward"):
     """Train the full model. ``batches[step][rank]`` is a list of micro-batches (``[B, T]`` token ids).
 
     Rank ``r`` trains subnetwork ``r % num_workers``, or ``workers[r]``.
@@ -129,17 +131,19 @@ def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scal
             worker = workers[rank] if workers else rank % num_workers
             loss_sum = 0.0
             for ids in micro_batches:
-                with only_units_of(model, unit_owners, worker, scale):
+                cut = only_units_of(model, unit_owners, worker, scale)
+                with cut if masking == "forward" else contextlib.nullcontext():
                     loss = model(input_ids=ids, labels=ids).loss / len(micro_batches)
                     loss.backward()
                 loss_sum += float(loss.detach())
             losses[-1].append(loss_sum)
             for name, p in model.named_parameters():
                 if p.grad is not None:
-                    total[name] += p.grad
+                    # Under forward masking zero already where worker does not own it.
+                    total[name] += p.grad * _by_owners(unit_owners, name, p, num_workers, lambda s, w=worker: w in s)
         for name, p in model.named_parameters():
             replicas = ranks // num_workers
-            p.grad = total[name] / (_owner_count(model, unit_owners, name, p, num_workers) * replicas)
+            p.grad = total[name] / (_by_owners(unit_owners, name, p, num_workers, len) * replicas)
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in model.parameters()))
         norms.append(norm)
         if clip and norm > clip:
