@@ -78,4 +78,4 @@ def _describe(subnetwork: Subnetwork, fragment: Fragment, by_unit: list[Any], st
     camps = " and ".join(f"rank(s) {', '.join(map(str, ranks))}" for ranks in majority.values())
     where = f"unit {(fragment.start + feature) // width} of " if fragment.dim is not None else ""
     more = f" ({count - 1} more parameters differ)" if count > 1 else ""
-    return f"step {step}: owners hold different weights: {where}{fragment.full_name} on {camps}{more}"
+    return f"step {step}: ranks hold different weights: {where}{fragment.full_name} on {camps}{more}"

@@ -71,6 +71,7 @@ class Exchange:
                 send[taken : taken + len(share)] = share
                 taken += len(share)
                 self._count(bucket, len(share), self._world - 1)
+        self._traffic.add(KIND, (numel - taken) * (self._world - 1) * self._dtype.itemsize)
         received = torch.empty(self._world * numel, dtype=self._dtype, device=self._device)
         work = dist.all_gather_into_tensor(received, send, group=self._group, async_op=True)
 

@@ -67,7 +67,9 @@ class Stepper:
             self.scheduler.step()
 
 
-def client_train(how, optimizer="adamw", scheduler=None, reverse=False, steps=5, family="llama", meta=False, **ds):
+def client_train(
+    how, optimizer="adamw", scheduler=None, reverse=False, steps=5, family="llama", meta=False, sdp=None, **ds
+):
     """``how`` the client gives groups and optimizer: "instance", "callable", "parameters" or "late".
 
     "late" is a callable that ignores what it is given.
@@ -91,7 +93,7 @@ def client_train(how, optimizer="adamw", scheduler=None, reverse=False, steps=5,
         arguments["lr_scheduler"] = SCHEDULERS[scheduler](arguments["optimizer"])
     elif scheduler:
         arguments["lr_scheduler"] = SCHEDULERS[scheduler]
-    engine, *_ = deepspeed_sdp.initialize(model=module, config=config, sdp_config={"coverage": 0.5}, **arguments)
+    engine, *_ = deepspeed_sdp.initialize(model=module, config=config, sdp_config=sdp or {"coverage": 0.5}, **arguments)
     result = {**run_steps(engine, steps), **face(engine)}
     engine.destroy()
     return result

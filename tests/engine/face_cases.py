@@ -73,11 +73,11 @@ def evaluate_nothing():
         engine.destroy()
 
 
-def save(folder, dtype=None, steps=1, family="llama", model=None, ds=None, meta=False, seed=1):
+def save(folder, dtype=None, steps=1, family="llama", model=None, ds=None, meta=False, seed=1, sdp=None):
     """Train and save; the weights as rank 0 sees them, or the error."""
     config = ds_config(**(ds or {}))
     engine, *_ = deepspeed_sdp.initialize(
-        model=build_model(family, model, meta), config=config, sdp_config={"coverage": 0.5}
+        model=build_model(family, model, meta), config=config, sdp_config=sdp or {"coverage": 0.5}
     )
     run_steps(engine, steps, seed)
     error = None

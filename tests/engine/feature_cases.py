@@ -21,13 +21,13 @@ def start(sdp=None, model=None, family="llama", meta=False, **ds):
     return deepspeed_sdp.initialize(model=module, config=ds_config(**ds), sdp_config=sdp or {"coverage": 0.5})
 
 
-def own_accumulation(how, stage, micro=3, steps=4):
+def own_accumulation(how, stage, micro=3, steps=4, **values):
     """``micro`` backward passes per step, which DeepSpeed is not told of.
 
     ``how``: "no_sync" (but for the last), "plain" (each reduced),
     or "torch" (``loss.backward()`` instead of ``engine.backward``).
     """
-    engine, *_ = start(stage=stage, clip=1.0)
+    engine, *_ = start(stage=stage, clip=1.0, **values)
     norms = []
     for step in token_batches(steps, dist.get_world_size(), micro):
         for i, ids in enumerate(step[dist.get_rank()]):
@@ -42,9 +42,9 @@ def own_accumulation(how, stage, micro=3, steps=4):
     return result
 
 
-def compiled(how, stage, backend, steps=3):
+def compiled(how, stage, backend, steps=3, **values):
     """``how``: "engine" (``engine.compile``), "layers" (each on its own) or "" (eager)."""
-    engine, *_ = start(stage=stage, family="llama")
+    engine, *_ = start(stage=stage, **values)
     if how == "engine":
         engine.compile(backend=backend)
     elif how == "layers":
@@ -78,9 +78,9 @@ def monitored(folder):
     return result
 
 
-def not_finite(action, stage, bad_rank=2, bad_step=1, name="model.layers.1.mlp.up_proj", value="nan"):
+def not_finite(action, stage, bad_rank=2, bad_step=1, name="model.layers.1.mlp.up_proj", value="nan", **more):
     """One rank's gradient of one parameter is ``value`` at one step; the error, what was logged, and the weights."""
-    engine, *_ = start(sdp={"coverage": 0.5, "on_nonfinite": action}, stage=stage)
+    engine, *_ = start(sdp={"coverage": 0.5, "on_nonfinite": action, **more}, stage=stage)
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger.addHandler(handler)
@@ -91,7 +91,7 @@ def not_finite(action, stage, bad_rank=2, bad_step=1, name="model.layers.1.mlp.u
         return torch.full_like(gradient, float(value)) if bad else gradient
 
     for full, parameter in engine.module.named_parameters():
-        if full.startswith(name):
+        if full.startswith(name) and parameter.requires_grad:
             parameter.register_hook(poison)
     try:
         for step, batches in enumerate(token_batches(bad_step + 2, dist.get_world_size())):
@@ -128,7 +128,10 @@ def inconsistent(stage, bad_rank, name, unit, interval=2, bad_step=4, **values):
 
 
 def flip(engine, full_name, unit):
+    engine.optimizer.refresh.settle()
     for name, fragment in engine._subnetwork.fragments.items():
+        if name in engine._subnetwork.views:
+            continue
         if fragment.full_name == full_name and (fragment.dim is None or fragment.start <= unit < fragment.stop):
             with torch.no_grad():
                 weight = dict(engine.module.named_parameters())[name]
@@ -173,9 +176,9 @@ def long_run(steps, **values):
     return result
 
 
-def around_the_engine(stage, steps=3):
+def around_the_engine(stage, steps=3, **values):
     """Accumulate over two micro-batches with the forward pass of the module, not of the engine."""
-    engine, *_ = start(stage=stage, accumulation=2, bucket=1000)
+    engine, *_ = start(stage=stage, accumulation=2, bucket=1000, **values)
     norms = []
     for step in token_batches(steps, dist.get_world_size(), 2):
         for ids in step[dist.get_rank()]:
@@ -188,12 +191,12 @@ def around_the_engine(stage, steps=3):
     return result
 
 
-def unusual_passes(how, stage, tied):
+def unusual_passes(how, stage, tied, **values):
     """One step of two backward passes: the norm, or the error.
 
     ``how``: "retain" (twice through one graph), "no_grad" and "evaluate" (in between), or "two_forwards" (one sum).
     """
-    engine, *_ = start(stage=stage, model={"tie_word_embeddings": tied})
+    engine, *_ = start(stage=stage, model={"tie_word_embeddings": tied}, **values)
     first, second = (step[dist.get_rank()][0] for step in token_batches(2, dist.get_world_size()))
     try:
         loss = engine(input_ids=first, labels=first).loss
@@ -237,12 +240,12 @@ def failed_backward():
     return errors
 
 
-def left_out(stage):
+def left_out(stage, sdp=None):
     """The optimizer is given all but the embeddings: their gradients must not pile up."""
     module = build_model()
     parameters = [p for name, p in module.named_parameters() if "embed" not in name]
     engine, *_ = deepspeed_sdp.initialize(
-        model=module, model_parameters=parameters, config=ds_config(stage), sdp_config={"coverage": 0.5}
+        model=module, model_parameters=parameters, config=ds_config(stage), sdp_config=sdp or {"coverage": 0.5}
     )
     run_steps(engine, 2)
     result = engine.module.model.embed_tokens.weight.grad is None

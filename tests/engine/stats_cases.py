@@ -59,7 +59,8 @@ def traffic(ds, sdp, model=None):
 def buckets(engine):
     """Every bucket: (name of one parameter in it, owner set, elements, elements with padding)."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    parameters = engine.optimizer._local.parameters
     return [
-        (names[id(flat.parameters[0])], flat.bucket.owner_set, flat.bucket.numel, flat.padded_numel)
+        (names[id(parameters[flat.bucket.items[0]])], flat.bucket.owner_set, flat.bucket.numel, flat.padded_numel)
         for flat in engine.optimizer._flats
     ]

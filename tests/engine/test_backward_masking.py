@@ -1,10 +1,11 @@
 """Backward masking on ranks: the dense forward pass, owned gradients, and weights that are never stale."""
 
-import itertools
-
 import pytest
+import torch
 
+from deepspeed_sdp.plan import SubnetworkPlan
 from tests.engine.cases import build_model
+from tests.engine.test_stats import check_traffic
 from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 LAYERS = {"granularity": "block"}
@@ -59,3 +60,85 @@ def check(pool, values, world):
     module = build_model(values["family"], **{key: values[key] for key in ("model", "frozen") if key in values})
     arguments = {key: values[key] for key in ("sdp", "ds")}
     assert_like(results, simulate(results[0], world=world, module=module, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("sdp", "stage", "model"),
+    [
+        ({"coverage": 0.5}, 1, {}),
+        ({"coverage": 0.75}, 0, BIASES),
+        ({"coverage": 0.25, **LAYERS}, 2, {"num_hidden_layers": 4}),
+        ({"coverage": 0.5, **BRANCHES}, 1, {}),
+    ],
+    ids=["half", "three_quarters-biases", "quarter-layers", "half-branches"],
+)
+def test_the_gradient_is_unbiased(ranks4, sdp, stage, model):
+    """Over all rotations of the plan against the workers (here: of the batches) its mean is the dense gradient."""
+    values = {"stage": stage, "model": model}
+    dense = ranks4.run("tests.engine.backward_cases:gradient", rotation=0, sdp={"coverage": 1.0}, **values)[0]
+    sdp = {"masking": "backward", **sdp}
+    rotated = [ranks4.run("tests.engine.backward_cases:gradient", rotation=r, sdp=sdp, **values)[0] for r in range(4)]
+    for name, expected in dense.items():
+        mean = torch.stack([gradient[name] for gradient in rotated]).mean(0)
+        assert float((mean - expected).abs().max()) < 1e-6, name
+    assert any(float((rotated[0][name] - dense[name]).abs().max()) > 1e-3 for name in dense), "one of them is not"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("sdp", [{}, {"coverage": 0.75}, LAYERS], ids=["neuron", "chunks", "layer"])
+def test_the_forward_pass_is_the_full_models_to_the_bit(ranks4, family, sdp):
+    sdp = {"masking": "backward", "coverage": 0.5, **sdp}
+    results = ranks4.run("tests.engine.backward_cases:forward_bits", sdp=sdp, family=family)
+    full = build_model(family)
+    full.load_state_dict(results[0]["full"])
+    expected = full(input_ids=results[0]["ids"]).logits
+    for result in results:
+        assert torch.equal(result["logits"], expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("coverage", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("units", [{}, LAYERS], ids=["neuron", "layer"])
+def test_costs_are_those_of_the_design(ranks4, units, coverage, stage):
+    ds = {"stage": stage, "bf16": True}
+    model = {"num_hidden_layers": 4, "num_key_value_heads": 8, "intermediate_size": 64}
+    values = {"ds": ds, "model": model}
+    sdp = {"masking": "backward", "coverage": coverage, **units}
+    results = ranks4.run("tests.engine.backward_cases:costs", sdp=sdp, **values)
+    dense = ranks4.run("tests.engine.backward_cases:costs", sdp={"coverage": 1.0}, **values)[0]
+    plan = SubnetworkPlan.from_json(results[0]["plan"])
+    partitioned = sum(p.numel() for n, p in build_model(model=model).named_parameters() if "_proj" in n)
+    tokens = 2 * 12
+    for result in results:
+        check_traffic(result["seen"], result["stats"])
+        # Weight gradients of what is not owned: 2 of 6.
+        saved = 2 * tokens * partitioned * (1 - coverage)
+        assert result["flops"] == dense["flops"] - saved
+        check_bytes(result, dense, plan, ds)
+        check_refresh(result, plan, stage)
+
+
+def check_bytes(result, dense, plan, ds):
+    """Weights whole; gradients and state of what is owned alone."""
+    held, dense_held = result["stats"]["model_state_bytes"], dense["stats"]["model_state_bytes"]
+    padding = 2 * 8 * 4 * len(result["buckets"])
+    assert held["weights"] == pytest.approx(dense_held["weights"], abs=padding)
+    states = sum(
+        value.numel() / (len(plan.owner_sets[fragment.owner_set]) if ds["stage"] else 1)
+        for fragment, value in result["owned"].values()
+    )
+    # Two moments and the master, fp32; a step counter for each bucket.
+    assert 0 <= held["optimizer"] - 12 * states <= len(result["buckets"]) * (12 * 8 + 4)
+    owned = sum(value.numel() for _, value in result["owned"].values())
+    assert result["stats"]["owned_numel"] == owned < dense["stats"]["owned_numel"]
+    share = owned / dense["stats"]["owned_numel"]
+    # Sharded, the buffers of a collective count too, which are larger beside one owner's small shards.
+    assert result["gradient_peak"] <= (1.5 if ds["stage"] else 1.01) * share * dense["gradient_peak"]
+
+
+def check_refresh(result, plan, stage):
+    """An owner sends an equal share of what it owns to those who lack it: at stage 0 they do not own it."""
+    sets = [(len(plan.owner_sets[f.owner_set]), v.numel()) for f, v in result["owned"].values() if f.owner_set]
+    expected = sum(2 * numel / owners * (3 if stage else 4 - owners) for owners, numel in sets)
+    padding = 2 * 8 * 3 * len(result["buckets"])
+    assert result["stats"]["bytes_sent_by_kind"]["weight_refresh"] == pytest.approx(expected, rel=0.01, abs=padding)

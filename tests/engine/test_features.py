@@ -133,7 +133,7 @@ def test_owners_that_differ_are_named(ranks4, stage):
         kind, message = result["error"]
         assert kind == "ConsistencyError"
         assert result["steps"] == 3, "found before the next update"
-        assert "step 4: owners hold different weights" in message
+        assert "step 4: ranks hold different weights" in message
         assert "model.layers." in message
         assert f"rank(s) {bad}" in message
         assert str(other) in message

@@ -53,7 +53,7 @@ def test_every_parameter_is_in_exactly_one_bucket_of_its_own_round_set_and_group
     by_index = {item.parameter: item for item in items}
     for bucket in buckets:
         members = [by_index[i] for i in bucket.items]
-        assert {(rounds[m.position[0]], m.owner_set, m.group) for m in members} == {bucket.key}
+        assert {(rounds[m.position[0]], m.owner_set, m.group, m.in_place) for m in members} == {bucket.key}
         assert bucket.numels == tuple(m.numel for m in members)
         assert bucket.numel == sum(bucket.numels)
 
