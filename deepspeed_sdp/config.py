@@ -50,6 +50,9 @@ class SDPConfig(BaseModel):
     block_unit: Literal["layer", "branch"] | None = Field(
         None, description="at block granularity: decoder layers (the default), or attention and MLP branches"
     )
+    recompute_frozen: bool = Field(
+        False, description="backward masking of blocks: recompute those not owned instead of keeping activations"
+    )
     num_subnetworks: int | None = Field(None, ge=1, description="N; divides the world size, which is the default")
     coverage: Coverage | dict[Kind, Coverage] | None = Field(
         None, description="K/N, the share of the units that one worker holds; or one for each kind"
@@ -112,6 +115,11 @@ class SDPConfig(BaseModel):
             raise ConfigError(
                 f'{BLOCK}.output_scaling: got "{self.output_scaling}" with masking "backward"; takes "none" there, as '
                 "the forward pass is the full model's"
+            )
+        if self.recompute_frozen and (self.masking, self.granularity) != ("backward", "block"):
+            raise ConfigError(
+                f'{BLOCK}.recompute_frozen: got true with masking "{self.masking}" and granularity '
+                f'"{self.granularity}"; takes masking "backward" and granularity "block", where whole blocks are frozen'
             )
         if self.block_unit is not None and self.granularity != "block":
             raise ConfigError(

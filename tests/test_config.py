@@ -65,7 +65,7 @@ def test_impossible_values_are_named(key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("masking", "backward"), ("resample_interval", 5), ("sync_interval", 4)],
+    [("resample_interval", 5), ("sync_interval", 4)],
 )
 def test_features_that_do_not_exist_yet_are_refused(key, value):
     with pytest.raises(

@@ -19,19 +19,26 @@ class PartitionedLinear:
         cut: ``"out"``: a unit is ``features_per_unit`` rows of the weight (and of the bias);
             ``"in"``: it is ``features_per_unit`` columns, the bias is shared, and the output joins the residual stream.
         features_per_unit: features of one unit along the cut dimension.
+        is_input_kept: whether what computes its input keeps that for its own backward pass, as attention kernels do.
     """
 
     name: str
     cut: Literal["out", "in"]
     features_per_unit: int
+    is_input_kept: bool = False
 
 
 @dataclass(frozen=True)
 class PartitionedModule:
-    """One unit space at neuron granularity and the linears that it cuts; the space's name is the module's."""
+    """One unit space at neuron granularity and the linears that it cuts; the space's name is the module's.
+
+    ``is_gated``: whether the module computes ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` with SiLU as activation,
+    and nothing else.
+    """
 
     space: UnitSpace
     linears: tuple[PartitionedLinear, ...]
+    is_gated: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ A KV group is one KV head with the query heads that read it; a neuron is a row o
 column of ``down_proj``. Norms, embeddings, the output head, and per-head norms (Qwen3's ``q_norm``) are shared.
 """
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,7 +146,7 @@ def _attention(name: str, index: int, attention: nn.Module, seq_length: int) -> 
         PartitionedLinear("q_proj", "out", queries * head_dim),
         PartitionedLinear("k_proj", "out", head_dim),
         PartitionedLinear("v_proj", "out", head_dim),
-        PartitionedLinear("o_proj", "in", queries * head_dim),
+        PartitionedLinear("o_proj", "in", queries * head_dim, is_input_kept=_keeps_output(attention)),
     )
     return _module(
         name, "attention", index, kv_heads, attention, linears, attention_flops(queries, head_dim, seq_length)
@@ -157,7 +159,24 @@ def _mlp(name: str, index: int, mlp: nn.Module) -> PartitionedModule:
         PartitionedLinear("up_proj", "out", 1),
         PartitionedLinear("down_proj", "in", 1),
     )
-    return _module(name, "mlp", index, _linear(mlp, "gate_proj").out_features, mlp, linears)
+    made = _module(name, "mlp", index, _linear(mlp, "gate_proj").out_features, mlp, linears)
+    return replace(made, is_gated=_is_gated(mlp))
+
+
+def _is_gated(mlp: nn.Module) -> bool:
+    """By its source: the same names could stand for another formula."""
+    if {name for name, _ in mlp.named_children()} != {*_MLP, "act_fn"}:
+        return False
+    if type(mlp.get_submodule("act_fn")).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    source = inspect.getsource(type(mlp).forward)
+    return "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))" in source
+
+
+def _keeps_output(attention: nn.Module) -> bool:
+    """Fused kernels compute their backward pass from the output; plain matrix products do not."""
+    config: Any = getattr(attention, "config", None)
+    return getattr(config, "_attn_implementation", "eager") in ("sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def _module(

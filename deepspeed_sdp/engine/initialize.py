@@ -241,6 +241,7 @@ def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
         masking=job.sdp.masking,
         output_scaling=job.sdp.output_scaling,
         block_unit=job.sdp.effective_block_unit,
+        recompute_frozen=job.sdp.recompute_frozen,
     )
     if on_meta:
         # DeepSpeed's engine sets the device too, but later than this.

@@ -91,7 +91,7 @@ class OwnerBucket(ABC):
 
     @abstractmethod
     def master(self, device: torch.device) -> nn.Parameter:
-        """fp32 weights ``[shard_numel]`` of this rank's shard, for the optimizer; the weights themselves if possible."""
+        """fp32 weights ``[shard_numel]`` of this rank's shard, for the optimizer; if possible the very weights."""
 
     @abstractmethod
     def store(self, master: torch.Tensor) -> None:

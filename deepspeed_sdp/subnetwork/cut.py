@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from deepspeed_sdp.adapters import Adapter, BlockUnit, PartitionedLinear, PartitionedModule, find_adapter
+from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedLinear, PartitionedModule, find_adapter
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork.blocks import cut_block
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
 from deepspeed_sdp.subnetwork.linear import SubnetworkLinear
-from deepspeed_sdp.subnetwork.mask import mask_units
+from deepspeed_sdp.subnetwork.mask import mask_block, mask_units
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
 KINDS = ("mlp", "attention")
@@ -33,6 +33,7 @@ def cut_model(
     masking: Masking = "forward",
     output_scaling: OutputScaling = "none",
     block_unit: BlockUnit | None = None,
+    recompute_frozen: bool = False,
     adapter: Adapter | None = None,
 ) -> Subnetwork:
     """Cut ``model`` in place down to the subnetwork of worker ``index``; works on real and on meta parameters.
@@ -41,6 +42,7 @@ def cut_model(
         masking: ``"forward"`` removes what the worker does not own; ``"backward"`` keeps it, without gradients.
         output_scaling: for forward masking.
         block_unit: what a unit of the plan is at block granularity; ``None`` at neuron granularity.
+        recompute_frozen: for backward masking of blocks, see :func:`~deepspeed_sdp.subnetwork.mask.mask_block`.
 
     Raises:
         ModelError: no adapter knows the model, or the plan was made for other shapes.
@@ -72,8 +74,12 @@ def cut_model(
             raise ModelError(
                 f"plan: made for {planned.space.name} with {planned.space.num_units} units; the model has {got}"
             )
-        if masking == "backward":
+        if masking == "backward" and isinstance(found, PartitionedModule):
             mask_units(subnetwork, found, planned.chunks)
+        elif masking == "backward":
+            assert isinstance(found, Block)
+            inside = [spec for name, spec in modules.items() if f"{name}.".startswith(f"{found.space.name}.")]
+            mask_block(subnetwork, found, planned.chunks[0], inside, recompute_frozen)
         elif isinstance(found, PartitionedModule):
             _cut_module(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
         else:

@@ -1,25 +1,21 @@
 """Backward masking: the model stays whole, and only what a worker owns takes gradients."""
 
+import functools
 from collections.abc import Sequence
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deepspeed_sdp.adapters import Block, PartitionedLinear, PartitionedModule
 from deepspeed_sdp.plan import Chunk
+from deepspeed_sdp.subnetwork.gated_mlp import MaskedGatedMLP
 from deepspeed_sdp.subnetwork.layout import FullParameter
 from deepspeed_sdp.subnetwork.masked_linear import MaskedLinear
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
 
-def mask_units(subnetwork: Subnetwork, spec: PartitionedModule | Block, chunks: Sequence[Chunk]) -> None:
-    """Leave gradients to what this worker owns of one unit space, whose chunks are ``chunks``."""
-    if isinstance(spec, Block):
-        _mask_block(subnetwork, spec, chunks[0])
-    else:
-        _mask_module(subnetwork, spec, chunks)
-
-
-def _mask_module(subnetwork: Subnetwork, spec: PartitionedModule, chunks: Sequence[Chunk]) -> None:
+def mask_units(subnetwork: Subnetwork, spec: PartitionedModule, chunks: Sequence[Chunk]) -> None:
+    """Leave gradients to what this worker owns of one unit space; ``chunks`` are those of its plan."""
     for linear_spec in spec.linears:
         name = f"{spec.space.name}.{linear_spec.name}"
         fulls = [subnetwork.by_unit[n] for n in (f"{name}.weight", f"{name}.bias") if n in subnetwork.by_unit]
@@ -30,15 +26,38 @@ def _mask_module(subnetwork: Subnetwork, spec: PartitionedModule, chunks: Sequen
                 _hold_parts(subnetwork, full)
         if len(chunks) > 1:
             _mask_linear(subnetwork, name, linear_spec, fulls)
+    if len(chunks) > 1:
+        _keep_less(subnetwork, spec)
 
 
-def _mask_block(subnetwork: Subnetwork, block: Block, chunk: Chunk) -> None:
+def mask_block(
+    subnetwork: Subnetwork, block: Block, chunk: Chunk, inside: Sequence[PartitionedModule], recompute: bool
+) -> None:
+    """Train ``block`` if this worker owns it, else keep it frozen.
+
+    Args:
+        inside: the modules in it that could fall into units.
+        recompute: compute a frozen block again in the backward pass, instead of keeping its activations.
+    """
     space = block.space.name
     for name in (space, *block.norms):
         for local, parameter in subnetwork.module.get_submodule(name).named_parameters():
             # One unit, as wide as the parameter.
             full = FullParameter(f"{name}.{local}", tuple(parameter.shape), 0, parameter.shape[0], space)
             _hold_whole(subnetwork, full, chunk)
+    if subnetwork.index in subnetwork.plan.owner_sets[chunk.owner_set]:
+        return
+    for spec in inside:
+        _keep_less(subnetwork, spec)
+    if recompute:
+        module = subnetwork.module.get_submodule(space)
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def _keep_less(subnetwork: Subnetwork, spec: PartitionedModule) -> None:
+    if spec.is_gated:
+        children = dict(subnetwork.module.get_submodule(spec.space.name).named_children())
+        replace_module(subnetwork.module, spec.space.name, MaskedGatedMLP(**children))
 
 
 def _hold_whole(subnetwork: Subnetwork, full: FullParameter, chunk: Chunk) -> None:
@@ -67,7 +86,8 @@ def _mask_linear(subnetwork: Subnetwork, name: str, spec: PartitionedLinear, ful
     linear = subnetwork.module.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     width = spec.features_per_unit
-    masked = MaskedLinear(linear, spec.cut, [(chunk.start * width, chunk.stop * width) for chunk in owned])
+    ranges = [(chunk.start * width, chunk.stop * width) for chunk in owned]
+    masked = MaskedLinear(linear, spec.cut, ranges, spec.is_input_kept)
     for full, kind, views in zip(fulls, ("weights", "biases"), (masked.weights, masked.biases), strict=False):
         subnetwork.replaced[id(subnetwork.module.get_parameter(full.name))] += views
         for i, chunk in enumerate(owned):

@@ -22,6 +22,8 @@ class MaskedLinear(nn.Module):
         linear: the full layer. Its parameters stay the same objects; what falls into units takes no gradient any more.
         cut: the dimension that falls into units: rows (``"out"``) or columns (``"in"``) of the weight.
         ranges: half-open ranges of owned features along it, ascending, each with owners of its own; at least one.
+        is_input_kept: whether the backward pass of something else keeps the input anyway. Columns then refer to it;
+            otherwise they keep a copy of their own part, so that the rest can be freed.
 
     Attributes:
         weight: ``[out, in]``, full.
@@ -29,8 +31,11 @@ class MaskedLinear(nn.Module):
         weights, biases: the owned features, one parameter for each range; views of ``weight`` and ``bias``.
     """
 
-    def __init__(self, linear: nn.Linear, cut: Cut, ranges: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, linear: nn.Linear, cut: Cut, ranges: Sequence[tuple[int, int]], is_input_kept: bool = False
+    ) -> None:
         super().__init__()
+        self.is_input_kept = is_input_kept
         self.cut = cut
         self.ranges: Ranges = tuple(ranges)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -44,7 +49,7 @@ class MaskedLinear(nn.Module):
         if not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         output: torch.Tensor = _DenseForward.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.cut, self.ranges, *self.weights, *self.biases
+            x, self.weight, self.bias, self.cut, self.ranges, self.is_input_kept, *self.weights, *self.biases
         )
         return output
 
@@ -71,12 +76,15 @@ class _DenseForward(torch.autograd.Function):
         bias: torch.Tensor | None,
         cut: Cut,
         ranges: Ranges,
+        is_input_kept: bool,
         *views: torch.Tensor,
     ) -> torch.Tensor:
         # Rows of the weight need all of the input for their gradient, columns only their own part of it.
-        needed = x if cut == "out" else _select(x, ranges).contiguous()
+        needed = x
+        if cut == "in" and not is_input_kept:
+            needed = select(x, ranges).contiguous()
         ctx.save_for_backward(needed, weight)
-        ctx.cut, ctx.ranges, ctx.has_bias = cut, ranges, bias is not None
+        ctx.cut, ctx.ranges, ctx.has_bias, ctx.is_selected = cut, ranges, bias is not None, needed is not x
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -88,21 +96,23 @@ class _DenseForward(torch.autograd.Function):
         # Under autocast the gradient comes in another dtype than the weight.
         dtype = grad.dtype
         grad_x = (grad @ weight.to(dtype)).to(needed.dtype) if needs[0] else None
-        grad_bias = _sum_rows(grad) if needs[2] else None
-        if not any(needs[5:]):
-            return grad_x, None, grad_bias, None, None, *(None for _ in needs[5:])
+        grad_bias = sum_rows(grad) if needs[2] else None
+        if not any(needs[6:]):
+            return grad_x, None, grad_bias, *(None for _ in needs[3:])
+        if ctx.cut == "in" and not ctx.is_selected:
+            needed = select(needed, ctx.ranges)
         needed = needed.reshape(-1, needed.shape[-1]).to(dtype)
         if ctx.cut == "out":
-            grad = _select(grad, ctx.ranges)
+            grad = select(grad, ctx.ranges)
         rows = grad.reshape(-1, grad.shape[-1])
         grad_weight = rows.t() @ needed
         pieces = list(torch.split(grad_weight, widths, dim=0 if ctx.cut == "out" else 1))
         if ctx.cut == "out" and ctx.has_bias:
-            pieces += torch.split(_sum_rows(rows), widths)
-        return grad_x, None, grad_bias, None, None, *(piece.to(weight.dtype) for piece in pieces)
+            pieces += torch.split(sum_rows(rows), widths)
+        return grad_x, None, grad_bias, None, None, None, *(piece.to(weight.dtype) for piece in pieces)
 
 
-def _select(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
+def select(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     """``[..., features] -> [..., sum of widths]``; a view where the ranges are one."""
     merged: list[list[int]] = []
     for start, stop in ranges:
@@ -114,5 +124,6 @@ def _select(x: torch.Tensor, ranges: Ranges) -> torch.Tensor:
     return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
 
-def _sum_rows(x: torch.Tensor) -> torch.Tensor:
+def sum_rows(x: torch.Tensor) -> torch.Tensor:
+    """``[..., features] -> [features]``."""
     return x.reshape(-1, x.shape[-1]).sum(0)

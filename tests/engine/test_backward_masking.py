@@ -34,6 +34,8 @@ def row(name, *, sdp=None, stage=1, family="llama", model=None, bucket=4000, wor
         *(row(f"{how}-transport", sdp={"transport": how}, stage=2) for how in ("owner_sets", "all_to_all")),
         *(row(f"three_quarters-stage{s}", sdp={"coverage": 0.75}, stage=s, family="qwen2", clip=1.0) for s in (0, 1)),
         *(row(f"one_kv_head-stage{s}", model=ONE_KV, stage=s, family="qwen3") for s in (0, 2)),
+        row("layers-recomputed", sdp={**LAYERS, "recompute_frozen": True}, model={"num_hidden_layers": 4}),
+        row("branches-recomputed", sdp={**BRANCHES, "recompute_frozen": True}, extra={"checkpointing": True}),
         row("one_large_bucket", bucket=500_000),
         row("bucket_of_one_element", bucket=1, stage=2),
         row("quarter", sdp={"coverage": 0.25}, stage=2, model=BIASES),
