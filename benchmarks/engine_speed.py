@@ -27,6 +27,8 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "coverage 1": {"coverage": 1.0},
     "coverage 1/2, all_to_all": {"coverage": 0.5, "transport": "all_to_all"},
     "coverage 1/2, owner_sets": {"coverage": 0.5, "transport": "owner_sets"},
+    "backward 1/2": {"coverage": 0.5, "masking": "backward"},
+    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "block"},
 }
 
 
@@ -48,7 +50,8 @@ def main() -> None:
 
 
 def run_stage(args: argparse.Namespace, stage: int) -> Rows:
-    names = [name for name in args.contenders if not (stage == 0 and "all_to_all" in name)]
+    impossible = {0: "all_to_all", 3: "backward"}.get(stage, "nothing")
+    names = [name for name in args.contenders if impossible not in name]
     engines = {name: build(args, stage, CONTENDERS[name]) for name in names}
     for engine in engines.values():
         train(args, engine, 2)

@@ -101,7 +101,11 @@ def report(args: argparse.Namespace, rows: Rows, table: Callable[[Rows], str]) -
 
 
 def _describe(args: argparse.Namespace) -> dict[str, Any]:
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "local_rank")}
+    settings = {
+        key: value
+        for key, value in vars(args).items()
+        if key != "local_rank" and not isinstance(value, Path) and value is not None
+    }
     return {
         **settings,
         "ranks": dist.get_world_size(),

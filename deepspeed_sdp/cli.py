@@ -12,8 +12,8 @@ from deepspeed_sdp.errors import ConfigError, OutputError, SDPError
 
 # Options of ``plan`` that are keys of the SDP block.
 _BLOCK_OPTIONS = (
-    "num_subnetworks", "coverage", "owners_per_unit", "granularity", "block_unit", "partition", "shared_modules",
-    "design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length", "seed",
+    "masking", "num_subnetworks", "coverage", "owners_per_unit", "granularity", "block_unit", "partition",
+    "shared_modules", "design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length", "seed",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--owners-per-unit", type=_per_kind(int), metavar="K", help="K instead of coverage, e.g. 4 or mlp=4,attention=6"
     )
+    plan.add_argument("--masking", choices=("forward", "backward"), help="of units not owned (default: forward)")
     plan.add_argument("--granularity", choices=("neuron", "block"), help="what a unit is (default: neuron)")
     plan.add_argument("--block-unit", choices=("layer", "branch"), help="at block granularity (default: layer)")
     plan.add_argument("--partition", type=_listed(str), metavar="KINDS", help="mlp, attention or mlp,attention")
@@ -99,7 +100,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise ConfigError(f"--model: {args.model} is no file, folder or preset; presets are {', '.join(presets())}")
     model = meta_model(read_model_config(path, "--model"), "--model")
     plan = plan_for(model, config, config.num_subnetworks)
-    summary = plan_summary(plan, sum(parameter.numel() for parameter in model.parameters()))
+    summary = plan_summary(plan, sum(parameter.numel() for parameter in model.parameters()), config.masking)
     print(json.dumps(summary, indent=2) if args.json else to_text(summary))
     for path, write in (
         (args.out, lambda: args.out.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8")),

@@ -53,6 +53,9 @@ class SDPConfig(BaseModel):
     recompute_frozen: bool = Field(
         False, description="backward masking of blocks: recompute those not owned instead of keeping activations"
     )
+    overlap_refresh: bool = Field(
+        False, description="backward masking: copies may arrive during the next forward pass, which waits for them"
+    )
     num_subnetworks: int | None = Field(None, ge=1, description="N; divides the world size, which is the default")
     coverage: Coverage | dict[Kind, Coverage] | None = Field(
         None, description="K/N, the share of the units that one worker holds; or one for each kind"
@@ -115,6 +118,11 @@ class SDPConfig(BaseModel):
             raise ConfigError(
                 f'{BLOCK}.output_scaling: got "{self.output_scaling}" with masking "backward"; takes "none" there, as '
                 "the forward pass is the full model's"
+            )
+        if self.overlap_refresh and self.masking != "backward":
+            raise ConfigError(
+                f'{BLOCK}.overlap_refresh: got true with masking "{self.masking}"; takes masking "backward", where '
+                "ranks hold copies"
             )
         if self.recompute_frozen and (self.masking, self.granularity) != ("backward", "block"):
             raise ConfigError(

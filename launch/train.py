@@ -66,7 +66,9 @@ def train(args: argparse.Namespace) -> None:
 
     batches = training_batches(corpus, engine, args.seed)
     evaluation = rank_slice(corpus.heldout, args.eval_sequences, rank, world)
-    report = RunReport(plan=engine.plan, tokens_per_step=tokens_per_step, unigram_val_loss=corpus.unigram_val_loss)
+    report = RunReport(
+        plan=engine.plan, tokens_per_step=tokens_per_step, unigram_val_loss=corpus.unigram_val_loss, masking=sdp.masking
+    )
     progress = progress_bar(steps, rank)
     losses: list[torch.Tensor] = []
     began = time.monotonic()

@@ -11,7 +11,8 @@ from deepspeed_sdp.plan import SubnetworkPlan
 
 KEYS = {
     "num_subnetworks", "owners_per_unit", "coverage", "owner_sets", "connected", "spectral_gap", "spectral_gap_bound",
-    "flop_imbalance", "byte_imbalance", "bytes_per_worker", "plan_hash", "process_groups", "bytes_sent_per_step",
+    "flop_imbalance", "byte_imbalance", "masking", "bytes_per_worker",
+    "bytes_held_per_worker", "plan_hash", "process_groups", "bytes_sent_per_step",
 }  # fmt: skip
 
 
@@ -48,6 +49,17 @@ def test_plan_as_text_names_units_and_sizes(capsys):
     assert "layer 6" in out
     assert "MB" in out
     assert "connected" in out
+
+
+def test_backward_masking_holds_the_full_model_and_sends_what_is_not_owned(capsys):
+    arguments = ("--model", "tinyllama-1.1b", "--num-subnetworks", "8", "--coverage", "0.5", "--json")
+    forward = json.loads(run(capsys, *arguments)[1])
+    backward = json.loads(run(capsys, *arguments, "--masking", "backward")[1])
+    assert backward["bytes_held_per_worker"] == [backward["bytes_of_full_model"]] * 8
+    assert backward["bytes_per_worker"] == forward["bytes_per_worker"] == forward["bytes_held_per_worker"]
+    refreshed = 2 * backward["partitioned_parameters"] // 2
+    for before, after in zip(forward["bytes_sent_per_step"], backward["bytes_sent_per_step"], strict=True):
+        assert after == before + refreshed
 
 
 def test_plans_by_kind_and_capacity(capsys):

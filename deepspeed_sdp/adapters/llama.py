@@ -169,7 +169,10 @@ def _is_gated(mlp: nn.Module) -> bool:
         return False
     if type(mlp.get_submodule("act_fn")).__name__ not in ("SiLU", "SiLUActivation"):
         return False
-    source = inspect.getsource(type(mlp).forward)
+    try:
+        source = inspect.getsource(type(mlp).forward)
+    except (OSError, TypeError):  # defined where no source is
+        return False
     return "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))" in source
 
 

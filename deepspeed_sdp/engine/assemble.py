@@ -12,6 +12,7 @@ from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
+from deepspeed_sdp.engine.param_groups import agree_on_groups
 from deepspeed_sdp.engine.refresh import WeightRefresh
 from deepspeed_sdp.engine.sharded_weights import ShardedWeights
 from deepspeed_sdp.engine.stopwatch import Stopwatch
@@ -53,11 +54,12 @@ def assemble(
             return AllToAllTransport(group, engine.device, of, traffic, stopwatch)
         return OwnerSetTransport(traffic, stopwatch)
 
+    if subnetwork.masking == "backward":
+        agree_on_groups(subnetwork)
     default_numel = _ROUND_NUMEL.get(backend, _DEFAULT_ROUND_NUMEL)
     group_of = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
-    layout = make_layout(
-        subnetwork, groups, group_of, stage=stage, round_numel=_asked_numel(engine._config) or default_numel
-    )
+    round_numel = _asked_numel(engine._config, "reduce_bucket_size") or default_numel
+    layout = make_layout(subnetwork, groups, group_of, stage=stage, round_numel=round_numel)
     for_weights = transport("weights", groups.for_weights, dtype)
     weights = None
     if stage == 3:
@@ -72,13 +74,18 @@ def assemble(
     exchange = None
     if subnetwork.masking == "backward":
         exchange = Exchange(groups.for_weights, stage > 0, engine.device, dtype, traffic, stopwatch)
+    is_lazy = exchange is not None and sdp.overlap_refresh
+    portion_numel = _asked_numel(engine._config, "allgather_bucket_size") or default_numel
     refresh = WeightRefresh(
-        layout.portions(default_numel, is_gathered=0 < stage < 3, is_exchanged=exchange is not None),
+        layout.portions(portion_numel, is_gathered=0 < stage < 3, is_exchanged=exchange is not None),
         for_weights,
+        0 < stage < 3,
         exchange,
-        budget=accumulate.itemsize * sum(parameter.numel() for parameter in layout.parameters),
+        # The averaged gradients are gone when weights travel: with no more than they took the peak does not grow.
+        budget=accumulate.itemsize * sum(b.shard_numel for of_round in layout.rounds for b in of_round) * is_lazy,
+        is_lazy=is_lazy,
     )
-    if exchange is not None:
+    if is_lazy:
         _settle_where_used(subnetwork, layout, refresh)
     made = SDPOptimizer(
         optimizer,
@@ -113,12 +120,13 @@ def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRe
         needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(range(*part.rounds))]
         for module in part.modules if needed else ():
             refresh.settle_before(module, max(needed))
+    refresh.settle_before_state_dict(subnetwork.module)
 
 
-def _asked_numel(config: Any) -> int | None:
-    """The job's own ``reduce_bucket_size``, if it has one."""
+def _asked_numel(config: Any, key: str) -> int | None:
+    """What the job itself says of ``zero_optimization.<key>``, if anything."""
     zero = config._param_dict.get("zero_optimization", {})
-    asked = zero.get("reduce_bucket_size", "auto") if isinstance(zero, dict) else "auto"
+    asked = zero.get(key, "auto") if isinstance(zero, dict) else "auto"
     return None if asked == "auto" else int(asked)
 
 

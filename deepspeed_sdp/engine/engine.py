@@ -145,7 +145,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             with self._stopwatch.phase("backward"):
                 return super().backward(*args, **kwargs)
         except BaseException as error:
-            self.optimizer.reducer.fail(error)
+            self.optimizer.fail(error)
             raise
 
     def step(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """Backward masking: updated weights on their way from their owners to every rank, which all compute with them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,12 +10,43 @@ from torch.distributed import ProcessGroup
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
-from deepspeed_sdp.engine.transport import Pending
+from deepspeed_sdp.engine.transport import Pending, start_all_gather
 
 KIND = "weight_refresh"
 
 # Of the volume: how much padding an all-gather, which takes equal pieces, may cost instead of an all-to-all.
 _PADDING = 0.05
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements ``[start, stop)`` of a bucket's flat vector, as one owner sends them."""
+
+    bucket: OwnerBucket
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of it."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who sends what of some buckets to whom; worked out once.
+
+    Attributes:
+        sent: the shares that this rank sends.
+        receivers: for each of them, the ranks that lack it, ascending.
+        received: by sender, the shares that this rank lacks.
+        all_gather_numel: elements of every rank's piece, where one all-gather serves; else 0.
+    """
+
+    sent: tuple[Share, ...]
+    receivers: tuple[tuple[int, ...], ...]
+    received: tuple[tuple[Share, ...], ...]
+    all_gather_numel: int
 
 
 class Exchange:
@@ -25,7 +57,7 @@ class Exchange:
     other shards too. One message for each call, whatever the number of buckets.
 
     Args:
-        process_group: of the whole world; nothing else uses it while an exchange is under way.
+        process_group: of the whole world; all ranks issue what runs on it in the same order.
         is_sharded: see :class:`OwnerBucket`.
         device, dtype: of the weights.
     """
@@ -46,89 +78,75 @@ class Exchange:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
-    def start(self, buckets: Sequence[OwnerBucket]) -> Pending:
-        """Collective. Send this rank's share of each bucket; ``finish`` of the result writes what came from others.
+    def route(self, buckets: Sequence[OwnerBucket]) -> Route:
+        """How ``buckets`` travel; the same on all ranks, whether they own them or not."""
+        shares = {
+            rank: [Share(b, *b.share_of(rank)) for b in buckets if rank in b.ranks] for rank in range(self._world)
+        }
+        totals = [sum(share.numel for share in of_rank) for of_rank in shares.values()]
+        is_even = self._world * max(totals) <= (1 + _PADDING) * sum(totals)
+        sent = tuple(shares[self._rank])
+        return Route(
+            sent,
+            tuple(tuple(r for r in range(self._world) if self._lacks(s.bucket, r, self._rank)) for s in sent),
+            tuple(
+                tuple(share for share in of_rank if self._lacks(share.bucket, self._rank, sender))
+                for sender, of_rank in shares.items()
+            ),
+            max(totals) if self._is_sharded and is_even else 0,
+        )
 
-        Args:
-            buckets: the same on all ranks, whether they own them or not.
-        """
-        totals = [self._total(buckets, rank) for rank in range(self._world)]
-        padded = self._world * max(totals)
-        if self._is_sharded and padded <= (1 + _PADDING) * sum(totals):
-            return self._all_gather(buckets, max(totals))
-        return self._all_to_all(buckets)
+    def start(self, route: Route) -> Pending:
+        """Collective. Send this rank's shares; ``finish`` of the result writes what came from others."""
+        for share, receivers in zip(route.sent, route.receivers, strict=True):
+            self._count(share.numel * len(receivers), share.bucket.bucket.owner_set)
+        return self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
 
     def close(self) -> None:
         """Let go of the process group."""
         self._group = None
 
-    def _all_gather(self, buckets: Sequence[OwnerBucket], numel: int) -> Pending:
+    def _all_gather(self, route: Route) -> Pending:
+        numel = route.all_gather_numel
         send = torch.empty(numel, dtype=self._dtype, device=self._device)
         taken = 0
-        for bucket in buckets:
-            if bucket.is_owned:
-                share = bucket.read(*bucket.share_of(self._rank))
-                send[taken : taken + len(share)] = share
-                taken += len(share)
-                self._count(bucket, len(share), self._world - 1)
-        self._traffic.add(KIND, (numel - taken) * (self._world - 1) * self._dtype.itemsize)
+        for share in route.sent:
+            send[taken : taken + share.numel] = share.bucket.read(share.start, share.stop)
+            taken += share.numel
+        self._count((numel - taken) * (self._world - 1))
         received = torch.empty(self._world * numel, dtype=self._dtype, device=self._device)
-        work = dist.all_gather_into_tensor(received, send, group=self._group, async_op=True)
+        work = start_all_gather(received, send, self._group)
+        pieces = torch.split(received, numel)
+        return Pending([self._stopwatch.timed(work)], lambda: _write(route, pieces), _nbytes(received) + _nbytes(send))
 
-        def result() -> None:
-            for rank in range(self._world):
-                self._write(buckets, rank, received[rank * numel : (rank + 1) * numel])
-
-        return Pending([self._stopwatch.timed(work)], result, _nbytes(received) + _nbytes(send))
-
-    def _all_to_all(self, buckets: Sequence[OwnerBucket]) -> Pending:
+    def _all_to_all(self, route: Route) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
-        for bucket in buckets:
-            if bucket.is_owned:
-                share = bucket.read(*bucket.share_of(self._rank))
-                receivers = [rank for rank in range(self._world) if self._receives(bucket, rank, self._rank)]
-                for rank in receivers:
-                    pieces[rank].append(share)
-                self._count(bucket, len(share), len(receivers))
+        for share, receivers in zip(route.sent, route.receivers, strict=True):
+            value = share.bucket.read(share.start, share.stop)
+            for rank in receivers:
+                pieces[rank].append(value)
         sizes = [sum(map(len, of_rank)) for of_rank in pieces]
         sent = [piece for of_rank in pieces for piece in of_rank]
         send = torch.cat(sent) if sent else torch.empty(0, dtype=self._dtype, device=self._device)
-        expected = [
-            sum(_length(bucket, rank) for bucket in buckets if self._receives(bucket, self._rank, rank))
-            for rank in range(self._world)
-        ]
+        expected = [sum(share.numel for share in of_rank) for of_rank in route.received]
         received = torch.empty(sum(expected), dtype=self._dtype, device=self._device)
         work = dist.all_to_all_single(received, send, expected, sizes, group=self._group, async_op=True)
+        result = torch.split(received, expected)
+        return Pending([self._stopwatch.timed(work)], lambda: _write(route, result), _nbytes(received) + _nbytes(send))
 
-        def result() -> None:
-            for rank, values in enumerate(torch.split(received, expected)):
-                self._write(buckets, rank, values)
+    def _lacks(self, bucket: OwnerBucket, rank: int, sender: int) -> bool:
+        return sender != rank and (self._is_sharded or rank not in bucket.ranks)
 
-        return Pending([self._stopwatch.timed(work)], result, _nbytes(received) + _nbytes(send))
+    def _count(self, numel: int, owner_set: int = 0) -> None:
+        self._traffic.add(KIND, numel * self._dtype.itemsize, owner_set)
 
-    def _write(self, buckets: Sequence[OwnerBucket], sender: int, values: torch.Tensor) -> None:
+
+def _write(route: Route, pieces: Sequence[torch.Tensor]) -> None:
+    for shares, values in zip(route.received, pieces, strict=True):
         taken = 0
-        for bucket in buckets:
-            if self._receives(bucket, self._rank, sender):
-                start, stop = bucket.share_of(sender)
-                bucket.write(start, values[taken : taken + stop - start])
-                taken += stop - start
-
-    def _receives(self, bucket: OwnerBucket, rank: int, sender: int) -> bool:
-        if sender not in bucket.ranks or sender == rank:
-            return False
-        return self._is_sharded or rank not in bucket.ranks
-
-    def _total(self, buckets: Sequence[OwnerBucket], rank: int) -> int:
-        return sum(_length(bucket, rank) for bucket in buckets if rank in bucket.ranks)
-
-    def _count(self, bucket: OwnerBucket, numel: int, receivers: int) -> None:
-        self._traffic.add(KIND, numel * receivers * self._dtype.itemsize, bucket.bucket.owner_set)
-
-
-def _length(bucket: OwnerBucket, rank: int) -> int:
-    start, stop = bucket.share_of(rank)
-    return stop - start
+        for share in shares:
+            share.bucket.write(share.start, values[taken : taken + share.numel])
+            taken += share.numel
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -35,7 +35,7 @@ class InPlaceBucket(OwnerBucket):
         self._starts = (0, *accumulate(bucket.numels))
 
     def master(self, device: torch.device) -> nn.Parameter:
-        master = torch.zeros(self.shard_numel, device=device)
+        master = torch.zeros(self.shard_numel, dtype=torch.float32, device=device)
         start, stop = self._shard_range()
         master[: stop - start].copy_(self.read(start, stop))
         return nn.Parameter(master)

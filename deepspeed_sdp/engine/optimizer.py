@@ -106,21 +106,21 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._global_grad_norm: torch.Tensor | float = 0.0
         self._device = device
         self.refresh = refresh
-        self._flats = [flat for buckets in rounds for flat in buckets]
+        self._buckets = [bucket for buckets in rounds for bucket in buckets]
         self._precision = precision
         self._nonfinite = nonfinite
         self._untrained = tuple(untrained)
         self._traffic = traffic
         self._local = LocalGradients(parameters, precision.accumulate)
-        self._masters = {flat: flat.master(state_device) for flat in self._flats}
+        self._masters = {bucket: bucket.master(state_device) for bucket in self._buckets}
         self._replace_parameters()
         self.reducer = Reducer(rounds, transport, self._flatten, self._keep, is_eager=stage < 3)
         self._hooks = self._hook_gradients()
 
     def _replace_parameters(self) -> None:
         by_group: dict[int, list[nn.Parameter]] = {}
-        for flat, master in self._masters.items():
-            by_group.setdefault(flat.bucket.group, []).append(master)
+        for bucket, master in self._masters.items():
+            by_group.setdefault(bucket.bucket.group, []).append(master)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["params"] = by_group.get(group[GROUP_KEY], [])
@@ -151,13 +151,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
             self.reducer.ready(index)
 
-    def _flatten(self, flat: OwnerBucket) -> torch.Tensor:
-        values = [self._local.take(index) for index in flat.bucket.items]
-        self._nonfinite.watch(flat, values)
-        return flat.flatten(values, self._precision.reduce)
+    def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
+        values = [self._local.take(index) for index in bucket.bucket.items]
+        self._nonfinite.watch(bucket, values)
+        return bucket.flatten(values, self._precision.reduce)
 
-    def _keep(self, flat: OwnerBucket, shard: torch.Tensor) -> None:
-        flat.add_average(shard, torch.promote_types(self._precision.accumulate, self._precision.reduce))
+    def _keep(self, bucket: OwnerBucket, shard: torch.Tensor) -> None:
+        bucket.add_average(shard, torch.promote_types(self._precision.accumulate, self._precision.reduce))
 
     def launch_before(self, round_: int) -> None:
         """The backward pass is past the rounds before ``round_``; launch them, unless gradients are only summed up."""
@@ -181,19 +181,19 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._local.clear()
         for parameter in self._untrained:
             parameter.grad = None
-        for flat in self._flats:
-            flat.average = None
+        for bucket in self._buckets:
+            bucket.average = None
 
     # -- norm and step -----------------------------------------------------------------------------------------------
 
     def scaled_global_norm(self) -> torch.Tensor:
         """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same tensor on every rank."""
         squares = [torch.zeros((), dtype=torch.float64, device=self._device)]
-        for flat in self._flats:
+        for bucket in self._buckets:
             # At stage 0 every owner holds the whole bucket: the first one counts it.
-            is_counted = self.stage > 0 or flat.ranks[0] == dist.get_rank()
-            if is_counted and flat.average is not None:
-                squares.append(torch.linalg.vector_norm(flat.average, dtype=torch.float32).double() ** 2)
+            is_counted = self.stage > 0 or bucket.ranks[0] == dist.get_rank()
+            if is_counted and bucket.average is not None:
+                squares.append(torch.linalg.vector_norm(bucket.average, dtype=torch.float32).double() ** 2)
         total = torch.stack(squares).sum()
         self._traffic.add("norm_all_reduce", all_reduce_bytes(8, dist.get_world_size()))
         dist.all_reduce(total, group=self.dp_process_group)
@@ -226,7 +226,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def _apply(self, divisor: float) -> None:
         portions = self.refresh.portions
         if not _counts_steps_by_parameter(self.optimizer):
-            self._step_part(self._flats, divisor)
+            self._step_part(self._buckets, divisor)
         for index, portion in enumerate(portions):
             if _counts_steps_by_parameter(self.optimizer):
                 self._step_portion(portion, divisor)
@@ -234,20 +234,20 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def _step_portion(self, portion: Portion, divisor: float) -> None:
         # Round by round: gradients are needed in the master's dtype, and never all at once.
-        for buckets in portion.owned:
+        for buckets in filter(None, portion.owned):
             self._step_part(buckets, divisor)
 
     @torch.no_grad()
     def _step_part(self, part: Sequence[OwnerBucket], divisor: float) -> None:
-        for flat in part:
-            master = self._masters[flat]
-            average, flat.average = flat.average, None
+        for bucket in part:
+            master = self._masters[bucket]
+            average, bucket.average = bucket.average, None
             gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
             master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
         self.optimizer.step()  # passes over parameters without a gradient
-        for flat in part:
-            self._masters[flat].grad = None
-            flat.store(self._masters[flat].data)
+        for bucket in part:
+            self._masters[bucket].grad = None
+            bucket.store(self._masters[bucket].data)
 
     # -- what DeepSpeed's engine and its users ask for ----------------------------------------------------------------
 
@@ -292,33 +292,40 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         """
         raise ConfigError("optimizer.load_state_dict: not available with SDP in this version")
 
+    def fail(self, error: BaseException) -> None:
+        """A pass ended early: other ranks may be gone, and nothing is waited for any more."""
+        self.reducer.fail(error)
+        self.refresh.fail(error)
+
     def destroy(self) -> None:
         """Let go of parameters and process groups, whose threads run as long as something holds them."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self.zero_grad()
-        self.refresh.close()
-        for flat in self._flats:
-            flat.process_group = None
-        self.dp_process_group = None
-        self.reducer.close()
+        try:
+            self.refresh.close()
+        finally:
+            for bucket in self._buckets:
+                bucket.process_group = None
+            self.dp_process_group = None
+            self.reducer.close()
 
     # -- measurement -------------------------------------------------------------------------------------------------
 
     def weight_tensors(self) -> list[torch.Tensor]:
         """Weights that are held beside those of the parameters."""
-        return [flat.shard for flat in self._flats if isinstance(flat, FlatBucket)]
+        return [bucket.shard for bucket in self._buckets if isinstance(bucket, FlatBucket)]
 
     def gradient_tensors(self) -> list[torch.Tensor]:
         """Every live tensor that holds gradients beside those of the parameters."""
-        averages = [flat.average for flat in self._flats if flat.average is not None]
+        averages = [bucket.average for bucket in self._buckets if bucket.average is not None]
         return [*self._local.tensors(), *averages]
 
     @property
     def in_flight_bytes(self) -> int:
-        """Bytes of gradients under way."""
-        return self.reducer.in_flight_bytes
+        """Bytes of buffers under way, of gradients and of weights."""
+        return self.reducer.in_flight_bytes + self.refresh.in_flight_bytes
 
 
 def _counts_steps_by_parameter(optimizer: torch.optim.Optimizer) -> bool:

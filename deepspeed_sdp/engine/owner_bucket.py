@@ -1,4 +1,7 @@
-"""A bucket as its owners see it: cut into equal shards over them, with the averaged gradients of this rank's shard."""
+"""A bucket and its owners: cut into equal shards over them, with the averaged gradients of this rank's shard.
+
+Under backward masking those who hold a copy build it too; what concerns gradients is the owners' alone.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

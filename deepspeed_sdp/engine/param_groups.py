@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.engine.optimizer import GROUP_KEY
@@ -30,6 +31,25 @@ def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork
         members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, subnetwork))))
         translated.append({**group, "params": members, GROUP_KEY: index})
     return translated
+
+
+def agree_on_groups(subnetwork: Subnetwork) -> None:
+    """Collective. Let ``subnetwork.group_of`` know what any rank's client put into a group.
+
+    A client that picks parameters by ``requires_grad`` sees of the full model what this rank trains, no more.
+
+    Raises:
+        ConfigError: ranks put a parameter into different groups; on every rank.
+    """
+    told: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(told, subnetwork.group_of)
+    for rank, groups in enumerate(told):
+        for name, index in groups.items():
+            if subnetwork.group_of.setdefault(name, index) != index:
+                raise ConfigError(
+                    f"optimizer.param_groups: {name} is in group {index} on rank {rank}, and in group "
+                    f"{subnetwork.group_of[name]} on another; takes the same groups on all ranks"
+                )
 
 
 def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> None:

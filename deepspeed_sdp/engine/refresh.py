@@ -1,7 +1,7 @@
 """After a step: updated weights on their way to every rank that computes with them.
 
 The model falls into *portions*, ranges of rounds, in forward order. A portion leaves as soon as its shards are stepped,
-while the next one is being stepped. Under backward masking what is still under way after the last one goes on beside
+while the next one is being stepped. Under backward masking what is still under way after the last one can go on beside
 the next forward pass, which waits for a portion where it first needs one.
 """
 
@@ -29,8 +29,8 @@ class Portion:
     Attributes:
         rounds: indices of its rounds, ascending.
         owned: this rank's buckets in them, by round.
-        gathered: buckets that the owners gather among themselves.
-        exchanged: buckets that go to all ranks, those of others included.
+        gathered: this rank's buckets that the owners gather among themselves.
+        exchanged: buckets that go to all ranks, those of others included; the same on all ranks.
     """
 
     rounds: tuple[int, ...]
@@ -45,32 +45,44 @@ class WeightRefresh:
     Args:
         portions: in forward order.
         transport: for gathers among owners.
+        is_gathered: whether owners gather at all (ZeRO 1 and 2); then all ranks take part in every portion, for a
+            transport may be one collective over the world.
         exchange: for backward masking, else ``None``.
-        budget: bytes of buffers that may be under way beyond two portions. Gradients are gone when weights travel: as
-            long as it is no more than those took, the peak of a step does not grow.
+        budget: bytes of buffers that may be under way beyond two portions.
+        is_lazy: whether the last portions may be under way when the step is over.
     """
 
     def __init__(
-        self, portions: Sequence[Portion], transport: Transport, exchange: Exchange | None, budget: int
+        self,
+        portions: Sequence[Portion],
+        transport: Transport,
+        is_gathered: bool,
+        exchange: Exchange | None,
+        budget: int = 0,
+        is_lazy: bool = False,
     ) -> None:
         self.portions = tuple(portions)
         self._transport = transport
+        self._is_gathered = is_gathered
         self._exchange = exchange
+        self._routes = [exchange.route(p.exchanged) if p.exchanged else None for p in portions] if exchange else []
         self._budget = budget
+        self._is_lazy = is_lazy
         self._under_way: deque[tuple[int, list[Pending]]] = deque()
+        self._failure: BaseException | None = None
 
     def issue(self, index: int) -> None:
         """Collective. Portion ``index`` is stepped: send it."""
         while len(self._under_way) >= _MIN_IN_FLIGHT and self.in_flight_bytes >= self._budget:
             self._finish_next()
-        portion = self.portions[index]
         pending = []
-        if portion.gathered:
-            pending.append(self._transport.gather(portion.gathered, "weight_gather"))
-        if self._exchange is not None and portion.exchanged:
-            pending.append(self._exchange.start(portion.exchanged))
+        if self._is_gathered:
+            pending.append(self._transport.gather(self.portions[index].gathered, "weight_gather"))
+        route = self._routes[index] if self._routes else None
+        if self._exchange is not None and route is not None:
+            pending.append(self._exchange.start(route))
         self._under_way.append((index, pending))
-        if self._exchange is None and index == len(self.portions) - 1:
+        if not self._is_lazy and index == len(self.portions) - 1:
             self.settle()
 
     def settle(self, through: int | None = None) -> None:
@@ -87,12 +99,25 @@ class WeightRefresh:
 
         module.register_forward_pre_hook(hook, prepend=True)
 
+    def settle_before_state_dict(self, model: nn.Module) -> None:
+        """Have ``state_dict`` of ``model`` and of every module in it wait for all portions."""
+        for module in model.modules():
+            module.register_state_dict_pre_hook(lambda *_: self.settle())  # type: ignore[no-untyped-call]
+
     def close(self) -> None:
-        """Let go of process groups, after what is under way."""
-        self.settle()
-        self._transport.close()
-        if self._exchange is not None:
-            self._exchange.close()
+        """Let go of process groups; waits for what is under way, but after a failure, when it may never come."""
+        try:
+            if self._failure is None:
+                self.settle()
+        finally:
+            self._under_way.clear()
+            self._transport.close()
+            if self._exchange is not None:
+                self._exchange.close()
+
+    def fail(self, error: BaseException) -> None:
+        """Other ranks may be gone: wait for nothing any more."""
+        self._failure = self._failure or error
 
     @property
     def in_flight_bytes(self) -> int:
@@ -101,6 +126,14 @@ class WeightRefresh:
 
     @torch.no_grad()
     def _finish_next(self) -> None:
-        _, of_portion = self._under_way.popleft()
-        for pending in of_portion:
-            pending.finish()
+        if self._failure is not None:
+            raise RuntimeError(
+                f"weights are not those of the last step: {type(self._failure).__name__}: {self._failure}"
+            )
+        try:
+            for pending in self._under_way[0][1]:
+                pending.finish()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self._under_way.popleft()

@@ -32,6 +32,16 @@ def resolve_transport(asked: str, backend: str, stage: int, payload: Literal["gr
     return "all_to_all" if backend == "gloo" and scatters else "owner_sets"
 
 
+# torch 2.13 gave them new names and warns of the old ones.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
+def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: ProcessGroup | None) -> Any:
+    """The work that fills ``output`` ``[ranks * n]`` with the ``shard`` ``[n]`` of every rank."""
+    return getattr(dist, _ALL_GATHER)(output, shard, group=group, async_op=True)
+
+
 class Pending:
     """Collectives under way. ``finish`` waits for them and gives their result; call it once.
 
@@ -98,7 +108,7 @@ class OwnerSetTransport:
             return [self._timed(dist.all_reduce(flat, group=bucket.process_group, async_op=True))], mine
         shard = torch.empty_like(mine)
         self._count("gradient_reduce_scatter", all_gather_bytes(_nbytes(flat), owners), bucket)
-        work = dist.reduce_scatter_tensor(shard, flat, group=bucket.process_group, async_op=True)
+        work = getattr(dist, _REDUCE_SCATTER)(shard, flat, group=bucket.process_group, async_op=True)
         return [self._timed(work)], shard
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
@@ -110,7 +120,7 @@ class OwnerSetTransport:
                     bucket.flat.copy_(shard)
                 continue
             self._count(kind, all_gather_bytes(_nbytes(bucket.flat), bucket.shards), bucket)
-            work = dist.all_gather_into_tensor(bucket.flat, shard, group=bucket.process_group, async_op=True)
+            work = start_all_gather(bucket.flat, shard, bucket.process_group)
             works.append(self._timed(work))
         return Pending(works, lambda: None, 0)
 

@@ -6,22 +6,28 @@ from typing import Any
 from deepspeed_sdp.plan import SubnetworkPlan
 
 
-def plan_summary(plan: SubnetworkPlan, total_numel: int, element_bytes: int = 2) -> dict[str, Any]:
+def plan_summary(
+    plan: SubnetworkPlan, total_numel: int, masking: str = "forward", element_bytes: int = 2
+) -> dict[str, Any]:
     """The plan's own summary, and bytes.
 
     Args:
         plan: the plan.
         total_numel: parameters of the full model.
+        masking: with ``"backward"`` every worker holds the full model, and receives what it does not own in every step.
         element_bytes: bytes of one weight and of one gradient element.
 
     Returns:
-        JSON data; ``bytes_per_worker``: weights that each worker holds, shared ones included;
+        JSON data; ``bytes_per_worker``: weights that each worker owns, shared ones included;
+        ``bytes_held_per_worker``: those in its memory;
         ``bytes_sent_per_step``: what each worker sends in a step of one micro-batch at ZeRO stages 0 to 2, one replica,
         ring collectives: an all-reduce of its gradients, or as much in a reduce-scatter of them and a gather of its
-        weights; ``bytes_sent_per_step_dense``: the same in a job whose workers hold the full model;
+        weights; with backward masking also the new weights for those who do not own them;
+        ``bytes_sent_per_step_dense``: the same in a job whose workers hold the full model;
         ``process_groups``: owner sets that need a group of their own; ``units``: how many of each kind.
     """
     shared = total_numel - plan.total_numel
+    is_backward = masking == "backward"
     workers = range(plan.num_subnetworks)
     units = Counter[str]()
     for planned in plan.spaces:
@@ -32,20 +38,27 @@ def plan_summary(plan: SubnetworkPlan, total_numel: int, element_bytes: int = 2)
         "units": dict(units),
         "parameters": total_numel,
         "partitioned_parameters": plan.total_numel,
+        "masking": masking,
         "bytes_per_worker": [element_bytes * (shared + plan.owned_numel(worker)) for worker in workers],
+        "bytes_held_per_worker": [
+            element_bytes * (total_numel if is_backward else shared + plan.owned_numel(worker)) for worker in workers
+        ],
         "bytes_of_full_model": element_bytes * total_numel,
-        "bytes_sent_per_step": [element_bytes * _sent(plan, worker, shared) for worker in workers],
+        "bytes_sent_per_step": [element_bytes * _sent(plan, worker, shared, is_backward) for worker in workers],
         "bytes_sent_per_step_dense": element_bytes * _ring(total_numel, plan.num_subnetworks),
         "process_groups": len(owner_sets - {0}),
     }
 
 
-def _sent(plan: SubnetworkPlan, worker: int, shared: int) -> int:
+def _sent(plan: SubnetworkPlan, worker: int, shared: int, is_backward: bool) -> int:
     sent = _ring(shared, plan.num_subnetworks)
     for planned in plan.spaces:
         for chunk in plan.owned(planned.space.name, worker):
             owners = len(plan.owner_sets[chunk.owner_set])
-            sent += _ring((chunk.stop - chunk.start) * planned.space.unit_numel, owners)
+            numel = (chunk.stop - chunk.start) * planned.space.unit_numel
+            sent += _ring(numel, owners)
+            if is_backward:
+                sent += numel // owners * (plan.num_subnetworks - owners)
     return sent
 
 

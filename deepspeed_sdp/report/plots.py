@@ -16,7 +16,7 @@ def plot_loss(data: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (
-        ("train_loss", "training, subnetworks", {"lw": 1.2, "alpha": 0.7}),
+        ("train_loss", f"training, {data.get('trained', 'subnetworks')}", {"lw": 1.2, "alpha": 0.7}),
         ("full_model_val_loss", "validation, full model", {"lw": 1.8, "marker": "o", "ms": 4}),
     ):
         points = data["history"][key]

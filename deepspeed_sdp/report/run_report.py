@@ -23,11 +23,13 @@ class RunReport:
         plan: the plan of the run.
         tokens_per_step: training tokens of one optimizer step, over all ranks.
         unigram_val_loss: entropy baseline on the held-out tokens, in nats.
-        train_losses: (step, mean loss of the subnetworks since the last entry, nats per token).
+        train_losses: (step, mean training loss since the last entry, nats per token): of the subnetworks, or under
+            backward masking of the full model.
         val_losses: (step, loss of the full model on held-out text, nats per token).
         ranks: ``sdp_stats()`` of every rank, with the gradients' peak over a step under ``model_state_bytes``.
         dense_state_bytes: the same bytes of the dense model under the same DeepSpeed config, if measured.
         seconds: wall-clock time of training and evaluation.
+        masking: of the SDP block.
     """
 
     plan: SubnetworkPlan
@@ -38,6 +40,7 @@ class RunReport:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     dense_state_bytes: list[dict[str, int]] | None = None
     seconds: float = 0.0
+    masking: str = "forward"
 
     @property
     def train_loss(self) -> float:
@@ -56,6 +59,7 @@ class RunReport:
         return {
             "steps": steps,
             "tokens": tokens,
+            "trained": "subnetworks" if self.masking == "forward" else "full model",
             "train_loss": self.train_loss,
             "full_model_val_loss": self.val_loss,
             "unigram_val_loss": self.unigram_val_loss,
@@ -116,7 +120,7 @@ def to_markdown(data: dict[str, Any]) -> str:
         "| | |",
         "| --- | --- |",
         f"| steps, tokens | {data['steps']:,}, {data['tokens']:,} |",
-        f"| training loss (subnetworks) | {data['train_loss']:.4f} |",
+        f"| training loss ({data.get('trained', 'subnetworks')}) | {data['train_loss']:.4f} |",
         f"| validation loss (full model) | {data['full_model_val_loss']:.4f} |",
         f"| unigram baseline, same tokens | {data['unigram_val_loss']:.4f} |",
         f"| time, tokens/s | {data['seconds']:.0f} s, {data['tokens_per_second'] or 0:,.0f} |",

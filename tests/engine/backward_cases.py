@@ -55,3 +55,15 @@ def costs(sdp, ds, model=None):
     }
     engine.destroy()
     return result
+
+
+def state_dict(sdp):
+    """What ``state_dict`` gives right after a step, and the weights once everything has arrived."""
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(1, bucket=4000), sdp_config=sdp)
+    run_steps(engine, 2)
+    assert engine.optimizer.refresh.in_flight_bytes > 0, "the test needs weights under way"
+    state = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    engine.optimizer.refresh.settle()
+    full = {name: engine.module.get_parameter(name).detach().clone() for name in engine._subnetwork.full_order}
+    engine.destroy()
+    return state, full

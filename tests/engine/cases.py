@@ -17,7 +17,7 @@ def ds_config(stage=1, *, bf16=False, clip=0.0, accumulation=1, bucket=500_000, 
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "steps_per_print": 10**9,
     }
     if optimizer:

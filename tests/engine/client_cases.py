@@ -68,13 +68,22 @@ class Stepper:
 
 
 def client_train(
-    how, optimizer="adamw", scheduler=None, reverse=False, steps=5, family="llama", meta=False, sdp=None, **ds
+    how,
+    optimizer="adamw",
+    scheduler=None,
+    reverse=False,
+    steps=5,
+    family="llama",
+    meta=False,
+    sdp=None,
+    model=None,
+    **ds,
 ):
-    """``how`` the client gives groups and optimizer: "instance", "callable", "parameters" or "late".
+    """``how`` the client gives groups and optimizer: "instance", "callable", "parameters", "late" or "picky".
 
-    "late" is a callable that ignores what it is given.
+    "late" is a callable that ignores what it is given, "picky" one that takes of it what requires gradients.
     """
-    module = build_model(family, meta=meta)
+    module = build_model(family, model, meta)
     groups = parameter_groups(module, reverse)
     build = OPTIMIZERS[optimizer]
     arguments = {}
@@ -85,6 +94,8 @@ def client_train(
         arguments.update(optimizer=build, model_parameters=groups)
     elif how == "late":
         arguments["optimizer"] = lambda _: build(groups)
+    elif how == "picky":
+        arguments["optimizer"] = lambda given: build([p for p in given if p.requires_grad])
     else:
         arguments["model_parameters"] = groups
     if scheduler == "warmup":

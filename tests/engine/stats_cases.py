@@ -6,13 +6,14 @@ from unittest import mock
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.engine import transport
 from tests.engine.cases import build_model, ds_config, face, run_steps
 
 # The tensor whose size counts, by position, and bytes sent per byte of it in a ring of n.
 KINDS = {
     "all_reduce": (0, lambda n: 2 * (n - 1) / n),
-    "all_gather_into_tensor": (0, lambda n: (n - 1) / n),
-    "reduce_scatter_tensor": (1, lambda n: (n - 1) / n),
+    transport._ALL_GATHER: (0, lambda n: (n - 1) / n),
+    transport._REDUCE_SCATTER: (1, lambda n: (n - 1) / n),
     "broadcast": (0, lambda n: 1.0),
     "reduce": (0, lambda n: 1.0),
 }
@@ -62,5 +63,5 @@ def buckets(engine):
     parameters = engine.optimizer._local.parameters
     return [
         (names[id(parameters[flat.bucket.items[0]])], flat.bucket.owner_set, flat.bucket.numel, flat.padded_numel)
-        for flat in engine.optimizer._flats
+        for flat in engine.optimizer._buckets
     ]

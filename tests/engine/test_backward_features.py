@@ -11,8 +11,9 @@ from tests.engine.test_precision import FP32, bf16_simulation, update_similarity
 from tests.support.compare import assert_like, assert_owners_equal, assert_same_weights, simulate
 
 CASES = "tests.engine.feature_cases"
-HALF = {"coverage": 0.5, "masking": "backward"}
-LAYERS = {**HALF, "granularity": "block"}
+LAYERS = {"coverage": 0.5, "masking": "backward", "granularity": "block"}
+# Nothing but the waits of whoever reads the weights keeps them from being stale.
+HALF = {"coverage": 0.5, "masking": "backward", "overlap_refresh": True}
 UNITS = pytest.mark.parametrize("sdp", [HALF, LAYERS], ids=["neuron", "layer"])
 
 
@@ -81,6 +82,25 @@ def test_client_groups_train_as_the_full_model(ranks4, how, sdp):
     assert_like(results, simulate(results[0], module=module, optimizer=optimizer, sdp=sdp))
 
 
+@pytest.mark.parametrize(
+    ("sdp", "family"), [({**LAYERS, "coverage": 0.25}, "llama"), (HALF, "qwen3")], ids=["layer", "one_kv_head"]
+)
+def test_a_client_that_picks_what_requires_gradients(ranks4, sdp, family):
+    model = {"num_hidden_layers": 4} if family == "llama" else {"num_key_value_heads": 1}
+    values = {"sdp": sdp, "family": family, "model": model}
+    results = ranks4.run("tests.engine.client_cases:client_train", timeout=60, how="picky", stage=1, **values)
+    assert_owners_equal(results)
+    module = build_model(family, model)
+    optimizer = OPTIMIZERS["adamw"](module.parameters())
+    assert_like(results, simulate(results[0], module=module, optimizer=optimizer, sdp=sdp))
+
+
+def test_a_state_dict_has_the_weights_of_the_last_step(ranks4):
+    for state, full in ranks4.run("tests.engine.backward_cases:state_dict", timeout=60, sdp=HALF):
+        assert set(full) <= set(state)
+        assert all(torch.equal(state[name], value) for name, value in full.items())
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_bad_gradient_is_named_and_changes_nothing(ranks4, stage):
     results = ranks4.run(f"{CASES}:not_finite", timeout=60, action="skip", stage=stage, masking="backward")
@@ -141,7 +161,8 @@ def test_gradients_that_nobody_asked_for_are_dropped(ranks4):
 def test_training_from_meta_equals_the_simulation(ranks4, values):
     start = ranks4.run("tests.engine.cases:train", timeout=60, meta=True, **{**values, "steps": 0})
     assert_owners_equal(start)
-    forward = {**values, "steps": 0, "sdp": {**values["sdp"], "masking": "forward"}}
+    units = {key: value for key, value in values["sdp"].items() if key in ("coverage", "granularity")}
+    forward = {**values, "steps": 0, "sdp": units}
     same = ranks4.run("tests.engine.cases:train", timeout=60, meta=True, **forward)
     assert_same_weights(start[0]["full"], same[0]["full"], 0.0)
     module = build_model(values.get("family", "llama"), values.get("model"))

@@ -58,6 +58,12 @@ SDP_ROWS = [
         sdp={"masking": "backward", "output_scaling": "inverse_coverage"},
     ),
     row(
+        "overlap_of_nothing",
+        "ConfigError",
+        'overlap_refresh: got true with masking "forward"; takes masking "backward"',
+        sdp={"overlap_refresh": True},
+    ),
+    row(
         "recomputed_neurons",
         "ConfigError",
         'recompute_frozen: got true with masking "backward" and granularity "neuron"',

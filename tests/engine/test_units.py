@@ -36,6 +36,11 @@ def row(name, *, sdp, stage=1, family="llama", model=None, bucket=4000, **ds):
         row("layers-qwen2", sdp=LAYERS, family="qwen2", model={"num_hidden_layers": 4}),
         row("layers-stage3-checkpoint-clip", sdp={**LAYERS, "coverage": 0.75}, stage=3, clip=1.0, accumulation=2),
         row("layers-owner_sets", sdp={**LAYERS, "transport": "owner_sets"}, stage=3, model={"num_hidden_layers": 7}),
+        *(
+            row(f"layers-quarter-{how}-stage{s}", sdp={**LAYERS, "coverage": 0.25, "transport": how}, stage=s,
+                model={"num_hidden_layers": 4})
+            for how in ("owner_sets", "all_to_all") for s in (1, 2)
+        ),
         row("by_kind-stage3", sdp={"coverage": {"mlp": 0.5, "attention": 0.75}}, stage=3),
         row("by_kind", sdp={"coverage": {"mlp": 0.5, "attention": 0.75}}, stage=2),
         row("owners_by_kind", sdp={"owners_per_unit": {"mlp": 3, "attention": 4}}),

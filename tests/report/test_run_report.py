@@ -250,3 +250,9 @@ def test_one_kind_of_units_alone(tmp_path):
     plan = plan_of(4, 2, model=[space for space in spaces() if space.kind == "mlp"])
     plot_plan(plan, tmp_path / "plan.png")
     assert_drawn(tmp_path / "plan.png")
+
+
+def test_under_backward_masking_the_training_loss_is_the_full_models(tmp_path):
+    report_of(plan_of(4, 2), masking="backward").write(tmp_path)
+    assert "| training loss (full model) |" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["trained"] == "full model"
