@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.errors import (
+    CheckpointError,
     ConfigError,
     ConsistencyError,
     DataError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "ConsistencyError",
     "DataError",

@@ -64,6 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for the SDP block's plan_file")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw workers by layers, and the loads")
     plan.set_defaults(run=_plan)
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds")
+    inspect.add_argument("folder", type=Path, help="a checkpoint, or a folder of checkpoints (the latest counts)")
+    inspect.add_argument("--tag", help="of which checkpoint in the folder")
+    inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+    export = commands.add_parser("export", help="the full model of a checkpoint as a HuggingFace folder")
+    export.add_argument("folder", type=Path, help="a checkpoint, or a folder of checkpoints (the latest counts)")
+    export.add_argument("out", type=Path, help="the folder to write")
+    export.add_argument("--tag", help="of which checkpoint in the folder")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: that of training)")
+    export.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a tokenizer to copy into the folder")
+    export.set_defaults(run=_export)
     report = commands.add_parser("report", help="show the report of a finished run")
     report.add_argument("folder", type=Path, help="output folder of a run, with its report.json")
     report.add_argument("--json", action="store_true", help="print report.json as it is")
@@ -111,6 +124,29 @@ def _plan(args: argparse.Namespace) -> None:
                 write()
         except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
             raise OutputError(f"cannot write {path}: {error}") from None
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from deepspeed_sdp.checkpoint.summary import locate, summarize
+
+    summary = summarize(locate(args.folder, args.tag), args.verify)
+    if args.json:
+        print(json.dumps(summary, indent=2))
+        return
+    for key, value in summary.items():
+        shown = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
+        print(f"{key:<12}{shown}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from deepspeed_sdp.checkpoint.export import export
+    from deepspeed_sdp.checkpoint.summary import locate
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    export(locate(args.folder, args.tag), args.out, dtypes[args.dtype], args.tokenizer)
+    print(f"model: {args.out}")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -31,3 +31,7 @@ class NonFiniteError(SDPError, ArithmeticError):
 
 class ConsistencyError(SDPError, RuntimeError):
     """Owners of a unit hold different weights."""
+
+
+class CheckpointError(SDPError, RuntimeError):
+    """A checkpoint is missing, incomplete, damaged, or does not fit the model."""

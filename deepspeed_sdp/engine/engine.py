@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.assemble import assemble
+from deepspeed_sdp.engine.checkpointing import load_checkpoint, save_checkpoint
 from deepspeed_sdp.engine.consistency import check_owners
 from deepspeed_sdp.engine.evaluation import evaluate_full
 from deepspeed_sdp.engine.full_model import full_state_dict, save_hf
@@ -270,11 +271,53 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
     def coalesce_grad_reduction(self) -> NoReturn:
         raise ConfigError("coalesce_grad_reduction: not available with SDP; use gradient_accumulation_steps")
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ConfigError("save_checkpoint: not available with SDP in this version; save_hf() writes the full model")
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Collective. Write a checkpoint that any layout of the same model can load; see docs/checkpoints.md.
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ConfigError("load_checkpoint: not available with SDP in this version; initialize() takes a full model")
+        Raises:
+            OutputError: it cannot be written; on every rank. What was there before is untouched.
+            CheckpointError: ``client_state`` holds what could not be loaded safely.
+        """
+        if exclude_frozen_parameters:
+            raise ConfigError("exclude_frozen_parameters: got True; takes False, a checkpoint is complete")
+        save_checkpoint(self, Path(save_dir), tag, client_state, save_latest)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Collective. Take up a checkpoint of this model, whatever layout wrote it.
+
+        Returns:
+            its path and the client state; ``(None, None)`` where there is none and no ``tag`` was asked for.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another model; on every rank.
+        """
+        if custom_load_fn is not None or not load_module_strict:
+            raise ConfigError("load_checkpoint: takes load_module_strict=True and no custom_load_fn")
+        with_all = not load_module_only
+        return load_checkpoint(
+            self,
+            Path(load_dir),
+            tag,
+            with_optimizer=with_all and load_optimizer_states,
+            with_scheduler=with_all and load_lr_scheduler_states,
+        )
 
     def offload_states(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ConfigError("offload_states: not available with SDP in this version")

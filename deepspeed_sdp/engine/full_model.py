@@ -37,19 +37,13 @@ def full_state_dict(
                     keep(gather_space(subnetwork, planned, device))
     if not is_writer:
         return None
-    for name, buffer in subnetwork.module.named_buffers():
-        if not _is_transient(subnetwork, name):
-            weights[name] = buffer.detach().to("cpu", copy=True)
+    for name, buffer in subnetwork.persistent_buffers():
+        weights[name] = buffer.detach().to("cpu", copy=True)
     skeleton = subnetwork.full_skeleton()
     owners = {id(p): name for name, p in skeleton.named_parameters()}
     # Tied weights stand under each of their names, as in the model's own state dict.
     names = {name: owners.get(id(p), name) for name, p in skeleton.state_dict(keep_vars=True).items()}
     return {name: weights[owner] for name, owner in names.items()}
-
-
-def _is_transient(subnetwork: Subnetwork, name: str) -> bool:
-    parent, _, local = name.rpartition(".")
-    return local in subnetwork.module.get_submodule(parent)._non_persistent_buffers_set
 
 
 def save_hf(

@@ -129,7 +129,7 @@ def _copies(subnetwork: Subnetwork) -> Iterator[tuple[Item, torch.Tensor]]:
     place_of = {name: place for place, name in enumerate(subnetwork.full_order)}
     index = 0
     for name, full in subnetwork.partitioned.items():
-        if name not in subnetwork.trainable or name not in subnetwork.group_of:
+        if not subnetwork.is_trained(name):
             continue
         parameter = subnetwork.module.get_parameter(name)
         fragments = list(full.fragments(subnetwork.plan))

@@ -252,6 +252,16 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     # -- what DeepSpeed's engine and its users ask for ----------------------------------------------------------------
 
     @property
+    def parameters(self) -> Mapping[int, nn.Parameter]:
+        """Parameters of the subnetwork, by their index in the buckets."""
+        return self._local.parameters
+
+    @property
+    def masters(self) -> Mapping[OwnerBucket, nn.Parameter]:
+        """The master weights ``[shard_numel]`` of this rank's shard of each bucket."""
+        return self._masters
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The client's groups, with master shards as parameters."""
         return self.optimizer.param_groups

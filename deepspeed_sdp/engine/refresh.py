@@ -85,6 +85,12 @@ class WeightRefresh:
         if not self._is_lazy and index == len(self.portions) - 1:
             self.settle()
 
+    def send_all(self) -> None:
+        """Collective. Send every portion as it is, and wait for all of them."""
+        for index in range(len(self.portions)):
+            self.issue(index)
+        self.settle()
+
     def settle(self, through: int | None = None) -> None:
         """Wait for the portions up to ``through``, or for all: their weights are those of the last step."""
         while self._under_way and (through is None or self._under_way[0][0] <= through):

@@ -89,6 +89,19 @@ class Subnetwork:
         places = {name: i for i, name in enumerate(self.full_order)}
         return {name: (places[fragment.full_name], fragment.start) for name, fragment in self.fragments.items()}
 
+    def is_trained(self, full_name: str) -> bool:
+        """Whether a parameter of the full model takes gradients and is in one of the client's groups."""
+        return full_name in self.trainable and full_name in self.group_of
+
+    def persistent_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """Buffers that are part of a state dict, by name."""
+        found = []
+        for name, buffer in self.module.named_buffers():
+            parent, _, local = name.rpartition(".")
+            if local not in self.module.get_submodule(parent)._non_persistent_buffers_set:
+                found.append((name, buffer))
+        return found
+
     def full_skeleton(self) -> nn.Module:
         """The full model on the meta device: shapes and names, no memory."""
         with torch.device("meta"):

@@ -91,8 +91,11 @@ def test_the_gradient_is_unbiased(ranks4, sdp, stage, model):
     assert any(float((rotated[0][name] - dense[name]).abs().max()) > 1e-3 for name in dense), "one of them is not"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize("sdp", [{}, {"coverage": 0.75}, LAYERS], ids=["neuron", "chunks", "layer"])
+@pytest.mark.parametrize(
+    ("family", "sdp"),
+    [("llama", {"coverage": 0.75}), ("qwen2", {}), ("qwen3", LAYERS), ("mistral", BRANCHES)],
+    ids=["llama-chunks", "qwen2", "qwen3-layers", "mistral-branches"],
+)
 def test_the_forward_pass_is_the_full_models_to_the_bit(ranks4, family, sdp):
     sdp = {"masking": "backward", "coverage": 0.5, **sdp}
     results = ranks4.run("tests.engine.backward_cases:forward_bits", sdp=sdp, family=family)
@@ -104,7 +107,9 @@ def test_the_forward_pass_is_the_full_models_to_the_bit(ranks4, family, sdp):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("coverage", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize(
+    "coverage", [0.5, pytest.param(0.25, marks=pytest.mark.slow), pytest.param(0.75, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("units", [{}, LAYERS], ids=["neuron", "layer"])
 def test_costs_are_those_of_the_design(ranks4, units, coverage, stage):
     ds = {"stage": stage, "bf16": True}

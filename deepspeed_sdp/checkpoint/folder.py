@@ -1,0 +1,176 @@
+"""The folder of a job's checkpoints: complete ones under their tags, and ``latest``, DeepSpeed's name for the newest.
+
+A checkpoint is written into a hidden folder beside the others. Its manifest, with sizes and checksums of all files, is
+written last; then the folder is renamed to its tag, and then ``latest`` is replaced. A crash at any moment leaves the
+old ``latest`` and what it names, or the new ones.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed_sdp.checkpoint.tensor_files import fsync, read_json, write_json
+from deepspeed_sdp.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+
+_UNFINISHED = ".unfinished-"
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_tag(tag: str) -> str:
+    """``tag`` if it is a plain name.
+
+    Raises:
+        CheckpointError: it could lead out of the folder, or hide.
+    """
+    if not _TAG.fullmatch(tag) or tag == LATEST:
+        raise CheckpointError(f"tag: got {tag!r}; takes letters, digits, '.', '_' and '-', and not {LATEST!r}")
+    return tag
+
+
+def begin(folder: Path, tag: str) -> Path:
+    """An empty folder to write checkpoint ``tag`` into; what an earlier crash left of unfinished ones is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    staging = folder / f"{_UNFINISHED}{check_tag(tag)}"
+    staging.mkdir()
+    return staging
+
+
+def staging_of(folder: Path, tag: str) -> Path:
+    """The folder that :func:`begin` made, for the other ranks."""
+    return folder / f"{_UNFINISHED}{tag}"
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def finish(folder: Path, tag: str, files: Mapping[str, Mapping[str, Any]], is_latest: bool = True) -> Path:
+    """Make what was written under :func:`begin` the checkpoint ``tag``; an older one of that name is replaced.
+
+    Args:
+        files: name -> :func:`describe_file` of every file.
+    """
+    staging, final = staging_of(folder, tag), folder / tag
+    body = {"format": FORMAT, "tag": tag, "files": dict(sorted(files.items()))}
+    write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
+    fsync(staging)
+    if final.exists():
+        # Two renames: a crash between them leaves the new one complete under its hidden name, and no checkpoint `tag`.
+        replaced = folder / f"{_UNFINISHED}{tag}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        staging.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        staging.rename(final)
+    fsync(folder)
+    if is_latest:
+        set_latest(folder, tag)
+    return final
+
+
+def set_latest(folder: Path, tag: str) -> None:
+    """Let ``latest`` name ``tag``."""
+    new = folder / f".{LATEST}.new"
+    new.write_text(tag, encoding="utf-8")
+    fsync(new)
+    os.replace(new, folder / LATEST)
+    fsync(folder)
+
+
+def latest(folder: Path) -> str | None:
+    """The tag that ``latest`` names, ``None`` where nothing was saved.
+
+    Raises:
+        CheckpointError: the file is no tag.
+    """
+    try:
+        text = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint: cannot read {folder / LATEST}: {error}") from None
+    return check_tag(text)
+
+
+def tags(folder: Path) -> list[str]:
+    """Complete checkpoints, oldest first."""
+    found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+    return [path.name for path in sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)]
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint, by name.
+
+    Raises:
+        CheckpointError: there is no manifest, it is damaged, or of another format.
+    """
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"checkpoint: there is no {checkpoint}{_offer(checkpoint)}")
+    manifest = read_json(checkpoint / MANIFEST)
+    digest = manifest.pop("sha256", None)
+    if digest != _digest(manifest):
+        raise CheckpointError(f"checkpoint: {checkpoint / MANIFEST} is damaged{_offer(checkpoint)}")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"checkpoint: {checkpoint} has format {manifest['format']}; takes {FORMAT}")
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    return files
+
+
+def damage(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str | None:
+    """What is wrong with the first of ``names`` that differs from the manifest."""
+    for name in names:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        found = describe_file(path)
+        if found["bytes"] != files[name]["bytes"]:
+            return f"{path} has {found['bytes']} bytes; it was written with {files[name]['bytes']}"
+        if found["sha256"] != files[name]["sha256"]:
+            return f"{path} is damaged: its checksum differs from the manifest's"
+    return None
+
+
+def damaged(checkpoint: Path, what: str) -> CheckpointError:
+    """The error for a checkpoint that is not used, with an older one to take instead."""
+    return CheckpointError(f"checkpoint: {what}{_offer(checkpoint)}")
+
+
+def remove_old(folder: Path, keep_last: int, keep_every: int, steps: Mapping[str, int]) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints and those whose step is a multiple of ``keep_every``.
+
+    What ``latest`` names is never removed; 0 keeps all, or none for its step.
+    """
+    if not keep_last:
+        return
+    protected = {latest(folder), *tags(folder)[-keep_last:]}
+    for tag in tags(folder):
+        is_kept = keep_every and steps.get(tag, 1) % keep_every == 0
+        if tag not in protected and not is_kept:
+            # Invisible first, so that a crash leaves no half checkpoint.
+            hidden = folder / f"{_UNFINISHED}{tag}.removed"
+            (folder / tag).rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _offer(checkpoint: Path) -> str:
+    others = [tag for tag in tags(checkpoint.parent) if tag != checkpoint.name] if checkpoint.parent.is_dir() else []
+    return f"; complete ones there: {', '.join(reversed(others))}" if others else ""
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,64 @@
+"""What a checkpoint holds, for a person: ``deepspeed-sdp inspect``."""
+
+from pathlib import Path
+from typing import Any
+
+from deepspeed_sdp.checkpoint import folder as folders
+from deepspeed_sdp.checkpoint.tensor_files import read_index, read_json
+from deepspeed_sdp.checkpoint.writing import META
+from deepspeed_sdp.errors import CheckpointError
+
+
+def locate(path: Path, tag: str | None = None) -> Path:
+    """The checkpoint at ``path``: itself, or the latest (or ``tag``) of a folder of checkpoints.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if tag is None and (path / folders.MANIFEST).is_file():
+        return path
+    found = folders.check_tag(tag) if tag is not None else folders.latest(path)
+    if found is None:
+        raise CheckpointError(f"checkpoint: there is none in {path}; takes a checkpoint, or a folder with a `latest`")
+    return path / found
+
+
+def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
+    """JSON data.
+
+    Args:
+        verify: compare every file with its checksum.
+
+    Raises:
+        CheckpointError: it is incomplete or damaged.
+    """
+    files = folders.read_manifest(checkpoint)
+    if verify:
+        found = folders.damage(checkpoint, files, files)
+        if found:
+            raise folders.damaged(checkpoint, found)
+    meta, tensors = read_json(checkpoint / META), read_index(checkpoint)
+    kinds: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        kind = ".".join(name.split(".")[: 2 if name.startswith("optimizer.") else 1])
+        kinds[kind] = kinds.get(kind, 0) + tensor.size.numel()
+    block = meta["subnetwork_data_parallel"]
+    return {
+        "checkpoint": str(checkpoint),
+        "verified": verify,
+        "steps": meta["global_steps"],
+        "samples": meta["global_samples"],
+        "model": meta["model_class"],
+        "elements": kinds,
+        "bytes": sum(file["bytes"] for file in files.values()),
+        "files": len(files),
+        "written_by": {
+            "ranks": meta["world_size"],
+            "zero_stage": meta["zero_stage"],
+            "dtype": meta["dtype"],
+            "optimizer": meta["optimizer"],
+            "plan": meta["plan_hash"][:12],
+            **{key: block[key] for key in ("masking", "granularity", "coverage", "owners_per_unit")},
+            **meta["versions"],
+        },
+    }

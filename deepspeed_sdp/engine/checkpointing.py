@@ -1,0 +1,157 @@
+"""``save_checkpoint`` and ``load_checkpoint``: what of a job is in a checkpoint, and how it comes back."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+
+from deepspeed_sdp.checkpoint import open_checkpoint, write_checkpoint
+from deepspeed_sdp.engine.optimizer import GROUP_KEY
+from deepspeed_sdp.engine.training_state import TrainingState
+from deepspeed_sdp.errors import CheckpointError
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def save_checkpoint(
+    engine: Any, folder: Path, tag: str | None, client_state: Mapping[str, Any] | None, is_latest: bool
+) -> None:
+    """Collective; see :meth:`SDPEngine.save_checkpoint`."""
+    engine.optimizer.refresh.settle()
+    state = _state_of(engine)
+    write_checkpoint(
+        folder,
+        tag or f"global_step{engine.global_steps}",
+        state.to_write(),
+        _meta(engine, state),
+        engine.plan.to_json(),
+        {
+            "client_state": dict(client_state or {}),
+            "optimizer_groups": _group_options(engine),
+            "optimizer_scalars": state.scalars(),
+            "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+            "loss_scaler": {
+                "class": type(engine.optimizer.loss_scaler).__name__,
+                "state": _plain(vars(engine.optimizer.loss_scaler)),
+            },
+        },
+        {"random": _random_state()},
+        is_latest=is_latest,
+    )
+
+
+def load_checkpoint(
+    engine: Any, folder: Path, tag: str | None, *, with_optimizer: bool, with_scheduler: bool
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Collective; see :meth:`SDPEngine.load_checkpoint`."""
+    checkpoint = open_checkpoint(folder, tag)
+    if checkpoint is None:
+        logger.warning(f"{folder} has no checkpoint: nothing is loaded")
+        return None, None
+    saved = checkpoint.state()
+    if checkpoint.has_weights_only:
+        with_optimizer = with_scheduler = False
+    engine.optimizer.refresh.settle()
+    engine.optimizer.zero_grad()
+    if with_optimizer:
+        _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
+    state = _state_of(engine)
+    keys = checkpoint.meta["optimizer_state"] if with_optimizer else []
+    checkpoint.read(state.to_read(keys))
+    if with_optimizer:
+        state.take_state(saved["optimizer_scalars"])
+        for group, options in zip(engine.optimizer.param_groups, saved["optimizer_groups"], strict=True):
+            group.update(options)
+        scaler = engine.optimizer.loss_scaler
+        if saved["loss_scaler"]["class"] == type(scaler).__name__:
+            vars(scaler).update(saved["loss_scaler"]["state"])
+        for counter in _COUNTERS:
+            setattr(engine, counter, checkpoint.meta[counter])
+        if checkpoint.meta["world_size"] == dist.get_world_size():
+            _set_random_state(checkpoint.rank_state(dist.get_rank())["random"])
+    if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    state.spread()
+    return str(checkpoint.path), saved["client_state"]
+
+
+def _state_of(engine: Any) -> TrainingState:
+    return TrainingState(engine._subnetwork, engine.optimizer, engine._owner_groups)
+
+
+def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
+    subnetwork = engine._subnetwork
+    config = subnetwork.full_config
+    return {
+        **{counter: getattr(engine, counter) for counter in _COUNTERS},
+        "world_size": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "dtype": str(next(iter(subnetwork.module.parameters())).dtype).removeprefix("torch."),
+        "optimizer": type(engine.basic_optimizer).__name__,
+        "optimizer_state": state.state_keys(),
+        "plan_hash": engine.plan.hash,
+        "subnetwork_data_parallel": engine.sdp_config.model_dump(mode="json"),
+        "model_class": subnetwork.model_class.__name__,
+        "model_config": config.to_dict() if hasattr(config, "to_dict") else {},
+        "versions": {
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _group_options(engine: Any) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in group.items() if key not in ("params", GROUP_KEY)}
+        for group in engine.optimizer.param_groups
+    ]
+
+
+def _check_optimizer(engine: Any, saved_name: str, saved: list[dict[str, Any]]) -> None:
+    name = type(engine.basic_optimizer).__name__
+    # Adam's state is the same in all its implementations.
+    if name != saved_name and not ("Adam" in name and "Adam" in saved_name):
+        raise CheckpointError(
+            f"checkpoint: has the state of {saved_name}; the optimizer is {name} (load_optimizer_states=False loads "
+            "the weights alone)"
+        )
+    groups = engine.optimizer.param_groups
+    if len(groups) != len(saved):
+        raise CheckpointError(
+            f"checkpoint: has {len(saved)} parameter groups; the optimizer has {len(groups)} (load_optimizer_states="
+            "False loads the weights alone)"
+        )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | type(None))}
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    accelerator = get_accelerator()
+    on_device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "device": on_device,
+    }
+
+
+def _set_random_state(saved: dict[str, Any]) -> None:
+    random.setstate(saved["python"])
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(saved["torch"])
+    if saved["device"] is not None and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(saved["device"])

@@ -1,0 +1,144 @@
+"""This rank's part of the training state, as rectangles of the full model's tensors.
+
+Master weights and optimizer state are logical tensors with the full model's shapes, ``master.<parameter>`` and
+``optimizer.<state>.<parameter>``, so that no trace of the layout that wrote them is in a checkpoint. What is not
+trained is ``model.<parameter or buffer>``.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range
+from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.optimizer import SDPOptimizer
+from deepspeed_sdp.engine.owner_bucket import OwnerBucket
+from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.subnetwork import Fragment, Subnetwork
+
+
+class TrainingState:
+    """See the module."""
+
+    def __init__(self, subnetwork: Subnetwork, optimizer: SDPOptimizer, groups: OwnerGroups) -> None:
+        self._subnetwork = subnetwork
+        self._optimizer = optimizer
+        self._groups = groups
+        self._rank = dist.get_rank()
+        self._read: dict[nn.Parameter, dict[str, Any]] = {}
+        names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
+        self._names = {index: names[id(parameter)] for index, parameter in optimizer.parameters.items()}
+
+    def to_write(self) -> list[Entry]:
+        """What this rank writes; each element of a logical tensor is written by one rank."""
+        entries: list[Entry] = []
+        for bucket, master in self._optimizer.masters.items():
+            share = bucket.share_of(self._rank)
+            entries += self._of_bucket(bucket, "master", master.data, *share)
+            for key, value in self._tensors(master).items():
+                entries += self._of_bucket(bucket, f"optimizer.{key}", value, *share)
+        return [*entries, *self._untrained(is_writing=True)]
+
+    def to_read(self, state_keys: Sequence[str]) -> list[Entry]:
+        """What this rank needs. ``state_keys`` are tensors of the optimizer's state, which :meth:`take_state` takes."""
+        entries: list[Entry] = []
+        self._read = {}
+        for bucket, master in self._optimizer.masters.items():
+            start = min(bucket.index * bucket.shard_numel, bucket.bucket.numel)
+            shard = (start, min(start + bucket.shard_numel, bucket.bucket.numel))
+            entries += self._of_bucket(bucket, "master", master.data, *shard)
+            for key in state_keys:
+                value = torch.zeros_like(master.data)
+                self._read.setdefault(master, {})[key] = value
+                entries += self._of_bucket(bucket, f"optimizer.{key}", value, *shard)
+        return [*entries, *self._untrained(is_writing=False)]
+
+    def state_keys(self) -> list[str]:
+        """Names of the optimizer's state tensors on this rank, e.g. ``exp_avg``."""
+        return sorted({key for master in self._optimizer.masters.values() for key in self._tensors(master)})
+
+    def scalars(self) -> dict[str, Any]:
+        """The rest of the optimizer's state, e.g. ``step``, which all parameters share; JSON data.
+
+        Raises:
+            CheckpointError: parameters differ in it.
+        """
+        found: dict[str, Any] = {}
+        for master in self._optimizer.masters.values():
+            for key, value in self._optimizer.state.get(master, {}).items():
+                if key in self._tensors(master):
+                    continue
+                described = {"value": value, "dtype": None}
+                if isinstance(value, torch.Tensor):
+                    described = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+                if found.setdefault(key, described) != described:
+                    raise CheckpointError(
+                        f"optimizer: parameters differ in {key!r}: {found[key]['value']} and {described['value']}"
+                    )
+        return found
+
+    def take_state(self, scalars: dict[str, Any]) -> None:
+        """Make what was read, and what :meth:`scalars` returned, the optimizer's state."""
+        basic = self._optimizer.optimizer
+        counts_in_tensors = type(basic).__module__.startswith("torch.optim")
+        basic.state.clear()
+        for master in self._optimizer.masters.values():
+            basic.state[master].update(self._read.get(master, {}))
+            for key, described in scalars.items():
+                value, dtype = described["value"], described["dtype"]
+                if key == "step":
+                    # DeepSpeed's optimizers count in integers.
+                    value = torch.tensor(float(value)) if counts_in_tensors else int(value)
+                elif dtype is not None:
+                    value = torch.tensor(value, dtype=getattr(torch, dtype))
+                basic.state[master][key] = value
+        self._read = {}
+
+    def spread(self) -> None:
+        """Collective. The master weights are new: bring them to all who compute with them."""
+        with torch.no_grad():
+            for bucket, master in self._optimizer.masters.items():
+                bucket.store(master.data)
+        self._optimizer.refresh.send_all()
+
+    def _tensors(self, master: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = self._optimizer.state.get(master, {})
+        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == master.shape}
+
+    def _of_bucket(
+        self, bucket: OwnerBucket, prefix: str, values: torch.Tensor, start: int, stop: int
+    ) -> Iterator[Entry]:
+        """Elements ``[start, stop)`` of the bucket, out of this rank's ``values`` ``[shard_numel]``."""
+        base, first = bucket.index * bucket.shard_numel, 0
+        for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
+            name, shape, whole = self._place(self._names[index])
+            for region, low, high in regions_of_range(whole, max(start - first, 0), min(stop - first, numel)):
+                part = values[first + low - base : first + high - base]
+                yield Entry(f"{prefix}.{name}", shape, region, part.view(region.sizes))
+            first += numel
+
+    def _place(self, name: str) -> tuple[str, tuple[int, ...], Region]:
+        """Full name, full shape, and rectangle of a parameter of the subnetwork."""
+        fragment: Fragment = self._subnetwork.fragments[name]
+        sizes = tuple(self._subnetwork.module.get_parameter(name).shape)
+        if fragment.dim is None:
+            return fragment.full_name, sizes, Region((0,) * len(sizes), sizes)
+        offsets = tuple(fragment.start if dim == fragment.dim else 0 for dim in range(len(sizes)))
+        return fragment.full_name, self._subnetwork.partitioned[fragment.full_name].shape, Region(offsets, sizes)
+
+    def _untrained(self, is_writing: bool) -> Iterator[Entry]:
+        subnetwork = self._subnetwork
+        for name, parameter in subnetwork.module.named_parameters():
+            fragment = subnetwork.fragments[name]
+            if name in subnetwork.views or subnetwork.is_trained(fragment.full_name):
+                continue
+            if not is_writing or self._groups.ranks(fragment.owner_set)[0] == self._rank:
+                full_name, shape, region = self._place(name)
+                yield Entry(f"model.{full_name}", shape, region, parameter.data)
+        for name, buffer in subnetwork.persistent_buffers():
+            if not is_writing or self._rank == 0:
+                region = Region((0,) * buffer.dim(), tuple(buffer.shape))
+                yield Entry(f"model.{name}", tuple(buffer.shape), region, buffer)

@@ -1,0 +1,106 @@
+"""Saving, and loading into whatever layout."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import deepspeed_sdp
+from tests.engine.cases import build_model, ds_config, face, run_steps
+
+HALF = {"coverage": 0.5}
+SCHEDULER = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
+
+
+def start(sdp, ds, model=None, family="llama", seed=0, frozen=(), dropout=0.0, optimizer=None):
+    module = build_model(family, {**(model or {}), "attention_dropout": dropout}, frozen=frozen)
+    with torch.no_grad():  # what is loaded must not have been there before
+        for parameter in module.parameters():
+            parameter.add_(0.01 * seed)
+    config = ds_config(**ds, scheduler=SCHEDULER)
+    if optimizer:
+        config.update(optimizer=optimizer, zero_allow_untested_optimizer=True)
+    engine, *_ = deepspeed_sdp.initialize(model=module, config=config, sdp_config=sdp)
+    return engine
+
+
+def save_and_go_on(folder, sdp, ds, tag=None, steps=3, more=2, **values):
+    """Train, save, train on: what came after the checkpoint."""
+    engine = start(sdp, ds, **values)
+    run_steps(engine, steps)
+    engine.save_checkpoint(folder, tag=tag, client_state={"consumed": 17, "name": "x"})
+    draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+    result = {**run_steps(engine, more, seed=9), "draws": draws, "lr": engine.get_lr(), **face(engine)}
+    engine.destroy()
+    return result
+
+
+def load_and_go_on(folder, sdp, ds, tag=None, more=2, **values):
+    """The same from the checkpoint."""
+    engine = start(sdp, ds, seed=1, **values)
+    path, client_state = engine.load_checkpoint(folder, tag=tag)
+    draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+    loaded = face(engine)
+    result = {**run_steps(engine, more, seed=9), "draws": draws, "lr": engine.get_lr(), **face(engine)}
+    result.update(path=path, client_state=client_state, steps=engine.global_steps, loaded=loaded["full"])
+    engine.destroy()
+    return result
+
+
+def load_and_save(folder, out, sdp, ds, **values):
+    """Into another layout, and out again."""
+    engine = start(sdp, ds, seed=1, **values)
+    engine.load_checkpoint(folder)
+    engine.save_checkpoint(out)
+    result = face(engine)
+    engine.destroy()
+    return result
+
+
+def from_hf_folder(folder, sdp, ds, **values):
+    """A model that was exported, taken up by another layout."""
+    engine = start(HALF, {"stage": 1}, **values)
+    run_steps(engine, 1)
+    engine.save_hf(folder)
+    before = engine.full_state_dict()
+    engine.destroy()
+    engine = start(sdp, ds, seed=1, **values)
+    engine.load_checkpoint(folder)
+    after = engine.full_state_dict()
+    losses = run_steps(engine, 1)["losses"]
+    engine.destroy()
+    return before, after, losses
+
+
+def load_error(folder, sdp, ds, tag=None, **values):
+    """The message of the refusal, and the loss of a step afterwards."""
+    engine = start(sdp, ds, **values)
+    message = None
+    try:
+        engine.load_checkpoint(folder, tag=tag)
+    except deepspeed_sdp.SDPError as error:
+        message = f"{type(error).__name__}: {error}"
+    engine.destroy()
+    return message
+
+
+def save_errors(folder, sdp, ds):
+    """Saving where it cannot be done, and training on: the messages."""
+    engine = start(sdp, ds)
+    run_steps(engine, 1)
+    messages = []
+    blocked = Path(folder) / "file"
+    if dist.get_rank() == 0:
+        blocked.write_text("")
+    dist.barrier()
+    for target, state in ((blocked / "inside", {}), (Path(folder) / "ok", {"f": print})):
+        try:
+            engine.save_checkpoint(target, client_state=state)
+        except deepspeed_sdp.SDPError as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    losses = run_steps(engine, 1)["losses"]
+    engine.save_checkpoint(Path(folder) / "ok")
+    engine.destroy()
+    return messages, losses

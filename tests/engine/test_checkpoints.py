@@ -1,0 +1,262 @@
+"""Checkpoints: the same job goes on to the bit, and any layout goes to any other."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deepspeed_sdp.checkpoint import folder as folders
+from deepspeed_sdp.checkpoint.export import export
+from deepspeed_sdp.checkpoint.summary import locate
+from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
+from deepspeed_sdp.cli import main
+from tests.engine.cases import build_model
+from tests.support.compare import assert_owners_equal
+
+CASES = "tests.engine.checkpoint_cases"
+HALF = {"coverage": 0.5}
+LAYERS = {"coverage": 0.5, "granularity": "block"}
+BACKWARD = {"coverage": 0.5, "masking": "backward"}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+LAYOUTS = {
+    "half-0": (HALF, {"stage": 0}),
+    "half-1": (HALF, {"stage": 1, "bucket": 4000}),
+    "half-2-owner_sets": ({**HALF, "transport": "owner_sets"}, {"stage": 2, "bucket": 4000}),
+    "half-3": (HALF, {"stage": 3, "bucket": 4000}),
+    "three_quarters-1": ({"coverage": 0.75}, {"stage": 1}),
+    "quarter-2": ({"coverage": 0.25}, {"stage": 2}),
+    "layers-1": (LAYERS, {"stage": 1}),
+    "layers-3": (LAYERS, {"stage": 3}),
+    "branches-0": ({**LAYERS, "block_unit": "branch"}, {"stage": 0}),
+    "backward-0": (BACKWARD, {"stage": 0}),
+    "backward-1": ({**BACKWARD, "overlap_refresh": True}, {"stage": 1, "bucket": 4000}),
+    "backward-layers-2": ({**LAYERS, "masking": "backward"}, {"stage": 2}),
+    "replicas-1": ({"num_subnetworks": 2, "owners_per_unit": 1}, {"stage": 1}),
+    "dense-1": ({"coverage": 1.0}, {"stage": 1}),
+    "dense-3": ({"coverage": 1.0}, {"stage": 3}),
+}
+
+
+def tensors_of(checkpoint):
+    """The logical tensors of a checkpoint, put together by one process."""
+    from safetensors import safe_open
+
+    reader = TensorFileReader(checkpoint)
+    metadata = reader.read_metadata()
+    full = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        full[name] = torch.full(tensor.size, float("nan"), dtype=tensor.properties.dtype)
+    for index, place in reader._places.items():
+        chunk = metadata.state_dict_metadata[index.fqn].chunks[index.index]
+        with safe_open(checkpoint / place["file"], framework="pt") as file:
+            slices = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            full[index.fqn][slices] = file.get_tensor(place["key"])
+    assert not any(value.isnan().any() for value in full.values())
+    return full
+
+
+def assert_same_tensors(one, two):
+    assert set(one) == set(two)
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+BF16 = ("half-1", "half-3", "backward-1")
+
+
+@pytest.mark.parametrize(
+    ("layout", "bf16"),
+    [
+        *(pytest.param(layout, False, id=layout) for layout in LAYOUTS),
+        *(
+            pytest.param(layout, True, id=f"{layout}-bf16", marks=[] if layout in BF16 else pytest.mark.slow)
+            for layout in LAYOUTS
+        ),
+    ],
+)
+def test_the_same_layout_goes_on_to_the_bit(ranks4, tmp_path, layout, bf16):
+    sdp, ds = LAYOUTS[layout]
+    values = {"folder": str(tmp_path), "sdp": sdp, "ds": {**ds, "bf16": bf16, "clip": 1.0, "accumulation": 2}}
+    values["dropout"] = 0.1
+    expected = ranks4.run(f"{CASES}:save_and_go_on", timeout=90, **values)
+    resumed = ranks4.run(f"{CASES}:load_and_go_on", timeout=90, **values)
+    assert_owners_equal(resumed)
+    for before, after in zip(expected, resumed, strict=True):
+        for key in ("losses", "norms", "draws", "lr"):
+            assert after[key] == before[key], key
+        assert after["client_state"] == {"consumed": 17, "name": "x"}
+        assert after["steps"] == 5
+        assert all(torch.equal(value, after["owned"][name][1]) for name, (_, value) in before["owned"].items())
+    assert_same_tensors(expected[0]["full"], resumed[0]["full"])
+
+
+PAIRS = [
+    ("half-1", "three_quarters-1"), ("half-0", "layers-3"), ("layers-1", "backward-1"), ("backward-0", "half-3"),
+    ("half-3", "dense-1"), ("dense-3", "quarter-2"), ("replicas-1", "branches-0"), ("backward-layers-2", "replicas-1"),
+    ("quarter-2", "half-2-owner_sets"), ("branches-0", "dense-3"),
+]  # fmt: skip
+
+
+def check_pair(pool_of, tmp_path, one, two, worlds=(4, 4), **values):
+    sdp, ds = LAYOUTS[one]
+    first = tmp_path / "first"
+    saved = pool_of(worlds[0]).run(
+        f"{CASES}:save_and_go_on", timeout=90, folder=str(first), sdp=sdp, ds=ds, more=0, **values
+    )
+    sdp, ds = LAYOUTS[two] if isinstance(two, str) else two
+    loaded = pool_of(worlds[1]).run(
+        f"{CASES}:load_and_save", timeout=90, folder=str(first), out=str(tmp_path / "second"), sdp=sdp, ds=ds, **values
+    )
+    assert_owners_equal(loaded)
+    assert_same_tensors(saved[0]["full"], loaded[0]["full"])
+    tags = [(tmp_path / name / "latest").read_text() for name in ("first", "second")]
+    assert tags == ["global_step3"] * 2
+    assert_same_tensors(*(tensors_of(tmp_path / name / tags[0]) for name in ("first", "second")))
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS)
+def test_any_layout_goes_to_any_other(pools, tmp_path, one, two):
+    check_pair(pools, tmp_path, one, two, model=BIASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("one", "two"), itertools.permutations(LAYOUTS, 2))
+def test_every_layout_goes_to_every_other(pools, tmp_path, one, two):
+    check_pair(pools, tmp_path, one, two, family="qwen2", model={"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(("one", "two"), [("half-1", (4, 3)), ("backward-0", (4, 3))])
+def test_another_number_of_ranks(pools, tmp_path, one, two):
+    check_pair(pools, tmp_path, one, ({"owners_per_unit": 2}, {"stage": 2}), worlds=two)
+
+
+def test_frozen_parameters_come_back(pools, tmp_path):
+    frozen = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    check_pair(pools, tmp_path, "half-1", "backward-1", frozen=frozen)
+
+
+def test_a_missing_latest_loads_nothing(ranks4, tmp_path):
+    results = ranks4.run(f"{CASES}:load_and_go_on", timeout=60, folder=str(tmp_path), sdp=HALF, ds={"stage": 1}, more=0)
+    assert [(result["path"], result["client_state"]) for result in results] == [(None, None)] * 4
+
+
+def damaged(checkpoint, how):
+    file = sorted(checkpoint.glob("tensors-00002-*"))[0]
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        file.write_bytes(content[:-100])
+    elif how == "flipped":
+        content[-5] ^= 4
+        file.write_bytes(content)
+    elif how == "missing":
+        file.unlink()
+    else:
+        manifest = checkpoint / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"bytes": ', '"bytes": 1'))
+        return manifest
+    return file
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "manifest"])
+def test_damage_is_found_named_and_another_offered(ranks4, tmp_path, how):
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1}}
+    for tag in ("old", "new"):
+        ranks4.run(f"{CASES}:save_and_go_on", timeout=60, tag=tag, steps=1, more=0, **values)
+    file = damaged(tmp_path / "new", how)
+    messages = ranks4.run(f"{CASES}:load_error", timeout=60, **values)
+    assert len(set(messages)) == 1
+    assert str(file) in messages[0]
+    assert messages[0].endswith("complete ones there: old")
+    assert ranks4.run(f"{CASES}:load_error", timeout=60, tag="old", **values) == [None] * 4
+
+
+def test_hostile_files_are_refused(ranks4, tmp_path):
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1}}
+    ranks4.run(f"{CASES}:save_and_go_on", timeout=60, tag="t", steps=1, more=0, **values)
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    checkpoint = tmp_path / "t"
+    torch.save({"client_state": Hostile()}, checkpoint / "state.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    body = {key: manifest[key] for key in ("format", "tag", "files")}
+    body["files"]["state.pt"] = folders.describe_file(checkpoint / "state.pt")
+    (checkpoint / "manifest.json").write_text(json.dumps({**body, "sha256": folders._digest(body)}))
+    for message in ranks4.run(f"{CASES}:load_error", timeout=60, **values):
+        assert "state.pt is refused" in message
+    assert not (tmp_path / "owned").exists()
+    for tag in ("../t", ".hidden", "latest"):
+        assert all("tag: got" in m for m in ranks4.run(f"{CASES}:load_error", timeout=60, **{**values, "tag": tag}))
+
+
+def test_another_model_is_refused_in_words(ranks4, tmp_path):
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1}}
+    ranks4.run(f"{CASES}:save_and_go_on", timeout=60, steps=1, more=0, **values)
+    messages = ranks4.run(f"{CASES}:load_error", timeout=60, **values, model={"intermediate_size": 60})
+    assert "has shape [32, 53]; the model takes [32, 60]" in messages[0]
+
+
+def test_another_optimizer_is_refused_in_words(ranks4, tmp_path):
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1}}
+    ranks4.run(f"{CASES}:save_and_go_on", timeout=60, steps=1, more=0, **values)
+    optimizer = {"type": "SGD", "params": {"lr": 0.1}}
+    messages = ranks4.run(f"{CASES}:load_error", timeout=60, **values, optimizer=optimizer)
+    assert "has the state of AdamW; the optimizer is SGD" in messages[0]
+
+
+@pytest.mark.parametrize("layout", ["layers-1", "backward-0", "half-3"])
+def test_a_huggingface_folder_is_a_start(ranks4, tmp_path, layout):
+    sdp, ds = LAYOUTS[layout]
+    values = {"model": {"tie_word_embeddings": True}, "family": "qwen3"}
+    results = ranks4.run(f"{CASES}:from_hf_folder", timeout=60, folder=str(tmp_path / "hf"), sdp=sdp, ds=ds, **values)
+    assert_same_tensors(*results[0][:2])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks4, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    values = {"sdp": HALF, "ds": {"stage": 2, "bf16": True}, "family": "qwen3", "model": {"tie_word_embeddings": True}}
+    saved = ranks4.run(f"{CASES}:save_and_go_on", timeout=60, folder=str(folder), more=0, **values)
+    return folder, saved[0]["full"]
+
+
+@pytest.mark.parametrize("shard_bytes", [10_000, 2 << 30])
+def test_export_streams_the_full_model(checkpoint, tmp_path, shard_bytes):
+    folder, full = checkpoint
+    export(locate(folder), tmp_path / "hf", shard_bytes=shard_bytes)
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == (shard_bytes == 10_000)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert_same_tensors({name: value.float() for name, value in model.state_dict().items()}, full)
+
+
+def test_inspect_and_export_from_the_console(checkpoint, tmp_path, capsys):
+    folder, full = checkpoint
+    assert main(["inspect", str(folder), "--verify", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    numel = sum(p.numel() for p in build_model("qwen3", {"tie_word_embeddings": True}).parameters())
+    assert summary["elements"] == {"master": numel, "optimizer.exp_avg": numel, "optimizer.exp_avg_sq": numel}
+    assert (summary["steps"], summary["written_by"]["ranks"], summary["verified"]) == (3, 4, True)
+    assert main(["inspect", str(folder)]) == 0
+    assert "exp_avg" in capsys.readouterr().out
+    assert main(["export", str(folder), str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").state_dict()
+    # fp32 are the master weights, of which training has the bf16.
+    assert_same_tensors({name: value.bfloat16().float() for name, value in exported.items()}, full)
+    assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 1
+    assert "there is none in" in capsys.readouterr().err
+
+
+def test_a_save_that_fails_says_so_on_all_ranks_and_the_job_goes_on(ranks4, tmp_path):
+    results = ranks4.run(f"{CASES}:save_errors", timeout=60, folder=str(tmp_path), sdp=HALF, ds={"stage": 2})
+    for messages, losses in results:
+        assert messages == results[0][0]
+        assert messages[0].startswith("OutputError: rank 0: cannot write the checkpoint")
+        assert messages[1].startswith("CheckpointError: rank 0: client_state: cannot be loaded safely")
+        assert losses
+    assert [path.name for path in (tmp_path / "ok").iterdir() if path.name.startswith(".")] == []
