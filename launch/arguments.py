@@ -95,6 +95,16 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
         action="store_true",
         help="at the end, measure the dense model's state under the same DeepSpeed config; needs the memory for it",
     )
+    saving = parser.add_argument_group("checkpoints, in OUTPUT_DIR/checkpoints")
+    saving.add_argument(
+        "--checkpoint_interval",
+        type=int,
+        default=0,
+        help="steps between checkpoints (default: 0, only when SIGTERM or SIGUSR1 asks the job to stop)",
+    )
+    saving.add_argument(
+        "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
+    )
     other = parser.add_argument_group("other")
     other.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
     other.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
@@ -110,6 +120,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "seed": (args.seed >= 0, "a number from 0 on"),
         "seq_length": (args.seq_length >= 2, "a number from 2 on"),
         "eval_interval": (args.eval_interval >= 1, "a number from 1 on"),
+        "checkpoint_interval": (args.checkpoint_interval >= 0, "a number from 0 on"),
         "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
         "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
         "max_text_mb": (0 < args.max_text_mb < math.inf, "a positive number"),

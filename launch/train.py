@@ -39,8 +39,9 @@ def train(args: argparse.Namespace) -> None:
 
     import deepspeed_sdp
     from deepspeed_sdp.data import load_corpus
-    from deepspeed_sdp.engine import check_job, gradient_peak, model_state_bytes, start_communication
+    from deepspeed_sdp.engine import Peak, check_job, gradient_peak, model_state_bytes, start_communication
     from deepspeed_sdp.report import RunReport
+    from deepspeed_sdp.stopping import StopRequest
     from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
     if args.local_rank >= 0:
@@ -64,16 +65,20 @@ def train(args: argparse.Namespace) -> None:
     steps = args.steps or tokens_to_steps(args.tokens, engine, args.seq_length)
     tokens_per_step = engine.train_batch_size() * args.seq_length
 
-    batches = training_batches(corpus, engine, args.seed)
     evaluation = rank_slice(corpus.heldout, args.eval_sequences, rank, world)
     report = RunReport(
         plan=engine.plan, tokens_per_step=tokens_per_step, unigram_val_loss=corpus.unigram_val_loss, masking=sdp.masking
     )
-    progress = progress_bar(steps, rank)
+    checkpoints = output / "checkpoints"
+    done = 0 if args.restart else resume(engine, checkpoints, report)
+    batches = training_batches(corpus, engine, args.seed)
+    progress = progress_bar(steps, rank, done)
     losses: list[torch.Tensor] = []
-    began = time.monotonic()
-    for step in range(1, steps + 1):
-        if step == min(2, steps):
+    peak = Peak()
+    stop = StopRequest()
+    began = time.monotonic() - report.seconds
+    for step in range(done + 1, steps + 1):
+        if step == min(done + 2, steps):
             with gradient_peak(engine) as peak:
                 losses.append(train_step(engine, batches))
         else:
@@ -91,6 +96,17 @@ def train(args: argparse.Namespace) -> None:
         if step % args.eval_interval == 0 and step < steps:
             report.val_losses.append((step, engine.evaluate_full(eval_batches(evaluation, engine))))
             write_monitor(engine, report)
+        is_asked = stop.agreed()
+        if is_asked or (args.checkpoint_interval and step % args.checkpoint_interval == 0):
+            report.seconds = time.monotonic() - began
+            engine.save_checkpoint(checkpoints, client_state={"report": report.history()})
+        if is_asked and step < steps:
+            progress.close()
+            if rank == 0:
+                print(f"stopped at step {step}; the same command goes on from {checkpoints}", flush=True)
+            dist.barrier()
+            dist.destroy_process_group()
+            return
     everything = rank_slice(corpus.heldout, 0, rank, world)
     report.val_losses.append((steps, engine.evaluate_full(eval_batches(everything, engine))))
     write_monitor(engine, report)
@@ -185,7 +201,10 @@ def training_batches(corpus: "Corpus", engine: Any, seed: int) -> Iterator[dict[
     size = engine.train_micro_batch_size_per_gpu()
     dataset = PackedDataset(corpus.train)
     sampler = RankSampler(len(dataset), seed=seed)
-    for indices in sampler.batches(dist.get_rank(), dist.get_world_size(), size):
+    world = dist.get_world_size()
+    # Where the samples that were trained on end; of another number of ranks, rounded down to a whole batch.
+    start = engine.global_samples // (world * size)
+    for indices in sampler.batches(dist.get_rank(), world, size, start):
         yield to_device([dataset[int(i)] for i in indices], engine.device)
 
 
@@ -230,10 +249,33 @@ def mean_over_ranks(losses: list[Any]) -> float:
     return float(mean) / dist.get_world_size()
 
 
-def progress_bar(steps: int, rank: int) -> Any:
+def resume(engine: Any, checkpoints: Path, report: Any) -> int:
+    """Collective. Take up the latest checkpoint, if there is one; the steps done so far."""
+    if not any_rank(checkpoints.exists()):
+        return 0
+    path, state = engine.load_checkpoint(checkpoints)
+    if state is None:
+        return 0
+    report.set_history(state["report"])
+    if engine.global_rank == 0:
+        print(f"going on from {path}", flush=True)
+    return int(engine.global_steps)
+
+
+def any_rank(value: bool) -> bool:
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return any(values)
+
+
+def progress_bar(steps: int, rank: int, done: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, disable=rank != 0, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0)
+    return tqdm(
+        total=steps, initial=done, disable=rank != 0, desc="train", unit="step", dynamic_ncols=True, mininterval=1.0
+    )
 
 
 def write_monitor(engine: Any, report: Any) -> None:

@@ -3,6 +3,6 @@
 from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.initialize import check_job, initialize
-from deepspeed_sdp.engine.memory import gradient_peak, model_state_bytes
+from deepspeed_sdp.engine.memory import Peak, gradient_peak, model_state_bytes
 
-__all__ = ["SDPEngine", "check_job", "gradient_peak", "initialize", "model_state_bytes", "start_communication"]
+__all__ = ["Peak", "SDPEngine", "check_job", "gradient_peak", "initialize", "model_state_bytes", "start_communication"]

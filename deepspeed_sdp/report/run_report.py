@@ -52,6 +52,15 @@ class RunReport:
         """The last loss of the full model."""
         return self.val_losses[-1][1]
 
+    def history(self) -> dict[str, Any]:
+        """What a job that goes on later must know of this one."""
+        return {"train_losses": self.train_losses, "val_losses": self.val_losses, "seconds": self.seconds}
+
+    def set_history(self, history: dict[str, Any]) -> None:
+        """Go on where :meth:`history` was taken."""
+        self.train_losses[:], self.val_losses[:] = history["train_losses"], history["val_losses"]
+        self.seconds = history["seconds"]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data; the keys of ``report.json``."""
         steps = self.val_losses[-1][0]
