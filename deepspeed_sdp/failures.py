@@ -5,7 +5,9 @@ have written its message before any rank exits.
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ T = TypeVar("T")
 _CLAIM = "deepspeed_sdp/failure"
 # How long a rank waits for the one that reports; launchers end it earlier.
 _GRACE_SECONDS = 10.0
+_is_terminated = False
 
 
 @contextmanager
@@ -62,8 +65,18 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def note_termination() -> None:
+    """This process was sent SIGTERM and went on: by its launcher, perhaps, because another rank has failed."""
+    global _is_terminated
+    _is_terminated = True
+
+
 def _end_job(message: str) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     first = _claim()
+    if first is None and _is_terminated:
+        os._exit(1)
     if not first:
         time.sleep(_GRACE_SECONDS)
     # Who cannot know and is still alive was the only one to fail.

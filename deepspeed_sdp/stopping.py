@@ -3,6 +3,8 @@
 import signal
 from types import FrameType
 
+from deepspeed_sdp.failures import note_termination
+
 # A scheduler's last warning, and the one that Slurm's --signal=USR1@<seconds> sends before it.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,6 +19,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
+        if number == signal.SIGTERM:
+            note_termination()
 
     def agreed(self) -> bool:
         """Collective. Whether any rank was asked to stop; the same on all ranks."""

@@ -216,3 +216,15 @@ def test_what_works_on_the_first_rank_is_returned_there(two_ranks):
     result = two_ranks["first_rank_works"]
     assert sorted(result["log"].split("\n")) == ["", "rank 0 got 42", "rank 1 got None"]
     assert result["codes"] == [0, 0]
+
+
+def test_who_was_terminated_and_cannot_know_is_silent():
+    """Its launcher ended the job because of another rank, which has reported."""
+    done = run("failures.note_termination(); raise DataError('late')", rank=1, grace=30)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert done.seconds < 25
+
+
+def test_a_stop_request_does_not_outlive_a_failure():
+    body = "from deepspeed_sdp.stopping import StopRequest; stop = StopRequest(); raise DataError('broken')"
+    assert run(body).stderr == "\nerror: broken\n"

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ LATEST = "latest"
 FORMAT = 1
 
 _UNFINISHED = ".unfinished-"
+_REPLACED = ".replaced"
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -39,6 +40,7 @@ def check_tag(tag: str) -> str:
 def begin(folder: Path, tag: str) -> Path:
     """An empty folder to write checkpoint ``tag`` into; what an earlier crash left of unfinished ones is removed."""
     folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
     staging = folder / f"{_UNFINISHED}{check_tag(tag)}"
@@ -69,8 +71,8 @@ def finish(folder: Path, tag: str, files: Mapping[str, Mapping[str, Any]], is_la
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
     fsync(staging)
     if final.exists():
-        # Two renames: a crash between them leaves the new one complete under its hidden name, and no checkpoint `tag`.
-        replaced = folder / f"{_UNFINISHED}{tag}.replaced"
+        # Two renames; `recover` knows what a crash between them leaves.
+        replaced = folder / f"{_UNFINISHED}{tag}{_REPLACED}"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
         staging.rename(final)
@@ -81,6 +83,22 @@ def finish(folder: Path, tag: str, files: Mapping[str, Mapping[str, Any]], is_la
     if is_latest:
         set_latest(folder, tag)
     return final
+
+
+def recover(folder: Path) -> None:
+    """After a crash in the middle of replacing the checkpoint that ``latest`` names: take the new one, or the old."""
+    tag = latest(folder)
+    if tag is None or (folder / tag).exists():
+        return
+    for hidden in (staging_of(folder, tag), folder / f"{_UNFINISHED}{tag}{_REPLACED}"):
+        if (hidden / MANIFEST).is_file():
+            try:
+                read_manifest(hidden)
+            except CheckpointError:
+                continue
+            hidden.rename(folder / tag)
+            fsync(folder)
+            return
 
 
 def set_latest(folder: Path, tag: str) -> None:
@@ -150,17 +168,13 @@ def damaged(checkpoint: Path, what: str) -> CheckpointError:
     return CheckpointError(f"checkpoint: {what}{_offer(checkpoint)}")
 
 
-def remove_old(folder: Path, keep_last: int, keep_every: int, steps: Mapping[str, int]) -> None:
-    """Remove all but the ``keep_last`` newest checkpoints and those whose step is a multiple of ``keep_every``.
-
-    What ``latest`` names is never removed; 0 keeps all, or none for its step.
-    """
+def remove_old(folder: Path, keep_last: int, is_kept: Callable[[Path], bool]) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints (0: none), what ``latest`` names, and what ``is_kept``."""
     if not keep_last:
         return
     protected = {latest(folder), *tags(folder)[-keep_last:]}
     for tag in tags(folder):
-        is_kept = keep_every and steps.get(tag, 1) % keep_every == 0
-        if tag not in protected and not is_kept:
+        if tag not in protected and not is_kept(folder / tag):
             # Invisible first, so that a crash leaves no half checkpoint.
             hidden = folder / f"{_UNFINISHED}{tag}.removed"
             (folder / tag).rename(hidden)

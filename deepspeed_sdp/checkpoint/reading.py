@@ -1,6 +1,7 @@
 """Reading a checkpoint: verified before it is used, into any layout."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,10 @@ def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | No
         return Checkpoint(folder, {}, HFFolderReader)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     problem, found = None, None
+    if rank == 0 and folder.is_dir():
+        with suppress(OSError, CheckpointError):  # a folder that cannot be written can still be read
+            folders.recover(folder)
+    dist.barrier(group)
     try:
         found = folders.check_tag(tag) if tag is not None else folders.latest(folder)
         if found is not None:

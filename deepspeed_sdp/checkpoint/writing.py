@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.planners import EntrySavePlanner
 from deepspeed_sdp.checkpoint.region import Entry
-from deepspeed_sdp.checkpoint.tensor_files import INDEX, TensorFileWriter, fsync, write_json
+from deepspeed_sdp.checkpoint.tensor_files import INDEX, TensorFileWriter, fsync, read_json, write_json
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 
 META = "meta.json"
@@ -32,6 +32,8 @@ def write_checkpoint(
     *,
     group: dist.ProcessGroup | None = None,
     is_latest: bool = True,
+    keep_last: int = 0,
+    keep_every: int = 0,
 ) -> None:
     """Collective. Write checkpoint ``tag`` below ``folder``.
 
@@ -42,6 +44,8 @@ def write_checkpoint(
         state: what ``torch.load(weights_only=True)`` can load; rank 0's counts.
         rank_state: the same, of every rank.
         group: of all ranks.
+        keep_last: older checkpoints than so many are removed, 0 for none;
+        keep_every: but for those whose step is a multiple of this.
 
     Raises:
         OutputError: something cannot be written; on every rank, and nothing has changed for a reader.
@@ -73,7 +77,17 @@ def write_checkpoint(
         return {path.name: folders.describe_file(path) for path in mine}
 
     files = {name: described for of_rank in _together(describe, group) for name, described in of_rank.items()}
-    _together(lambda: folders.finish(folder, tag, files, is_latest) and None if rank == 0 else None, group)
+
+    def finish() -> None:
+        if rank == 0:
+            folders.finish(folder, tag, files, is_latest)
+            folders.remove_old(folder, keep_last, lambda path: bool(keep_every) and _step_of(path) % keep_every == 0)
+
+    _together(finish, group)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(read_json(checkpoint / META)["global_steps"])
 
 
 def _write_tensors(staging: Path, entries: Sequence[Entry], rank: int, group: dist.ProcessGroup | None) -> None:

@@ -1,7 +1,11 @@
 """``save_checkpoint`` and ``load_checkpoint``: what of a job is in a checkpoint, and how it comes back."""
 
+import copy
+import functools
 import random
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +29,50 @@ def save_checkpoint(
     engine: Any, folder: Path, tag: str | None, client_state: Mapping[str, Any] | None, is_latest: bool
 ) -> None:
     """Collective; see :meth:`SDPEngine.save_checkpoint`."""
+    began = time.perf_counter()
+    engine.wait_for_checkpoint()
     engine.optimizer.refresh.settle()
-    state = _state_of(engine)
-    write_checkpoint(
+    state, sdp = _state_of(engine), engine.sdp_config
+    entries = state.to_write()
+    if sdp.checkpoint_async:
+        # What training changes from here on is not saved.
+        entries = [replace(entry, tensor=entry.tensor.to("cpu", copy=True)) for entry in entries]
+    write = functools.partial(
+        write_checkpoint,
         folder,
         tag or f"global_step{engine.global_steps}",
-        state.to_write(),
+        entries,
         _meta(engine, state),
         engine.plan.to_json(),
-        {
-            "client_state": dict(client_state or {}),
-            "optimizer_groups": _group_options(engine),
-            "optimizer_scalars": state.scalars(),
-            "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
-            "loss_scaler": {
-                "class": type(engine.optimizer.loss_scaler).__name__,
-                "state": _plain(vars(engine.optimizer.loss_scaler)),
-            },
-        },
+        copy.deepcopy(
+            {
+                "client_state": dict(client_state or {}),
+                "optimizer_groups": _group_options(engine),
+                "optimizer_scalars": state.scalars(),
+                "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+                "loss_scaler": {
+                    "class": type(engine.optimizer.loss_scaler).__name__,
+                    "state": _plain(vars(engine.optimizer.loss_scaler)),
+                },
+            }
+        ),
         {"random": _random_state()},
         is_latest=is_latest,
+        keep_last=sdp.checkpoint_keep_last,
+        keep_every=sdp.checkpoint_keep_every,
     )
+    if sdp.checkpoint_async:
+        engine._checkpoint_writer.start(functools.partial(write, group=engine._owner_groups.for_checkpoints()))
+    else:
+        write()
+    engine._stopwatch.checkpoint_stall = time.perf_counter() - began
 
 
 def load_checkpoint(
     engine: Any, folder: Path, tag: str | None, *, with_optimizer: bool, with_scheduler: bool
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Collective; see :meth:`SDPEngine.load_checkpoint`."""
+    engine.wait_for_checkpoint()
     checkpoint = open_checkpoint(folder, tag)
     if checkpoint is None:
         logger.warning(f"{folder} has no checkpoint: nothing is loaded")

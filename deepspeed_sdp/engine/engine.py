@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
+from deepspeed_sdp.checkpoint import BackgroundWriter
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.assemble import assemble
 from deepspeed_sdp.engine.checkpointing import load_checkpoint, save_checkpoint
@@ -50,6 +51,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             _traffic=Traffic(),
             _stopwatch=Stopwatch(),
             _weights=None,
+            _checkpoint_writer=BackgroundWriter(),
         )
         super().__init__(*args, **kwargs)
 
@@ -116,7 +118,8 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         and by owner set, ``seconds`` (host time: forward, backward with its reductions, step; ``communication`` from
         issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest; on
         an accelerator, whose queue runs behind the host, they are times of the host and no more),
-        ``grad_norm``, ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
+        ``checkpoint_stall_seconds`` (what the last ``save_checkpoint`` took of the training), ``grad_norm``,
+        ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """
         owned = self._subnetwork.fragments.keys() - self._subnetwork.frozen
         sets = {self._subnetwork.owner_set(name) for name in owned}
@@ -130,6 +133,7 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             "bytes_sent_by_kind": dict(self._traffic.last_step),
             "bytes_sent_by_owner_set": self._traffic.last_step_by_owner_set,
             "seconds": self._stopwatch.last_step_seconds,
+            "checkpoint_stall_seconds": self._stopwatch.checkpoint_stall,
             "grad_norm": None if norm is None else float(norm),
         }
 
@@ -182,9 +186,20 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             self.optimizer.refresh.settle()
             check_owners(self._subnetwork, step)
 
+    def wait_for_checkpoint(self) -> None:
+        """Collective, with ``checkpoint_async``. Wait for the checkpoint under way.
+
+        Raises:
+            OutputError: it could not be written; on every rank.
+        """
+        self._checkpoint_writer.wait()
+
     def destroy(self) -> None:
-        super().destroy()
-        self._owner_groups.destroy()
+        try:
+            self.wait_for_checkpoint()
+        finally:
+            super().destroy()
+            self._owner_groups.destroy()
 
     # -- what DeepSpeed's engine asks for ----------------------------------------------------------------------------
 
@@ -280,6 +295,9 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Collective. Write a checkpoint that any layout of the same model can load; see docs/checkpoints.md.
+
+        With ``checkpoint_async`` this rank's part is copied to the CPU and written beside the training; an error comes
+        with the next call, :meth:`wait_for_checkpoint`, :meth:`load_checkpoint` or :meth:`destroy`.
 
         Raises:
             OutputError: it cannot be written; on every rank. What was there before is untouched.

@@ -29,6 +29,7 @@ class OwnerGroups:
             tuple(rank for rank, worker in enumerate(self.workers) if worker in owners) for owners in plan.owner_sets
         ]
         self._created: list[ProcessGroup] = []
+        self._for_checkpoints: ProcessGroup | None = None
         self._groups = [self._make(ranks) for ranks in self._ranks]
         everyone = list(range(dist.get_world_size()))
         self.for_gradients: ProcessGroup = self._keep(dist.new_group(everyone))
@@ -58,11 +59,18 @@ class OwnerGroups:
         """The process group of ``owner_set``; valid on its members."""
         return self._groups[owner_set]
 
+    def for_checkpoints(self) -> ProcessGroup:
+        """Collective at its first call: a gloo group of the world, which a thread beside the training may use."""
+        if self._for_checkpoints is None:
+            self._for_checkpoints = self._keep(dist.new_group(backend="gloo"))
+        return self._for_checkpoints
+
     def destroy(self) -> None:
         """Free the groups that this object created."""
         for group in self._created:
             dist.destroy_process_group(group)
         self._created.clear()
+        self._for_checkpoints = None
         self._groups.clear()
         self.__dict__.pop("for_gradients", None)
         self.__dict__.pop("for_weights", None)

@@ -13,11 +13,13 @@ class Stopwatch:
     """Seconds by phase, over the micro-batches of a step. An accelerator's work counts where the host waits for it.
 
     ``communication`` counts from the issue of each collective to its completion, ``exposed`` the part of it that the
-    host spent waiting; the difference ran beside computation or beside other collectives.
+    host spent waiting; the difference ran beside computation or beside other collectives. ``checkpoint_stall``: how
+    long the last call of ``save_checkpoint`` kept training waiting.
     """
 
     current: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     last_step: dict[str, float] = field(default_factory=dict)
+    checkpoint_stall: float = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

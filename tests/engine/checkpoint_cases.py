@@ -86,6 +86,17 @@ def load_error(folder, sdp, ds, tag=None, **values):
     return message
 
 
+def save_every_step(folder, steps, **sdp):
+    """Save after every step; the tags that are left."""
+    engine = start({**HALF, **sdp}, {"stage": 1})
+    for _ in range(steps):
+        run_steps(engine, 1)
+        engine.save_checkpoint(folder)
+    engine.save_checkpoint(folder, tag=f"global_step{steps}")  # again
+    engine.destroy()
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
 def save_errors(folder, sdp, ds):
     """Saving where it cannot be done, and training on: the messages."""
     engine = start(sdp, ds)
@@ -98,6 +109,7 @@ def save_errors(folder, sdp, ds):
     for target, state in ((blocked / "inside", {}), (Path(folder) / "ok", {"f": print})):
         try:
             engine.save_checkpoint(target, client_state=state)
+            engine.wait_for_checkpoint()
         except deepspeed_sdp.SDPError as error:
             messages.append(f"{type(error).__name__}: {error}")
     losses = run_steps(engine, 1)["losses"]

@@ -138,6 +138,27 @@ def test_frozen_parameters_come_back(pools, tmp_path):
     check_pair(pools, tmp_path, "half-1", "backward-1", frozen=frozen)
 
 
+@pytest.mark.parametrize("layout", ["half-0", "half-3", "backward-1"])
+def test_saved_beside_training_is_what_was_there_when_it_began(ranks4, tmp_path, layout):
+    sdp, ds = LAYOUTS[layout]
+    values = {"folder": str(tmp_path), "sdp": {**sdp, "checkpoint_async": True}, "ds": {**ds, "bf16": True}}
+    expected = ranks4.run(f"{CASES}:save_and_go_on", timeout=90, **values)
+    resumed = ranks4.run(f"{CASES}:load_and_go_on", timeout=90, **values)
+    for before, after in zip(expected, resumed, strict=True):
+        assert (after["losses"], after["norms"]) == (before["losses"], before["norms"])
+        assert before["stats"]["checkpoint_stall_seconds"] > 0.0
+    assert_same_tensors(expected[0]["full"], resumed[0]["full"])
+
+
+def test_an_error_beside_training_comes_with_the_next_call(ranks4, tmp_path):
+    sdp = {**HALF, "checkpoint_async": True}
+    for messages, losses in ranks4.run(
+        f"{CASES}:save_errors", timeout=60, folder=str(tmp_path), sdp=sdp, ds={"stage": 2}
+    ):
+        assert [message.split(":")[0] for message in messages] == ["OutputError", "CheckpointError"]
+        assert losses
+
+
 def test_a_missing_latest_loads_nothing(ranks4, tmp_path):
     results = ranks4.run(f"{CASES}:load_and_go_on", timeout=60, folder=str(tmp_path), sdp=HALF, ds={"stage": 1}, more=0)
     assert [(result["path"], result["client_state"]) for result in results] == [(None, None)] * 4
@@ -250,6 +271,24 @@ def test_inspect_and_export_from_the_console(checkpoint, tmp_path, capsys):
     assert_same_tensors({name: value.bfloat16().float() for name, value in exported.items()}, full)
     assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 1
     assert "there is none in" in capsys.readouterr().err
+
+
+def test_old_checkpoints_are_removed(ranks4, tmp_path):
+    sdp = {"checkpoint_keep_last": 2, "checkpoint_keep_every": 3}
+    left = ranks4.run(f"{CASES}:save_every_step", timeout=60, folder=str(tmp_path), steps=7, **sdp)[0]
+    assert left == ["global_step3", "global_step6", "global_step7", "latest"]
+
+
+@pytest.mark.parametrize(("one", "two"), [(True, False), (False, True)], ids=["bf16-fp32", "fp32-bf16"])
+def test_another_precision(ranks4, tmp_path, one, two):
+    for place, (folder, bf16) in enumerate((("first", one), ("second", two))):
+        values = {"sdp": HALF, "ds": {"stage": 2, "bf16": bf16}, "timeout": 60}
+        if place == 0:
+            ranks4.run(f"{CASES}:save_and_go_on", folder=str(tmp_path / folder), more=0, **values)
+        else:
+            first = str(tmp_path / "first")
+            ranks4.run(f"{CASES}:load_and_save", folder=first, out=str(tmp_path / folder), **values)
+    assert_same_tensors(*(tensors_of(tmp_path / name / "global_step3") for name in ("first", "second")))
 
 
 def test_a_save_that_fails_says_so_on_all_ranks_and_the_job_goes_on(ranks4, tmp_path):
