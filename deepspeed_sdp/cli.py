@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, help="the folder to write")
     export.add_argument("--tag", help="of which checkpoint in the folder")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: that of training)")
+    export.add_argument("--subnetwork", type=int, metavar="W", help="worker W's subnetwork, as a smaller model")
     export.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a tokenizer to copy into the folder")
     export.set_defaults(run=_export)
     report = commands.add_parser("report", help="show the report of a finished run")
@@ -145,7 +146,7 @@ def _export(args: argparse.Namespace) -> None:
     from deepspeed_sdp.checkpoint.summary import locate
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-    export(locate(args.folder, args.tag), args.out, dtypes[args.dtype], args.tokenizer)
+    export(locate(args.folder, args.tag), args.out, dtypes[args.dtype], args.tokenizer, args.subnetwork)
     print(f"model: {args.out}")
 
 

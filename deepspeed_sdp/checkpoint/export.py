@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,18 +26,20 @@ def export(
     out: Path,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
+    subnetwork: int | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the full model of ``checkpoint`` into ``out``.
+    """Write the full model of ``checkpoint``, or one worker's subnetwork, into ``out``.
 
     Args:
         dtype: of the weights; by default that of the training.
         tokenizer: a folder whose tokenizer is copied.
+        subnetwork: index of a worker: its subnetwork as a smaller model of the same family.
         shard_bytes: largest file, and about the memory that is needed; a larger weight is a file of its own.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete or damaged.
+        CheckpointError: the checkpoint is incomplete or damaged, or the family cannot express the subnetwork.
         OutputError: ``out`` cannot be written.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -50,64 +53,47 @@ def export(
     config = AutoConfig.for_model(**meta["model_config"])
     config.dtype = dtype
     config.architectures = [meta["model_class"]]
+    weights = weights_of(checkpoint)
+    if subnetwork is not None:
+        from deepspeed_sdp.checkpoint.subnetwork_export import carve
+
+        weights = carve(checkpoint, meta, config, subnetwork, weights)
     try:
         out.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=out))
         try:
-            _write_shards(checkpoint, staging, dtype, shard_bytes)
+            _write_shards(((name, _cast(value, dtype)) for name, value in weights), staging, shard_bytes)
             config.save_pretrained(staging)
             if tokenizer is not None:
                 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staging)
-            for stale in out.glob("model*.safetensors*"):
-                stale.unlink()
-            for file in sorted(staging.iterdir()):
+            written = sorted(staging.iterdir())
+            for file in written:
                 os.replace(file, out / file.name)
+            for stale in {*out.glob("model*.safetensors*")} - {out / file.name for file in written}:
+                stale.unlink()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error}") from None
 
 
-def _write_shards(checkpoint: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    sizes: list[int] = []
-    tensors = dict(_weights(checkpoint))
-    for name, (_, tensor) in tensors.items():
-        nbytes = tensor.size.numel() * dtype.itemsize
-        if not shards or sizes[-1] + nbytes > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += nbytes
+def weights_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The full model's weights, one at a time, by their HuggingFace names; fp32 where they are trained.
+
+    Raises:
+        CheckpointError: a part is missing.
+    """
     places: dict[MetadataIndex, dict[str, str]] = {}
-    read_index(checkpoint, places)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file, shard in zip(names, shards, strict=True):
-        loaded = {name: _read(checkpoint, *tensors[name], places, dtype) for name in shard}
-        save_file(loaded, folder / file, metadata={"format": "pt"})
-
-
-def _weights(checkpoint: Path) -> Iterator[tuple[str, tuple[str, TensorStorageMetadata]]]:
-    for logical, tensor in read_index(checkpoint).items():
+    for logical, tensor in read_index(checkpoint, places).items():
         kind, _, name = logical.partition(".")
         if kind in ("master", "model"):
-            yield name, (logical, tensor)
+            yield name, _read(checkpoint, logical, tensor, places)
 
 
 def _read(
-    checkpoint: Path,
-    logical: str,
-    tensor: TensorStorageMetadata,
-    places: dict[MetadataIndex, dict[str, str]],
-    dtype: torch.dtype,
+    checkpoint: Path, logical: str, tensor: TensorStorageMetadata, places: dict[MetadataIndex, dict[str, str]]
 ) -> torch.Tensor:
-    is_float = tensor.properties.dtype.is_floating_point
-    full = torch.empty(tensor.size, dtype=dtype if is_float else tensor.properties.dtype)
+    full = torch.empty(tensor.size, dtype=tensor.properties.dtype)
     covered = 0
     for chunk in tensor.chunks:
         place = places[MetadataIndex(logical, chunk.offsets)]
@@ -119,3 +105,35 @@ def _read(
     if covered != full.numel():
         raise CheckpointError(f"checkpoint: lacks a part of {logical}")
     return full
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _write_shards(weights: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    total = 0
+
+    def write(shard: dict[str, torch.Tensor]) -> None:
+        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+
+    held: dict[str, torch.Tensor] = {}
+    nbytes = 0
+    for name, value in weights:
+        size = value.numel() * value.element_size()
+        if held and nbytes + size > shard_bytes:
+            write(held)
+            held, nbytes = {}, 0
+        held[name] = value.contiguous()
+        nbytes, total = nbytes + size, total + size
+    write(held)
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for i, name in enumerate(names):
+        os.replace(folder / f"{i}.part", folder / name)

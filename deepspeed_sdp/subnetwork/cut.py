@@ -81,9 +81,9 @@ def cut_model(
             inside = [spec for name, spec in modules.items() if f"{name}.".startswith(f"{found.space.name}.")]
             mask_block(subnetwork, found, planned.chunks[0], inside, recompute_frozen)
         elif isinstance(found, PartitionedModule):
-            _cut_module(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
+            _cut_module(subnetwork, found, output_scale(output_scaling, plan, index, found.space.kind))
         else:
-            cut_block(subnetwork, found, _scale(output_scaling, subnetwork, found.space.kind))
+            cut_block(subnetwork, found, output_scale(output_scaling, plan, index, found.space.kind))
     for name, _ in model.named_parameters():
         subnetwork.fragments.setdefault(name, Fragment(name, SHARED))
     config: Any = getattr(model, "config", None)
@@ -109,10 +109,11 @@ def _check_rebuildable(subnetwork: Subnetwork) -> None:
         )
 
 
-def _scale(output_scaling: OutputScaling, subnetwork: Subnetwork, kind: str) -> float:
+def output_scale(output_scaling: OutputScaling, plan: SubnetworkPlan, worker: int, kind: str) -> float:
+    """The factor on what the units of a kind that ``worker`` owns add to the residual stream."""
     powers = {"none": 0.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 1.0}
     # The share of the kind's units that is due to this worker: K/N, unless workers differ in capacity.
-    return math.pow(subnetwork.plan.shares(kind)[subnetwork.index], -powers[output_scaling])
+    return math.pow(plan.shares(kind)[worker], -powers[output_scaling])
 
 
 def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -> None:

@@ -86,6 +86,18 @@ def load_error(folder, sdp, ds, tag=None, **values):
     return message
 
 
+def subnetworks(folder, sdp, model=None, family="llama"):
+    """Save, and what each rank's subnetwork says of one batch."""
+    engine = start(sdp, {"stage": 1}, model=model, family=family)
+    run_steps(engine, 2)
+    engine.save_checkpoint(folder)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        logits = engine.module.eval()(input_ids=ids).logits
+    engine.destroy()
+    return logits
+
+
 def save_every_step(folder, steps, **sdp):
     """Save after every step; the tags that are left."""
     engine = start({**HALF, **sdp}, {"stage": 1})

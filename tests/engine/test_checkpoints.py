@@ -291,6 +291,49 @@ def test_another_precision(ranks4, tmp_path, one, two):
     assert_same_tensors(*(tensors_of(tmp_path / name / "global_step3") for name in ("first", "second")))
 
 
+@pytest.mark.parametrize(
+    ("sdp", "family", "model"),
+    [
+        (HALF, "llama", {"intermediate_size": 64, **BIASES}),
+        ({"coverage": 0.75, "output_scaling": "none"}, "qwen3", {"intermediate_size": 64}),
+        ({**LAYERS, "output_scaling": "none"}, "qwen2", {"num_hidden_layers": 4}),
+        ({**HALF, "partition": ["mlp"]}, "llama", {"intermediate_size": 64, "tie_word_embeddings": True}),
+    ],
+    ids=["half-scaled", "three_quarters-qwen3", "layers-qwen2", "mlp_only-tied"],
+)
+def test_a_subnetwork_is_a_smaller_model(ranks4, tmp_path, sdp, family, model):
+    logits = ranks4.run(
+        f"{CASES}:subnetworks", timeout=60, folder=str(tmp_path / "c"), sdp=sdp, family=family, model=model
+    )
+    full = sum(p.numel() for p in build_model(family, model).parameters())
+    for worker in (0, 3):
+        out = tmp_path / str(worker)
+        assert main(["export", str(tmp_path / "c"), str(out), "--subnetwork", str(worker)]) == 0
+        small = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert sum(p.numel() for p in small.parameters()) < 0.9 * full
+        with torch.no_grad():
+            found = small(input_ids=torch.arange(24).view(2, 12)).logits
+        torch.testing.assert_close(found, logits[worker], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sdp", "model", "message"),
+    [
+        (LAYERS, {}, 'got output_scaling "inverse_sqrt_coverage" with whole layers as units'),
+        ({**LAYERS, "block_unit": "branch"}, {}, "no words for layers that lack a branch"),
+        (BACKWARD, {}, 'got a checkpoint of masking "backward"'),
+        (HALF, {"num_key_value_heads": 1}, "owns 0 or 1 units of attention by layer"),
+    ],
+    ids=["scaled_layers", "branches", "backward", "absent_attention"],
+)
+def test_a_subnetwork_that_a_config_cannot_say_is_refused(ranks4, tmp_path, capsys, sdp, model, message):
+    ranks4.run(f"{CASES}:subnetworks", timeout=60, folder=str(tmp_path / "c"), sdp=sdp, model=model)
+    assert main(["export", str(tmp_path / "c"), str(tmp_path / "out"), "--subnetwork", "0"]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "c"), str(tmp_path / "out"), "--subnetwork", "9"]) == 1
+    assert "takes 0 to 3" in capsys.readouterr().err
+
+
 def test_a_save_that_fails_says_so_on_all_ranks_and_the_job_goes_on(ranks4, tmp_path):
     results = ranks4.run(f"{CASES}:save_errors", timeout=60, folder=str(tmp_path), sdp=HALF, ds={"stage": 2})
     for messages, losses in results:

@@ -1,0 +1,126 @@
+"""One worker's subnetwork as a smaller model of the same family."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspeed_sdp.adapters import PartitionedLinear, PartitionedModule, find_adapter
+from deepspeed_sdp.checkpoint.writing import PLAN
+from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork import meta_model
+from deepspeed_sdp.subnetwork.cut import output_scale
+
+# Sizes in the config of every family so far; each is one number for all layers.
+_WIDTH, _KV_HEADS, _HEADS = "intermediate_size", "num_key_value_heads", "num_attention_heads"
+
+
+def carve(
+    checkpoint: Path, meta: dict[str, Any], config: Any, worker: int, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of subnetwork ``worker``; ``config`` is changed to its sizes.
+
+    What scales the output of its units in training is multiplied into their weights.
+
+    Raises:
+        CheckpointError: no such worker; it was not trained as a model of its own (backward masking); or a config of the
+            family has no words for it.
+    """
+    plan = SubnetworkPlan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+    block = meta["subnetwork_data_parallel"]
+    if not 0 <= worker < plan.num_subnetworks:
+        raise CheckpointError(f"--subnetwork: got {worker}; takes 0 to {plan.num_subnetworks - 1}")
+    if block["masking"] != "forward":
+        raise CheckpointError(
+            '--subnetwork: got a checkpoint of masking "backward"; takes "forward": there the parts were never models '
+            "of their own"
+        )
+    if block["granularity"] == "block":
+        return _carve_layers(plan, block, config, worker, weights)
+    return _carve_units(plan, block, config, worker, weights)
+
+
+def _carve_layers(
+    plan: SubnetworkPlan, block: dict[str, Any], config: Any, worker: int, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if block["block_unit"] == "branch":
+        raise CheckpointError("--subnetwork: a config has no words for layers that lack a branch")
+    if block["output_scaling"] != "none" and plan.coverage != 1.0:
+        raise CheckpointError(
+            f'--subnetwork: got output_scaling "{block["output_scaling"]}" with whole layers as units; takes "none": '
+            "no weight of a layer scales what it adds"
+        )
+    model = meta_model(config, "meta.json")
+    layers = find_adapter(model).layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    absent = {p.space.name for p in plan.spaces if not plan.owned(p.space.name, worker)}
+    kept = [i for i in range(len(layers)) if f"{prefix}.{i}" not in absent]
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    return _renumbered(prefix, {old: new for new, old in enumerate(kept)}, weights)
+
+
+def _renumbered(
+    prefix: str, numbers: dict[int, int], weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in weights:
+        if not name.startswith(f"{prefix}."):
+            yield name, value
+            continue
+        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        if int(number) in numbers:
+            yield f"{prefix}.{numbers[int(number)]}.{rest}", value
+
+
+def _carve_units(
+    plan: SubnetworkPlan, block: dict[str, Any], config: Any, worker: int, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    model = meta_model(config, "meta.json")
+    modules = {m.space.name: m for m in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))}
+    planned = {p.space.name for p in plan.spaces}
+    counts: dict[str, set[int]] = {}
+    for name, module in modules.items():
+        owned = sum(c.stop - c.start for c in plan.owned(name, worker)) if name in planned else module.space.num_units
+        counts.setdefault(module.space.kind, set()).add(owned)
+    for kind, sizes in counts.items():
+        if len(sizes) > 1 or 0 in sizes:
+            raise CheckpointError(
+                f"--subnetwork: worker {worker} owns {' or '.join(map(str, sorted(sizes)))} units of {kind} by layer; "
+                "a config has one size for all layers, above 0"
+            )
+    groups = next(iter(counts["attention"]))
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // config.num_key_value_heads
+    setattr(config, _WIDTH, next(iter(counts["mlp"])))
+    setattr(config, _KV_HEADS, groups)
+    setattr(config, _HEADS, groups * queries)
+    return _sliced(plan, block, worker, [modules[name] for name in modules if name in planned], weights)
+
+
+def _sliced(
+    plan: SubnetworkPlan,
+    block: dict[str, Any],
+    worker: int,
+    modules: list[PartitionedModule],
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    linears = {f"{m.space.name}.{spec.name}": (m, spec) for m in modules for spec in m.linears}
+    for name, value in weights:
+        linear, _, kind = name.rpartition(".")
+        if linear not in linears:
+            yield name, value
+            continue
+        module, spec = linears[linear]
+        scale = output_scale(block["output_scaling"], plan, worker, module.space.kind)
+        yield name, _slice(value, kind, spec, plan.owned(module.space.name, worker), scale)
+
+
+def _slice(value: torch.Tensor, kind: str, spec: PartitionedLinear, owned: Any, scale: float) -> torch.Tensor:
+    if spec.cut == "in" and kind == "bias":
+        return value
+    dim, width = (0 if spec.cut == "out" else 1), spec.features_per_unit
+    pieces = [value.narrow(dim, chunk.start * width, (chunk.stop - chunk.start) * width) for chunk in owned]
+    return torch.cat(pieces, dim) * (scale if spec.cut == "in" else 1.0)
