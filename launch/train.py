@@ -101,6 +101,7 @@ def train(args: argparse.Namespace) -> None:
             report.seconds = time.monotonic() - began
             engine.save_checkpoint(checkpoints, client_state={"report": report.history()})
         if is_asked and step < steps:
+            engine.wait_for_checkpoint()
             progress.close()
             if rank == 0:
                 print(f"stopped at step {step}; the same command goes on from {checkpoints}", flush=True)
@@ -112,6 +113,7 @@ def train(args: argparse.Namespace) -> None:
     write_monitor(engine, report)
     progress.close()
     report.seconds = time.monotonic() - began
+    engine.wait_for_checkpoint()
 
     engine.save_hf(output / "hf")
     state = model_state_bytes(engine)

@@ -151,6 +151,8 @@ def read_index(
     for name, described in read_json(folder / INDEX).items():
         chunks = []
         for place, chunk in enumerate(described["chunks"]):
+            if Path(chunk["file"]).name != chunk["file"]:
+                raise CheckpointError(f"checkpoint: {folder / INDEX} names {chunk['file']!r}; takes files beside it")
             offsets = torch.Size(chunk["offsets"])
             chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
             if places is not None:

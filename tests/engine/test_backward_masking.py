@@ -5,8 +5,8 @@ import torch
 
 from deepspeed_sdp.plan import SubnetworkPlan
 from tests.engine.cases import build_model
+from tests.engine.test_against_oracle import check
 from tests.engine.test_stats import check_traffic
-from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 LAYERS = {"granularity": "block"}
 BRANCHES = {"granularity": "block", "block_unit": "branch"}
@@ -59,14 +59,6 @@ def row(name, *, sdp=None, stage=1, family="llama", model=None, bucket=4000, wor
 )  # fmt: skip
 def test_training_equals_the_simulation(pools, values, world):
     check(pools(world), values, world)
-
-
-def check(pool, values, world):
-    results = pool.run("tests.engine.cases:train", timeout=60, **values)
-    assert_owners_equal(results)
-    module = build_model(values["family"], **{key: values[key] for key in ("model", "frozen") if key in values})
-    arguments = {key: values[key] for key in ("sdp", "ds")}
-    assert_like(results, simulate(results[0], world=world, module=module, **arguments))
 
 
 @pytest.mark.parametrize(
