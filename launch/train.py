@@ -253,8 +253,6 @@ def mean_over_ranks(losses: list[Any]) -> float:
 
 def resume(engine: Any, checkpoints: Path, report: Any) -> int:
     """Collective. Take up the latest checkpoint, if there is one; the steps done so far."""
-    if not any_rank(checkpoints.exists()):
-        return 0
     path, state = engine.load_checkpoint(checkpoints)
     if state is None:
         return 0
@@ -262,14 +260,6 @@ def resume(engine: Any, checkpoints: Path, report: Any) -> int:
     if engine.global_rank == 0:
         print(f"going on from {path}", flush=True)
     return int(engine.global_steps)
-
-
-def any_rank(value: bool) -> bool:
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return any(values)
 
 
 def progress_bar(steps: int, rank: int, done: int) -> Any:

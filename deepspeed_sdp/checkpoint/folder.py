@@ -39,11 +39,11 @@ def check_tag(tag: str) -> str:
 
 def begin(folder: Path, tag: str) -> Path:
     """An empty folder to write checkpoint ``tag`` into; what an earlier crash left of unfinished ones is removed."""
+    staging = staging_of(folder, check_tag(tag))
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
-    staging = folder / f"{_UNFINISHED}{check_tag(tag)}"
     staging.mkdir()
     return staging
 

@@ -15,8 +15,8 @@ from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.hf_folder import HFFolderReader, is_hf_folder
 from deepspeed_sdp.checkpoint.planners import EntryLoadPlanner
 from deepspeed_sdp.checkpoint.region import Entry
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader, read_index, read_json
-from deepspeed_sdp.checkpoint.writing import META, PLAN, STATE
+from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader, read_json
+from deepspeed_sdp.checkpoint.writing import META, STATE
 from deepspeed_sdp.errors import CheckpointError
 
 
@@ -26,7 +26,8 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        meta: JSON data of the job that wrote it.
+        meta: JSON data of the job that wrote it; empty for a HuggingFace folder.
+        reader: of its files.
     """
 
     path: Path
@@ -45,14 +46,6 @@ class Checkpoint:
     def rank_state(self, rank: int) -> dict[str, Any]:
         """What rank ``rank`` of the job saved for itself."""
         return self._load(f"rank-{rank:05d}.pt")
-
-    def plan_json(self) -> str:
-        """The plan of the job."""
-        return (self.path / PLAN).read_text(encoding="utf-8")
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the logical tensors."""
-        return {name: tuple(tensor.size) for name, tensor in read_index(self.path).items()}
 
     def read(self, entries: Sequence[Entry], group: dist.ProcessGroup | None = None) -> None:
         """Collective. Fill the tensors of ``entries``.
@@ -77,9 +70,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
     """Collective. The checkpoint ``tag`` below ``folder``, or the latest; ``None`` where nothing was saved.
 
-    A HuggingFace folder counts as a checkpoint of weights alone.
-
-    Every rank compares its share of the files with the manifest.
+    Every rank compares its share of the files with the manifest. A HuggingFace folder counts as a checkpoint of weights
+    alone.
 
     Raises:
         CheckpointError: it is missing or damaged; on every rank, naming the file and complete checkpoints beside it.

@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from deepspeed_sdp.checkpoint import open_checkpoint, write_checkpoint
+from deepspeed_sdp.engine.agreement import agree
 from deepspeed_sdp.engine.optimizer import GROUP_KEY
 from deepspeed_sdp.engine.training_state import TrainingState
 from deepspeed_sdp.errors import CheckpointError
@@ -33,6 +34,8 @@ def save_checkpoint(
     engine.wait_for_checkpoint()
     engine.optimizer.refresh.settle()
     state, sdp = _state_of(engine), engine.sdp_config
+    # An error of one rank is raised on all, and so is a difference between them.
+    agree(lambda: {"optimizer": state.scalars()})
     entries = state.to_write()
     if sdp.checkpoint_async:
         # What training changes from here on is not saved.
