@@ -94,6 +94,12 @@ class SDPConfig(BaseModel):
         0, ge=0, description="steps between two comparisons of the owners' weights, 0: never"
     )
     checkpoint_async: bool = Field(False, description="write checkpoints beside the training, from a copy on the CPU")
+    checkpoint_copies: int = Field(
+        1, ge=1, description="owners that write each element; a checkpoint survives the loss of one worker's files less"
+    )
+    checkpoint_on_error: Literal["stop", "continue"] = Field(
+        "stop", description="what the job does when a checkpoint cannot be written"
+    )
     checkpoint_keep_last: int = Field(0, ge=0, description="checkpoints kept in a folder, 0: all")
     checkpoint_keep_every: int = Field(0, ge=0, description="older ones of multiples of so many steps are kept too")
     resample_interval: int = Field(0, ge=0, description="steps between two plans, 0: never")

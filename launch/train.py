@@ -99,9 +99,10 @@ def train(args: argparse.Namespace) -> None:
         is_asked = stop.agreed()
         if is_asked or (args.checkpoint_interval and step % args.checkpoint_interval == 0):
             report.seconds = time.monotonic() - began
-            engine.save_checkpoint(checkpoints, client_state={"report": report.history()})
+            saved = engine.save_checkpoint(checkpoints, client_state={"report": report.history()})
         if is_asked and step < steps:
-            engine.wait_for_checkpoint()
+            if not (engine.wait_for_checkpoint() and saved):
+                raise OutputError(f"stopped at step {step}, and no checkpoint could be written to {checkpoints}")
             progress.close()
             if rank == 0:
                 print(f"stopped at step {step}; the same command goes on from {checkpoints}", flush=True)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.tensor_files import read_index, read_json
+from deepspeed_sdp.checkpoint.index import Place, read_index
+from deepspeed_sdp.checkpoint.json_files import read_json
+from deepspeed_sdp.checkpoint.recovery import do_without
 from deepspeed_sdp.checkpoint.writing import META
 from deepspeed_sdp.errors import CheckpointError, OutputError
 
@@ -45,15 +47,13 @@ def export(
     from transformers import AutoConfig, AutoTokenizer
 
     files = folders.read_manifest(checkpoint)
-    found = folders.damage(checkpoint, files, files)
-    if found:
-        raise folders.damaged(checkpoint, found)
+    lost = do_without(checkpoint, folders.damage(checkpoint, files))
     meta = read_json(checkpoint / META)
     dtype = dtype or getattr(torch, meta["dtype"])
     config = AutoConfig.for_model(**meta["model_config"])
     config.dtype = dtype
     config.architectures = [meta["model_class"]]
-    weights = weights_of(checkpoint)
+    weights = weights_of(checkpoint, lost)
     if subnetwork is not None:
         from deepspeed_sdp.checkpoint.subnetwork_export import carve
 
@@ -77,28 +77,31 @@ def export(
         raise OutputError(f"cannot write {out}: {error}") from None
 
 
-def weights_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_of(checkpoint: Path, lost: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """The full model's weights, one at a time, by their HuggingFace names; fp32 where they are trained.
+
+    Args:
+        lost: files to do without.
 
     Raises:
         CheckpointError: a part is missing.
     """
-    places: dict[MetadataIndex, dict[str, str]] = {}
-    for logical, tensor in read_index(checkpoint, places).items():
+    places: dict[MetadataIndex, Place] = {}
+    for logical, tensor in read_index(checkpoint, places, lost).items():
         kind, _, name = logical.partition(".")
         if kind in ("master", "model"):
             yield name, _read(checkpoint, logical, tensor, places)
 
 
 def _read(
-    checkpoint: Path, logical: str, tensor: TensorStorageMetadata, places: dict[MetadataIndex, dict[str, str]]
+    checkpoint: Path, logical: str, tensor: TensorStorageMetadata, places: dict[MetadataIndex, Place]
 ) -> torch.Tensor:
     full = torch.empty(tensor.size, dtype=tensor.properties.dtype)
     covered = 0
     for chunk in tensor.chunks:
         place = places[MetadataIndex(logical, chunk.offsets)]
-        with safe_open(checkpoint / place["file"], framework="pt") as file:
-            value = file.get_tensor(place["key"])
+        with safe_open(checkpoint / place.file, framework="pt") as file:
+            value = file.get_tensor(place.key)
         ranges = zip(chunk.offsets, chunk.sizes, strict=True)
         full[tuple(slice(start, start + size) for start, size in ranges)] = value.view(chunk.sizes)
         covered += value.numel()

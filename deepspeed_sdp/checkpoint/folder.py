@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deepspeed_sdp.checkpoint.tensor_files import fsync, read_json, write_json
+from deepspeed_sdp.checkpoint.json_files import fsync, read_json, write_json
 from deepspeed_sdp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -149,17 +149,29 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def damage(checkpoint: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str | None:
-    """What is wrong with the first of ``names`` that differs from the manifest."""
-    for name in names:
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
+def damage(
+    checkpoint: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str] | None = None
+) -> dict[str, str]:
+    """What is wrong with those of ``names``, by default all files, that differ from the manifest."""
+    found = {}
+    for name in sorted(files) if names is None else names:
+        problem = _difference(checkpoint / name, files[name])
+        if problem:
+            found[name] = problem
+    return found
+
+
+def _difference(path: Path, written: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
         found = describe_file(path)
-        if found["bytes"] != files[name]["bytes"]:
-            return f"{path} has {found['bytes']} bytes; it was written with {files[name]['bytes']}"
-        if found["sha256"] != files[name]["sha256"]:
-            return f"{path} is damaged: its checksum differs from the manifest's"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    if found["bytes"] != written["bytes"]:
+        return f"{path} has {found['bytes']} bytes; it was written with {written['bytes']}"
+    if found["sha256"] != written["sha256"]:
+        return f"{path} is damaged: its checksum differs from the manifest's"
     return None
 
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from deepspeed_sdp.checkpoint.index import Place
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.errors import CheckpointError
 
@@ -37,7 +38,7 @@ class HFFolderReader(TensorFileReader):
                             offsets = torch.Size([0] * len(size))
                             chunk = ChunkStorageMetadata(offsets, size)
                             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [chunk])
-                            self._places[MetadataIndex(name, offsets)] = {"file": path.name, "key": key}
+                            self._places[MetadataIndex(name, offsets)] = Place(path.name, key)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
         return Metadata(tensors)

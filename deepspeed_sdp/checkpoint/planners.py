@@ -5,6 +5,7 @@ describes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +20,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from deepspeed_sdp.checkpoint.index import name_of_copy
 from deepspeed_sdp.checkpoint.region import Entry
 from deepspeed_sdp.errors import CheckpointError
 
 
 class EntrySavePlanner(DefaultSavePlanner):
-    """Plans the writing of this rank's entries; each element of a logical tensor is one rank's, and no other's."""
+    """Plans the writing of this rank's entries; each element of a copy of a logical tensor is one rank's alone."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._entries = {MetadataIndex(e.name, e.region.offsets): e for e in entries}
+        self._entries = {MetadataIndex(name_of_copy(e.name, e.copy), e.region.offsets): e for e in entries}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         self.is_coordinator = is_coordinator
@@ -54,19 +56,37 @@ class EntryLoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
         for entry in self._entries.values():
-            stored = self._stored.get(entry.name)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise CheckpointError(f"checkpoint: holds no {entry.name}")
+            name = self._stored_name(entry.name)
+            if name is None:
+                continue
+            stored = self._stored[name]
+            assert isinstance(stored, TensorStorageMetadata)
             if tuple(stored.size) != entry.shape:
                 raise CheckpointError(
                     f"checkpoint: {entry.name} has shape {list(stored.size)}; the model takes {list(entry.shape)}"
                 )
             wanted = ChunkStorageMetadata(torch.Size(entry.region.offsets), torch.Size(entry.region.sizes))
-            found = create_read_items_for_chunk_list(entry.name, stored, [wanted])
+            found = create_read_items_for_chunk_list(name, stored, [wanted])
             if sum(item.lengths.numel() for item in found) != entry.region.numel:
                 raise CheckpointError(f"checkpoint: lacks a part of {entry.name}")
-            items += found
+            target = MetadataIndex(entry.name, wanted.offsets)
+            items += [replace(item, dest_index=target) for item in found]
         return LoadPlan(items)
+
+    def _stored_name(self, name: str) -> str | None:
+        """Under which name it is in the checkpoint; ``None`` for state that a parameter did not have there.
+
+        A parameter may be trained in one job and frozen in another.
+        """
+        kind, _, parameter = name.partition(".")
+        weights = f"master.{parameter}" if kind == "model" else f"model.{parameter}"
+        if name in self._stored:
+            return name
+        if kind in ("master", "model") and weights in self._stored:
+            return weights
+        if kind == "optimizer" and f"model.{parameter.partition('.')[2]}" in self._stored:
+            return None
+        raise CheckpointError(f"checkpoint: holds no {name}")
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan

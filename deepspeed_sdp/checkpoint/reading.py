@@ -1,8 +1,8 @@
 """Reading a checkpoint: verified before it is used, into any layout."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.hf_folder import HFFolderReader, is_hf_folder
+from deepspeed_sdp.checkpoint.json_files import read_json
 from deepspeed_sdp.checkpoint.planners import EntryLoadPlanner
+from deepspeed_sdp.checkpoint.recovery import do_without
 from deepspeed_sdp.checkpoint.region import Entry
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader, read_json
+from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.checkpoint.writing import META, STATE
 from deepspeed_sdp.errors import CheckpointError
 
@@ -28,11 +30,13 @@ class Checkpoint:
         path: its folder.
         meta: JSON data of the job that wrote it; empty for a HuggingFace folder.
         reader: of its files.
+        damage: of files that it can do without, by name.
     """
 
     path: Path
     meta: dict[str, Any]
     reader: type[TensorFileReader] = TensorFileReader
+    damage: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_weights_only(self) -> bool:
@@ -43,9 +47,10 @@ class Checkpoint:
         """What the job saved beside its tensors."""
         return {"client_state": {}} if self.has_weights_only else self._load(STATE)
 
-    def rank_state(self, rank: int) -> dict[str, Any]:
-        """What rank ``rank`` of the job saved for itself."""
-        return self._load(f"rank-{rank:05d}.pt")
+    def rank_state(self, rank: int) -> dict[str, Any] | None:
+        """What rank ``rank`` of the job saved for itself; ``None`` if the file is lost."""
+        name = f"rank-{rank:05d}.pt"
+        return None if name in self.damage else self._load(name)
 
     def read(self, entries: Sequence[Entry], group: dist.ProcessGroup | None = None) -> None:
         """Collective. Fill the tensors of ``entries``.
@@ -54,7 +59,12 @@ class Checkpoint:
             CheckpointError: something is missing, or has another shape; on every rank.
         """
         try:
-            load({}, storage_reader=self.reader(self.path), planner=EntryLoadPlanner(entries), process_group=group)
+            load(
+                {},
+                storage_reader=self.reader(self.path, self.damage),
+                planner=EntryLoadPlanner(entries),
+                process_group=group,
+            )
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"rank {rank}: {reason}") from None
@@ -70,7 +80,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
     """Collective. The checkpoint ``tag`` below ``folder``, or the latest; ``None`` where nothing was saved.
 
-    Every rank compares its share of the files with the manifest. A HuggingFace folder counts as a checkpoint of weights
+    Every rank compares its share of the files with the manifest; it does without files of which other owners wrote
+    copies. A HuggingFace folder counts as a checkpoint of weights
     alone.
 
     Raises:
@@ -79,7 +90,7 @@ def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | No
     if tag is None and is_hf_folder(folder):
         return Checkpoint(folder, {}, HFFolderReader)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    problem, found = None, None
+    problem, found, mine = None, None, {}
     if rank == 0 and folder.is_dir():
         with suppress(OSError, CheckpointError):  # a folder that cannot be written can still be read
             folders.recover(folder)
@@ -89,18 +100,18 @@ def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | No
         if found is not None:
             checkpoint = folder / found
             files = folders.read_manifest(checkpoint)
-            problem = folders.damage(checkpoint, files, sorted(files)[rank::world])
-            if problem:
-                problem = str(folders.damaged(checkpoint, problem))
+            mine = folders.damage(checkpoint, files, sorted(files)[rank::world])
     except CheckpointError as error:
         problem = str(error)
     outcomes: list[Any] = [None] * world
-    dist.all_gather_object(outcomes, (found, problem), group=group)
-    for _, message in outcomes:
+    dist.all_gather_object(outcomes, (found, problem, mine), group=group)
+    for _, message, _ in outcomes:
         if message is not None:
             raise CheckpointError(message)
-    if len({name for name, _ in outcomes}) > 1:
+    if len({name for name, _, _ in outcomes}) > 1:
         raise CheckpointError(f"checkpoint: ranks see different checkpoints below {folder}; takes a shared folder")
     if found is None:
         return None
-    return Checkpoint(folder / found, read_json(folder / found / META))
+    damage = {name: what for _, _, of_rank in outcomes for name, what in sorted(of_rank.items())}
+    do_without(folder / found, damage)
+    return Checkpoint(folder / found, read_json(folder / found / META), damage=damage)

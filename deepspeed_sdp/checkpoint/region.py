@@ -36,12 +36,14 @@ class Entry:
         shape: of the logical tensor.
         region: which part of it.
         tensor: ``region.sizes``; may be a view.
+        copy: 0 where the rectangle is written first, else which further copy of it this is.
     """
 
     name: str
     shape: tuple[int, ...]
     region: Region
     tensor: torch.Tensor
+    copy: int = 0
 
 
 def regions_of_range(whole: Region, start: int, stop: int) -> Iterator[tuple[Region, int, int]]:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.tensor_files import read_index, read_json
+from deepspeed_sdp.checkpoint.index import read_index
+from deepspeed_sdp.checkpoint.json_files import read_json
+from deepspeed_sdp.checkpoint.recovery import do_without
 from deepspeed_sdp.checkpoint.writing import META
 from deepspeed_sdp.errors import CheckpointError
 
@@ -30,13 +32,11 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
         verify: compare every file with its checksum.
 
     Raises:
-        CheckpointError: it is incomplete or damaged.
+        CheckpointError: it is incomplete or damaged, and cannot do without what is.
     """
     files = folders.read_manifest(checkpoint)
-    if verify:
-        found = folders.damage(checkpoint, files, files)
-        if found:
-            raise folders.damaged(checkpoint, found)
+    damage = folders.damage(checkpoint, files) if verify else {}
+    do_without(checkpoint, damage)
     meta, tensors = read_json(checkpoint / META), read_index(checkpoint)
     kinds: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -46,6 +46,7 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
     return {
         "checkpoint": str(checkpoint),
         "verified": verify,
+        "damage": list(damage.values()),
         "steps": meta["global_steps"],
         "samples": meta["global_samples"],
         "model": meta["model_class"],
@@ -58,7 +59,10 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
             "dtype": meta["dtype"],
             "optimizer": meta["optimizer"],
             "plan": meta["plan_hash"][:12],
-            **{key: block[key] for key in ("masking", "granularity", "coverage", "owners_per_unit")},
+            **{
+                key: block[key]
+                for key in ("masking", "granularity", "coverage", "owners_per_unit", "checkpoint_copies")
+            },
             **meta["versions"],
         },
     }

@@ -11,9 +11,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from deepspeed_sdp.checkpoint import folder as folders
+from deepspeed_sdp.checkpoint.index import INDEX
+from deepspeed_sdp.checkpoint.json_files import fsync, read_json, write_json
 from deepspeed_sdp.checkpoint.planners import EntrySavePlanner
 from deepspeed_sdp.checkpoint.region import Entry
-from deepspeed_sdp.checkpoint.tensor_files import INDEX, TensorFileWriter, fsync, read_json, write_json
+from deepspeed_sdp.checkpoint.tensor_files import TensorFileWriter
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 
 META = "meta.json"

@@ -36,10 +36,11 @@ def save_checkpoint(
     state, sdp = _state_of(engine), engine.sdp_config
     # An error of one rank is raised on all, and so is a difference between them.
     agree(lambda: {"optimizer": state.scalars()})
-    entries = state.to_write()
+    entries = state.to_write(sdp.checkpoint_copies)
     if sdp.checkpoint_async:
-        # What training changes from here on is not saved.
-        entries = [replace(entry, tensor=entry.tensor.to("cpu", copy=True)) for entry in entries]
+        # What training changes from here on is not saved. One at a time, as what came from others is this rank's alone.
+        for place, entry in enumerate(entries):
+            entries[place] = replace(entry, tensor=entry.tensor.to("cpu", copy=True))
     write = functools.partial(
         write_checkpoint,
         folder,
@@ -77,6 +78,11 @@ def load_checkpoint(
     """Collective; see :meth:`SDPEngine.load_checkpoint`."""
     engine.wait_for_checkpoint()
     checkpoint = open_checkpoint(folder, tag)
+    if checkpoint is not None and checkpoint.damage and dist.get_rank() == 0:
+        what = "; ".join(checkpoint.damage.values())
+        logger.warning(
+            f"checkpoint: {what}. Other owners' copies are read instead; random numbers of lost ranks are new"
+        )
     if checkpoint is None:
         logger.warning(f"{folder} has no checkpoint: nothing is loaded")
         return None, None
@@ -100,7 +106,9 @@ def load_checkpoint(
         for counter in _COUNTERS:
             setattr(engine, counter, checkpoint.meta[counter])
         if checkpoint.meta["world_size"] == dist.get_world_size():
-            _set_random_state(checkpoint.rank_state(dist.get_rank())["random"])
+            own = checkpoint.rank_state(dist.get_rank())
+            if own is not None:
+                _set_random_state(own["random"])
     if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     state.spread()

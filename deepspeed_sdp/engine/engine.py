@@ -1,6 +1,6 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.utils import logger
 
 from deepspeed_sdp.checkpoint import BackgroundWriter
 from deepspeed_sdp.config import SDPConfig
@@ -22,7 +23,7 @@ from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.param_groups import as_groups, translate_groups
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
-from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import Subnetwork
 
@@ -186,13 +187,27 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
             self.optimizer.refresh.settle()
             check_owners(self._subnetwork, step)
 
-    def wait_for_checkpoint(self) -> None:
+    def wait_for_checkpoint(self) -> bool:
         """Collective, with ``checkpoint_async``. Wait for the checkpoint under way.
+
+        Returns:
+            ``False`` if it could not be written and ``checkpoint_on_error`` is ``"continue"``.
 
         Raises:
             OutputError: it could not be written; on every rank.
         """
-        self._checkpoint_writer.wait()
+        return self._try_to_save(self._checkpoint_writer.wait)
+
+    def _try_to_save(self, save: Callable[[], None]) -> bool:
+        try:
+            save()
+        except OutputError as error:
+            if self.sdp_config.checkpoint_on_error == "stop":
+                raise
+            if self.global_rank == 0:
+                logger.error(f"no checkpoint was saved, the job goes on: {error}")
+            return False
+        return True
 
     def destroy(self) -> None:
         try:
@@ -299,14 +314,16 @@ class SDPEngine(DeepSpeedEngine):  # type: ignore[misc]
         With ``checkpoint_async`` this rank's part is copied to the CPU and written beside the training; an error comes
         with the next call, :meth:`wait_for_checkpoint`, :meth:`load_checkpoint` or :meth:`destroy`.
 
+        Returns:
+            ``False`` if it cannot be written and ``checkpoint_on_error`` is ``"continue"``.
+
         Raises:
             OutputError: it cannot be written; on every rank. What was there before is untouched.
             CheckpointError: ``client_state`` holds what could not be loaded safely.
         """
         if exclude_frozen_parameters:
             raise ConfigError("exclude_frozen_parameters: got True; takes False, a checkpoint is complete")
-        save_checkpoint(self, Path(save_dir), tag, client_state, save_latest)
-        return True
+        return self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
 
     def load_checkpoint(
         self,

@@ -55,6 +55,16 @@ class OwnerGroups:
         """The first rank that trains subnetwork ``worker``."""
         return self.workers.index(worker)
 
+    def next_owner(self, rank: int, ranks: Sequence[int], steps: int) -> int:
+        """The rank that stands for ``rank`` at the owner ``steps`` further among those of ``ranks``, in a circle.
+
+        All workers have as many ranks, so each rank stands for one.
+        """
+        workers = sorted({self.workers[r] for r in ranks})
+        own = [r for r in ranks if self.workers[r] == self.workers[rank]]
+        other = workers[(workers.index(self.workers[rank]) + steps) % len(workers)]
+        return [r for r in ranks if self.workers[r] == other][own.index(rank)]
+
     def group(self, owner_set: int) -> ProcessGroup:
         """The process group of ``owner_set``; valid on its members."""
         return self._groups[owner_set]

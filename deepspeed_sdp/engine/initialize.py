@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deepspeed_sdp.config import SDPConfig, read_json, split_block
+from deepspeed_sdp.config import BLOCK, SDPConfig, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree
 from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
@@ -135,6 +135,7 @@ def _agree_on_job(
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
+            _check_copies(job)
             job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
         return {**_description(job, model), **client.describe(model)}
 
@@ -188,6 +189,15 @@ def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
     job.args = copy.copy(args)
     if hasattr(job.args, "deepspeed_config"):
         job.args.deepspeed_config = None
+
+
+def _check_copies(job: _Job) -> None:
+    fewest = min(map(len, job.plan.owner_sets))
+    if job.sdp.checkpoint_copies > fewest:
+        raise ConfigError(
+            f"{BLOCK}.checkpoint_copies: got {job.sdp.checkpoint_copies} with {fewest} owners per unit; "
+            f"takes 1 to {fewest}"
+        )
 
 
 def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:

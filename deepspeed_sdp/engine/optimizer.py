@@ -104,7 +104,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.synchronize_gradients = True
         self.dp_process_group: dist.ProcessGroup | None = world
         self._global_grad_norm: torch.Tensor | float = 0.0
-        self._device = device
+        self.device = device
         self.refresh = refresh
         self._buckets = [bucket for buckets in rounds for bucket in buckets]
         self._precision = precision
@@ -188,7 +188,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def scaled_global_norm(self) -> torch.Tensor:
         """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same tensor on every rank."""
-        squares = [torch.zeros((), dtype=torch.float64, device=self._device)]
+        squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
         for bucket in self._buckets:
             # At stage 0 every owner holds the whole bucket: the first one counts it.
             is_counted = self.stage > 0 or bucket.ranks[0] == dist.get_rank()

@@ -6,6 +6,7 @@ trained is ``model.<parameter or buffer>``.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
+from deepspeed_sdp.engine.state_copies import copies_of_others
 from deepspeed_sdp.errors import CheckpointError
 from deepspeed_sdp.subnetwork import Fragment, Subnetwork
 
@@ -32,15 +34,28 @@ class TrainingState:
         names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
         self._names = {index: names[id(parameter)] for index, parameter in optimizer.parameters.items()}
 
-    def to_write(self) -> list[Entry]:
-        """What this rank writes; each element of a logical tensor is written by one rank."""
+    def to_write(self, copies: int = 1) -> list[Entry]:
+        """Collective, if ``copies`` is not 1. What this rank writes.
+
+        Args:
+            copies: how many owners write each element of a logical tensor, each of them once.
+        """
         entries: list[Entry] = []
         for bucket, master in self._optimizer.masters.items():
-            share = bucket.share_of(self._rank)
-            entries += self._of_bucket(bucket, "master", master.data, *share)
-            for key, value in self._tensors(master).items():
-                entries += self._of_bucket(bucket, f"optimizer.{key}", value, *share)
-        return [*entries, *self._untrained(is_writing=True)]
+            start, stop = bucket.share_of(self._rank)
+            for kind, value in self._tensors_of(master).items():
+                entries += self._of_bucket(bucket, kind, value, self._base(bucket), start, stop)
+        entries += self._untrained(is_writing=True)
+        for copy in range(1, copies):
+            found: list[Entry] = []
+            for bucket, (start, stop), values in copies_of_others(
+                self._optimizer, self._groups, copy, self._tensors_of
+            ):
+                for kind, value in values.items():
+                    found += self._of_bucket(bucket, kind, value, start, start, stop)
+            found += self._untrained(is_writing=True, copy=copy)
+            entries += [replace(entry, copy=copy) for entry in found]
+        return entries
 
     def to_read(self, state_keys: Sequence[str]) -> list[Entry]:
         """What this rank needs. ``state_keys`` are tensors of the optimizer's state, which :meth:`take_state` takes."""
@@ -49,11 +64,12 @@ class TrainingState:
         for bucket, master in self._optimizer.masters.items():
             start = min(bucket.index * bucket.shard_numel, bucket.bucket.numel)
             shard = (start, min(start + bucket.shard_numel, bucket.bucket.numel))
-            entries += self._of_bucket(bucket, "master", master.data, *shard)
+            base = self._base(bucket)
+            entries += self._of_bucket(bucket, "master", master.data, base, *shard)
             for key in state_keys:
                 value = torch.zeros_like(master.data)
                 self._read.setdefault(master, {})[key] = value
-                entries += self._of_bucket(bucket, f"optimizer.{key}", value, *shard)
+                entries += self._of_bucket(bucket, f"optimizer.{key}", value, base, *shard)
         return [*entries, *self._untrained(is_writing=False)]
 
     def state_keys(self) -> list[str]:
@@ -108,11 +124,19 @@ class TrainingState:
         state = self._optimizer.state.get(master, {})
         return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == master.shape}
 
+    def _tensors_of(self, master: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = {f"optimizer.{key}": value for key, value in self._tensors(master).items()}
+        return {"master": master.data, **dict(sorted(state.items()))}
+
+    def _base(self, bucket: OwnerBucket) -> int:
+        """Where this rank's shard begins in the bucket's flat vector."""
+        return bucket.index * bucket.shard_numel
+
     def _of_bucket(
-        self, bucket: OwnerBucket, prefix: str, values: torch.Tensor, start: int, stop: int
+        self, bucket: OwnerBucket, prefix: str, values: torch.Tensor, base: int, start: int, stop: int
     ) -> Iterator[Entry]:
-        """Elements ``[start, stop)`` of the bucket, out of this rank's ``values`` ``[shard_numel]``."""
-        base, first = bucket.index * bucket.shard_numel, 0
+        """Elements ``[start, stop)`` of the bucket, out of ``values``, which begin at its element ``base``."""
+        first = 0
         for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
             name, shape, whole = self._place(self._names[index])
             for region, low, high in regions_of_range(whole, max(start - first, 0), min(stop - first, numel)):
@@ -129,16 +153,19 @@ class TrainingState:
         offsets = tuple(fragment.start if dim == fragment.dim else 0 for dim in range(len(sizes)))
         return fragment.full_name, self._subnetwork.partitioned[fragment.full_name].shape, Region(offsets, sizes)
 
-    def _untrained(self, is_writing: bool) -> Iterator[Entry]:
+    def _untrained(self, is_writing: bool, copy: int = 0) -> Iterator[Entry]:
         subnetwork = self._subnetwork
         for name, parameter in subnetwork.module.named_parameters():
             fragment = subnetwork.fragments[name]
             if name in subnetwork.views or subnetwork.is_trained(fragment.full_name):
                 continue
-            if not is_writing or self._groups.ranks(fragment.owner_set)[0] == self._rank:
+            if not is_writing or self._writer(self._groups.ranks(fragment.owner_set), copy) == self._rank:
                 full_name, shape, region = self._place(name)
                 yield Entry(f"model.{full_name}", shape, region, parameter.data)
         for name, buffer in subnetwork.persistent_buffers():
-            if not is_writing or self._rank == 0:
+            if not is_writing or self._writer(range(dist.get_world_size()), copy) == self._rank:
                 region = Region((0,) * buffer.dim(), tuple(buffer.shape))
                 yield Entry(f"model.{name}", tuple(buffer.shape), region, buffer)
+
+    def _writer(self, ranks: Sequence[int], copy: int) -> int:
+        return self._groups.next_owner(ranks[0], ranks, copy)

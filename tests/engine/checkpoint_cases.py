@@ -86,6 +86,15 @@ def load_error(folder, sdp, ds, tag=None, **values):
     return message
 
 
+def start_error(sdp, ds):
+    """The message of the refusal."""
+    try:
+        start(sdp, ds).destroy()
+    except deepspeed_sdp.SDPError as error:
+        return str(error)
+    return None
+
+
 def subnetworks(folder, sdp, model=None, family="llama"):
     """Save, and what each rank's subnetwork says of one batch."""
     engine = start(sdp, {"stage": 1}, model=model, family=family)

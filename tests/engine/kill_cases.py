@@ -41,7 +41,7 @@ def check(folder, step):
         return step
     checkpoint = folder / tag
     files = folders.read_manifest(checkpoint)
-    assert folders.damage(checkpoint, files, files) is None
+    assert not folders.damage(checkpoint, files)
     now = torch.load(checkpoint / "state.pt", weights_only=True)["client_state"]["step"]
     assert now >= step, (now, step)
     return now

@@ -51,9 +51,9 @@ def tensors_of(checkpoint):
         full[name] = torch.full(tensor.size, float("nan"), dtype=tensor.properties.dtype)
     for index, place in reader._places.items():
         chunk = metadata.state_dict_metadata[index.fqn].chunks[index.index]
-        with safe_open(checkpoint / place["file"], framework="pt") as file:
+        with safe_open(checkpoint / place.file, framework="pt") as file:
             slices = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            full[index.fqn][slices] = file.get_tensor(place["key"])
+            full[index.fqn][slices] = file.get_tensor(place.key)
     assert not any(value.isnan().any() for value in full.values())
     return full
 
@@ -136,6 +136,19 @@ def test_another_number_of_ranks(pools, tmp_path, one, two):
 def test_frozen_parameters_come_back(pools, tmp_path):
     frozen = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
     check_pair(pools, tmp_path, "half-1", "backward-1", frozen=frozen)
+
+
+@pytest.mark.parametrize("to_frozen", [True, False])
+def test_a_parameter_may_be_frozen_in_one_job_and_trained_in_another(ranks4, tmp_path, to_frozen):
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    folder = str(tmp_path)
+    for one, two in (((), names), (names, ()))[:: 1 if to_frozen else -1][:1]:
+        values = {"sdp": HALF, "ds": {"stage": 1}, "timeout": 60, "folder": folder}
+        saved = ranks4.run(f"{CASES}:save_and_go_on", more=0, frozen=one, **values)
+        loaded = ranks4.run(f"{CASES}:load_and_go_on", frozen=two, **values)
+    assert_same_tensors(saved[0]["full"], loaded[0]["loaded"])
+    for name in names:
+        assert torch.equal(loaded[0]["full"][name], saved[0]["full"][name]) == to_frozen
 
 
 @pytest.mark.parametrize("layout", ["half-0", "half-3", "backward-1"])
