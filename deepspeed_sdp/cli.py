@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: that of training)")
     export.add_argument("--subnetwork", type=int, metavar="W", help="worker W's subnetwork, as a smaller model")
     export.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a tokenizer to copy into the folder")
+    export.add_argument(
+        "--universal", action="store_true", help="weights and optimizer in DeepSpeed's universal format instead"
+    )
     export.set_defaults(run=_export)
     report = commands.add_parser("report", help="show the report of a finished run")
     report.add_argument("folder", type=Path, help="output folder of a run, with its report.json")
@@ -145,6 +148,14 @@ def _export(args: argparse.Namespace) -> None:
     from deepspeed_sdp.checkpoint.export import export
     from deepspeed_sdp.checkpoint.summary import locate
 
+    if args.universal:
+        from deepspeed_sdp.checkpoint.universal_export import export_universal
+
+        said = [key for key in ("dtype", "tokenizer", "subnetwork") if getattr(args, key) is not None]
+        if said:
+            raise ConfigError(f"--universal: got --{said[0]} too; takes neither, it is the state of a training")
+        print(f"universal checkpoint: {export_universal(locate(args.folder, args.tag), args.out)}")
+        return
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
     export(locate(args.folder, args.tag), args.out, dtypes[args.dtype], args.tokenizer, args.subnetwork)
     print(f"model: {args.out}")

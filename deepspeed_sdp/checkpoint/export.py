@@ -90,10 +90,10 @@ def weights_of(checkpoint: Path, lost: Container[str] = ()) -> Iterator[tuple[st
     for logical, tensor in read_index(checkpoint, places, lost).items():
         kind, _, name = logical.partition(".")
         if kind in ("master", "model"):
-            yield name, _read(checkpoint, logical, tensor, places)
+            yield name, read_tensor(checkpoint, logical, tensor, places)
 
 
-def _read(
+def read_tensor(
     checkpoint: Path, logical: str, tensor: TensorStorageMetadata, places: dict[MetadataIndex, Place]
 ) -> torch.Tensor:
     full = torch.empty(tensor.size, dtype=tensor.properties.dtype)

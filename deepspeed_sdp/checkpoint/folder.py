@@ -131,6 +131,11 @@ def tags(folder: Path) -> list[str]:
     return [path.name for path in sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)]
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end; what became of its files since is :func:`damage`."""
+    return (checkpoint / MANIFEST).is_file()
+
+
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The files of a checkpoint, by name.
 

@@ -21,6 +21,7 @@ from deepspeed_sdp.checkpoint import open_checkpoint, write_checkpoint
 from deepspeed_sdp.engine.agreement import agree
 from deepspeed_sdp.engine.optimizer import GROUP_KEY
 from deepspeed_sdp.engine.training_state import TrainingState
+from deepspeed_sdp.engine.universal_folder import open_universal
 from deepspeed_sdp.errors import CheckpointError
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -77,7 +78,7 @@ def load_checkpoint(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Collective; see :meth:`SDPEngine.load_checkpoint`."""
     engine.wait_for_checkpoint()
-    checkpoint = open_checkpoint(folder, tag)
+    checkpoint = open_universal(folder, tag) or open_checkpoint(folder, tag)
     if checkpoint is not None and checkpoint.damage and dist.get_rank() == 0:
         what = "; ".join(checkpoint.damage.values())
         logger.warning(
@@ -148,10 +149,10 @@ def _group_options(engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _check_optimizer(engine: Any, saved_name: str, saved: list[dict[str, Any]]) -> None:
+def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, Any]]) -> None:
     name = type(engine.basic_optimizer).__name__
     # Adam's state is the same in all its implementations.
-    if name != saved_name and not ("Adam" in name and "Adam" in saved_name):
+    if saved_name is not None and name != saved_name and not ("Adam" in name and "Adam" in saved_name):
         raise CheckpointError(
             f"checkpoint: has the state of {saved_name}; the optimizer is {name} (load_optimizer_states=False loads "
             "the weights alone)"

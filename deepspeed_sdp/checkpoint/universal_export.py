@@ -1,0 +1,109 @@
+"""From a checkpoint to DeepSpeed's universal format, which dense DeepSpeed loads with its optimizer state.
+
+The layout is what ``deepspeed.checkpoint.ds_to_universal`` writes: one folder per parameter with its fp32 weights and
+moments, beside the state that all parameters share.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from deepspeed_sdp.checkpoint import folder as folders
+from deepspeed_sdp.checkpoint.export import read_tensor
+from deepspeed_sdp.checkpoint.index import Place, read_index
+from deepspeed_sdp.checkpoint.json_files import read_json
+from deepspeed_sdp.checkpoint.reading import Checkpoint
+from deepspeed_sdp.checkpoint.recovery import do_without
+from deepspeed_sdp.checkpoint.writing import META
+from deepspeed_sdp.errors import OutputError
+
+LATEST = "latest_universal"
+
+
+def export_universal(checkpoint: Path, out: Path) -> Path:
+    """Write ``checkpoint`` below ``out`` under its own tag; one tensor is in memory at a time.
+
+    A DeepSpeed job takes it up with ``"checkpoint": {"load_universal": true}`` and ``load_checkpoint(out)``.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+        OutputError: ``out`` cannot be written, or holds that tag.
+    """
+    damage = folders.damage(checkpoint, folders.read_manifest(checkpoint))
+    lost = do_without(checkpoint, damage)
+    meta = read_json(checkpoint / META)
+    state = Checkpoint(checkpoint, meta, damage=damage).state()
+    final = out / checkpoint.name
+    if final.exists():
+        raise OutputError(f"{final}: exists; takes a folder that does not hold it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=out))
+        try:
+            _write_parameters(checkpoint, staging / "zero", lost, state["optimizer_scalars"])
+            _write_shared(staging, meta, state)
+            os.replace(staging, final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        (out / LATEST).write_text(checkpoint.name, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error}") from None
+    return final
+
+
+def _write_parameters(checkpoint: Path, folder: Path, lost: frozenset[str], scalars: Mapping[str, Any]) -> None:
+    places: dict[MetadataIndex, Place] = {}
+    step = _scalar(scalars, "step")
+    for logical, tensor in read_index(checkpoint, places, lost).items():
+        kind, _, name = logical.partition(".")
+        file = "fp32"
+        if kind == "optimizer":
+            file, _, name = name.partition(".")
+        target = folder / name
+        target.mkdir(parents=True, exist_ok=True)
+        value = read_tensor(checkpoint, logical, tensor, places)
+        value = value.float() if value.is_floating_point() else value
+        # `param` and `cat_dim` are DeepSpeed's keys.
+        torch.save({"param": value, "cat_dim": 0}, target / f"{file}.pt")
+        if kind == "master" and step is not None:
+            torch.save(step, target / "step.pt")
+
+
+def _write_shared(folder: Path, meta: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    step = _scalar(state["optimizer_scalars"], "step")
+    optimizer = {
+        "param_groups": state["optimizer_groups"],
+        "dynamic_loss_scale": state["loss_scaler"]["class"] == "DynamicLossScaler",
+        "overflow": False,
+        "ds_version": meta["versions"]["deepspeed"],
+        # Stage 3 looks for the shared step here.
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": state["optimizer_groups"]},
+    }
+    torch.save(optimizer, folder / "zero" / "optimizer_state.pt")
+    shared = {
+        **state["client_state"],
+        "module": {},
+        "lr_scheduler": state["lr_scheduler"],
+        "global_steps": meta["global_steps"],
+        "global_samples": meta["global_samples"],
+        "skipped_steps": meta["skipped_steps"],
+        "dp_world_size": meta["world_size"],
+        "mp_world_size": 1,
+        "ds_version": meta["versions"]["deepspeed"],
+    }
+    # DeepSpeed's names up to stage 2, and at stage 3.
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save(shared, folder / name)
+
+
+def _scalar(scalars: Mapping[str, Any], key: str) -> Any:
+    if key not in scalars:
+        return None
+    value, dtype = scalars[key]["value"], scalars[key]["dtype"]
+    return value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
