@@ -93,6 +93,10 @@ class SDPConfig(BaseModel):
     consistency_check_interval: int = Field(
         0, ge=0, description="steps between two comparisons of the owners' weights, 0: never"
     )
+    evaluation: Literal["gathered", "streamed"] = Field(
+        "gathered",
+        description="of the full model in HuggingFace's Trainer: all its weights on every rank meanwhile, or a layer",
+    )
     checkpoint_async: bool = Field(False, description="write checkpoints beside the training, from a copy on the CPU")
     checkpoint_copies: int = Field(
         1, ge=1, description="owners that write each element; a checkpoint survives the loss of one worker's files less"
@@ -164,6 +168,8 @@ class SDPConfig(BaseModel):
         """
         if not isinstance(block, Mapping):
             raise ConfigError(f"{BLOCK}: got {type(block).__name__}; takes an object with keys, see the README")
+        # In a DeepSpeed config "auto" leaves a value to others: here, to the default.
+        block = {key: value for key, value in block.items() if value != "auto"}
         try:
             config = cls(**block)
         except ValidationError as error:

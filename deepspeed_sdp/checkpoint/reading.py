@@ -87,7 +87,8 @@ def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | No
     Raises:
         CheckpointError: it is missing or damaged; on every rank, naming the file and complete checkpoints beside it.
     """
-    if tag is None and is_hf_folder(folder):
+    # A folder of HuggingFace's Trainer is both.
+    if tag is None and is_hf_folder(folder) and not (folder / folders.LATEST).is_file():
         return Checkpoint(folder, {}, HFFolderReader)
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     problem, found, mine = None, None, {}

@@ -70,13 +70,13 @@ def evaluate_full(
     """Collective; see :meth:`SDPEngine.evaluate_full`. Batches are what the model takes, with ``labels`` ``[B, T]``."""
     mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     if subnetwork.masking == "backward":
-        with _eval_mode(subnetwork.module):
-            total = sum((_loss_sum(subnetwork.module, batch) for batch in mine), _nothing(device))
+        with eval_mode(subnetwork.module):
+            total = sum((_loss_sum(subnetwork.module(**batch).loss, batch) for batch in mine), _nothing(device))
         return _mean_over_ranks(total)
     sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
     dist.all_reduce(sweeps, op=dist.ReduceOp.MAX)
     total = _nothing(device)
-    with _eval_mode(subnetwork.module), access(None):
+    with eval_mode(subnetwork.module), access(None):
         for sweep in range(int(sweeps)):
             total += _sweep(
                 subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device, access
@@ -96,9 +96,9 @@ def _nothing(device: torch.device) -> torch.Tensor:
     return torch.zeros(2, dtype=torch.float64, device=device)
 
 
-def _loss_sum(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _loss_sum(loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Sum of losses and number of predicted tokens of a batch, ``[2]`` float64."""
-    loss, tokens = model(**batch).loss, (batch["labels"][:, 1:] != -100).sum()
+    tokens = (batch["labels"][:, 1:] != -100).sum()
     return torch.stack([loss.double() * tokens, tokens.double()]) if tokens else _nothing(loss.device)
 
 
@@ -106,6 +106,16 @@ def _sweep(
     subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device, access: Access
 ) -> torch.Tensor:
     """Sum of losses and number of predicted tokens, ``[2]`` float64."""
+    total = _nothing(device)
+    for batch, output in zip(batches, outputs_of(subnetwork, batches, device, access), strict=True):
+        total += _loss_sum(output.loss, batch)
+    return total
+
+
+def outputs_of(
+    subnetwork: Subnetwork, batches: Sequence[Mapping[str, Any]], device: torch.device, access: Access
+) -> Iterator[Any]:
+    """Collective, inside ``access(None)``. What the full model returns for each batch."""
     calls = [_record(subnetwork, batch) for batch in batches]
     hidden = [call[0][0] for call in calls]
     skeleton = subnetwork.full_skeleton().eval()
@@ -116,14 +126,13 @@ def _sweep(
                 _, args, kwargs = call[index]
                 output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
                 hidden[i] = output[0] if isinstance(output, tuple) else output
-    total = _nothing(device)
-    for batch, output in zip(batches, hidden, strict=True):
-        with _swapped_layers(subnetwork, _replays(subnetwork, output)):
-            total += _loss_sum(subnetwork.module, batch)
-    return total
+    for batch, last in zip(batches, hidden, strict=True):
+        with _swapped_layers(subnetwork, _replays(subnetwork, last)):
+            output = subnetwork.module(**batch)
+        yield output
 
 
-def _record(subnetwork: Subnetwork, batch: Mapping[str, torch.Tensor]) -> list[_Call]:
+def _record(subnetwork: Subnetwork, batch: Mapping[str, Any]) -> list[_Call]:
     calls: list[_Call] = []
     layers = list(subnetwork.adapter.layers(subnetwork.module))
     recorders = [_Recorder(layer, calls, layer is layers[-1]) for layer in layers]
@@ -161,7 +170,7 @@ def _swapped_layers(subnetwork: Subnetwork, stand_ins: Sequence[nn.Module]) -> I
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -4,10 +4,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from deepspeed_sdp.engine.gather import Access, gather_space, shared_parameters
 from deepspeed_sdp.errors import OutputError
@@ -60,17 +62,22 @@ def save_hf(
         raise OutputError(failure[0])
 
 
+def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedModel:
+    """The full model without memory; ``dtype`` is what ``save_pretrained`` writes into the config."""
+    model: Any = subnetwork.full_skeleton().to(dtype)
+    if subnetwork.generation_config is not None:
+        model.generation_config = subnetwork.generation_config
+    return model  # type: ignore[no-any-return]
+
+
 def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
-    # save_pretrained writes the model's own dtype into the config.
     staging = None
     try:
-        model = subnetwork.full_skeleton().to(next(iter(weights.values())).dtype)
-        if subnetwork.generation_config is not None:
-            model.generation_config = subnetwork.generation_config
+        model = skeleton_to_save(subnetwork, next(iter(weights.values())).dtype)
         folder.mkdir(parents=True, exist_ok=True)
         # Inside the folder, which may be a mount point of its own.
         staging = tempfile.mkdtemp(prefix=".staging-", dir=folder)
-        model.save_pretrained(staging, state_dict=weights)  # type: ignore[operator]
+        model.save_pretrained(staging, state_dict=weights)
         written = sorted(Path(staging).iterdir())
         for file in written:
             os.replace(file, folder / file.name)

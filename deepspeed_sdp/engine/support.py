@@ -7,7 +7,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 
 from deepspeed_sdp.config import BLOCK, SDPConfig
-from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.errors import ConfigError, ModelError
 
 _DEFAULT = object()
 
@@ -82,12 +82,13 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         raise ConfigError("model: got a PipelineModule; pipeline parallelism cannot be combined with SDP")
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; takes a torch.nn.Module")
+    _check_model(model)
     if mpu is not None:
         raise ConfigError("mpu: model parallelism cannot be combined with SDP; takes None")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ConfigError(
             "model: built under deepspeed.zero.Init, whose shards are not an owner's; takes a model built on the meta "
-            "device"
+            "device, or one built before TrainingArguments are, which switch zero.Init on at ZeRO stage 3"
         )
     if optimizer is None and _lookup(ds_config, "optimizer.type") in (_DEFAULT, None):
         raise ConfigError(
@@ -100,6 +101,23 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         )
     if any(own in name.lower() for own in _COMMUNICATE_THEMSELVES):
         raise ConfigError(f"optimizer: got {name}, which averages gradients over the world; takes AdamW, ...")
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    """What transformers, peft and accelerate make of a model that cannot be cut any more."""
+    if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
+        raise ModelError(
+            f"model: got {type(model).__name__} with PEFT adapters; SDP trains the weights themselves: merge "
+            "them first (merge_and_unload), or train them without SDP"
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError("model: got quantised weights; takes fp32, bf16 or fp16: load it without quantization_config")
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise ModelError(
+            f"model: got a device_map over {', '.join(sorted(places))}; takes a whole model on one device: load it "
+            "without device_map"
+        )
 
 
 def _lookup(config: Mapping[str, Any], dotted: str) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -67,6 +68,19 @@ class Subnetwork:
     def owned_numel(self) -> int:
         """Parameters that this worker owns, shared ones included."""
         return sum(p.numel() for name, p in self.module.named_parameters() if name not in self.frozen)
+
+    @cached_property
+    def worked_numel(self) -> tuple[int, int]:
+        """Parameters outside of embeddings that this worker's forward pass uses, and of them those that it trains.
+
+        By the plan, for at ZeRO-3 weights come and go.
+        """
+        model = self.full_skeleton()
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        full = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+        partitioned = sum(planned.space.num_units * planned.space.unit_numel for planned in self.plan.spaces)
+        trained = full - partitioned + self.plan.owned_numel(self.index)
+        return full if self.masking == "backward" else trained, trained
 
     def link_views(self) -> None:
         """Let every view share memory with the parameter that it is a view of; a cast or a move gives it its own."""

@@ -1,0 +1,142 @@
+"""What an engine says of the plan and of the full model."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from deepspeed_sdp.engine.evaluation import evaluate_full
+from deepspeed_sdp.engine.full_model import full_state_dict, save_hf, skeleton_to_save
+from deepspeed_sdp.engine.memory import model_state_bytes
+from deepspeed_sdp.engine.optimizer import SDPOptimizer
+from deepspeed_sdp.engine.sharded_weights import ShardedWeights
+from deepspeed_sdp.engine.stopwatch import Stopwatch
+from deepspeed_sdp.engine.traffic import Traffic
+from deepspeed_sdp.engine.whole_model import whole_model
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork import Subnetwork
+
+
+class FullModelFace:
+    """Part of :class:`SDPEngine`."""
+
+    device: torch.device
+    optimizer: SDPOptimizer
+    get_global_grad_norm: Any
+    _subnetwork: Subnetwork
+    _weights: ShardedWeights | None
+    _traffic: Traffic
+    _stopwatch: Stopwatch
+
+    @property
+    def plan(self) -> SubnetworkPlan:
+        """Who owns what."""
+        return self._subnetwork.plan
+
+    @property
+    def subnetwork_index(self) -> int:
+        """``w``: the subnetwork that this rank trains."""
+        return self._subnetwork.index
+
+    # -- the full model ----------------------------------------------------------------------------------------------
+
+    def full_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor] | None:
+        """Collective. On rank 0 the full model's weights on the CPU under their HuggingFace names, elsewhere ``None``.
+
+        Args:
+            dtype: cast floating-point weights; ``None`` keeps the dtype they are trained in.
+        """
+        return full_state_dict(self._subnetwork, self.device, self.gathered_weights, dtype)
+
+    def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
+        """Collective. Mean loss per predicted token of the *full* model over the batches of all ranks, in nats.
+
+        Ranks may bring different numbers of batches. Layers are gathered one at a time, so no rank needs more memory
+        than its subnetwork, one full layer, and the hidden states of its batches. Under backward masking every rank has
+        the full model, and nothing is gathered.
+        """
+        self.optimizer.refresh.settle()
+        with nullcontext() if self._weights is None else self._weights.paused():
+            return evaluate_full(self._subnetwork, batches, self.device, self.gathered_weights)
+
+    @contextmanager
+    def full_model(self, streamed: bool = False) -> Iterator[torch.nn.Module]:
+        """Collective, between steps. Inside, the full model in evaluation mode: to evaluate, to generate, to look at.
+
+        Its weights are those of now; training is for afterwards.
+
+        Args:
+            streamed: gather one layer at a time in every call, which is then collective, instead of all weights at
+                once on every rank. Such a module can be called, and no more.
+        """
+        self.optimizer.refresh.settle()
+        is_sharded = self._weights is not None
+        with nullcontext() if self._weights is None else self._weights.paused():
+            model = whole_model(
+                self._subnetwork, self.device, self.gathered_weights, is_streamed=streamed, is_sharded=is_sharded
+            )
+            with model as full:
+                yield full
+
+    def save_hf(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Collective. Write the full model as a HuggingFace folder, which needs nothing of this package to load.
+
+        Raises:
+            OutputError: the folder cannot be written; on every rank.
+        """
+        save_hf(self._subnetwork, Path(folder), self.device, self.gathered_weights, dtype)
+
+    @contextmanager
+    def gathered_weights(self, layer: int | None = None) -> Iterator[None]:
+        """Collective, between steps. Inside, this rank's weights of one decoder layer can be read, at any ZeRO stage.
+
+        Under backward masking weights may still be under way after a step; here and in a forward pass they are not.
+
+        Args:
+            layer: number of the layer; ``None`` for everything outside of the layers.
+        """
+        self.optimizer.refresh.settle()
+        if self._weights is None:
+            yield
+            return
+        parts = self._weights.outer if layer is None else (layer + 1,)
+        with self._weights.gathered(parts):
+            yield
+
+    def full_skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The full model on the meta device, as ``save_pretrained(folder, state_dict=...)`` takes it."""
+        return skeleton_to_save(self._subnetwork, dtype)
+
+    @property
+    def worked_numel(self) -> tuple[int, int]:
+        """Parameters outside of embeddings that this rank's forward pass uses, and of them those that it trains."""
+        return self._subnetwork.worked_numel
+
+    def sdp_stats(self) -> dict[str, Any]:
+        """Figures of the last step on this rank.
+
+        ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent``, also by kind of collective
+        and by owner set, ``seconds`` (host time: forward, backward with its reductions, step; ``communication`` from
+        issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest; on
+        an accelerator, whose queue runs behind the host, they are times of the host and no more),
+        ``checkpoint_stall_seconds`` (what the last ``save_checkpoint`` took of the training), ``grad_norm``,
+        ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
+        """
+        owned = self._subnetwork.fragments.keys() - self._subnetwork.frozen
+        sets = {self._subnetwork.owner_set(name) for name in owned}
+        norm = self.get_global_grad_norm()
+        return {
+            "subnetwork_index": self.subnetwork_index,
+            "owned_numel": self._subnetwork.owned_numel,
+            "owner_sets": sorted(sets),
+            "model_state_bytes": model_state_bytes(self),
+            "bytes_sent": self._traffic.last_step_bytes,
+            "bytes_sent_by_kind": dict(self._traffic.last_step),
+            "bytes_sent_by_owner_set": self._traffic.last_step_by_owner_set,
+            "seconds": self._stopwatch.last_step_seconds,
+            "checkpoint_stall_seconds": self._stopwatch.checkpoint_stall,
+            "grad_norm": None if norm is None else float(norm),
+        }

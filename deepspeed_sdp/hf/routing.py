@@ -1,0 +1,88 @@
+"""The ways by which accelerate and Trainer come to DeepSpeed, led through SDP where its config asks for that."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from accelerate import Accelerator
+from transformers import Trainer
+
+from deepspeed_sdp.config import BLOCK, read_json
+from deepspeed_sdp.engine import SDPEngine, initialize
+from deepspeed_sdp.hf.trainer import METHODS
+
+_is_enabled = False
+
+
+def enable() -> None:
+    """Bring SDP to ``transformers.Trainer`` and ``accelerate.Accelerator``; call it before they are built.
+
+    From then on, in this process, a DeepSpeed config with the block ``"subnetwork_data_parallel"`` trains with SDP; all
+    else is as before.
+    """
+    global _is_enabled
+    if _is_enabled:
+        return
+    _is_enabled = True
+    deepspeed.initialize = _routed(deepspeed.initialize)
+    Accelerator.get_state_dict = _get_state_dict(Accelerator.get_state_dict)
+    for name, method in METHODS.items():
+        setattr(Trainer, name, _method(getattr(Trainer, name), method))
+
+
+@contextmanager
+def routed() -> Iterator[None]:
+    """Inside, ``deepspeed.initialize`` is SDP's for configs with a block."""
+    before = deepspeed.initialize
+    deepspeed.initialize = _routed(before)
+    try:
+        yield
+    finally:
+        deepspeed.initialize = before
+
+
+def _routed(original: Callable[..., Any]) -> Callable[..., Any]:
+    if hasattr(original, "is_routed"):
+        return original
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _has_block(kwargs.get("config") or kwargs.get("config_params")):
+            return original(*args, **kwargs)
+        # SDP itself calls DeepSpeed's.
+        routed_here, deepspeed.initialize = deepspeed.initialize, original
+        try:
+            return initialize(*args, **kwargs)
+        finally:
+            deepspeed.initialize = routed_here
+
+    call.is_routed = True  # type: ignore[attr-defined]
+    return call
+
+
+def _has_block(config: Any) -> bool:
+    if isinstance(config, str | Path):
+        config = read_json(config, "deepspeed_config")
+    return isinstance(config, Mapping) and BLOCK in config
+
+
+def _get_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(accelerator: Accelerator, model: Any, unwrap: bool = True) -> Any:
+        if isinstance(model, SDPEngine):
+            # On all ranks but the first, which writes it, there is none.
+            return model.full_state_dict() or {}
+        return original(accelerator, model, unwrap)
+
+    return call
+
+
+def _method(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        return method(trainer, functools.partial(original, trainer), *args, **kwargs)
+
+    return call
