@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "--universal", action="store_true", help="weights and optimizer in DeepSpeed's universal format instead"
     )
     export.set_defaults(run=_export)
+    models = commands.add_parser("models", help="list the model families that can be partitioned")
+    models.add_argument("--json", action="store_true", help="JSON instead of a table")
+    models.set_defaults(run=_models)
     report = commands.add_parser("report", help="show the report of a finished run")
     report.add_argument("folder", type=Path, help="output folder of a run, with its report.json")
     report.add_argument("--json", action="store_true", help="print report.json as it is")
@@ -159,6 +162,28 @@ def _export(args: argparse.Namespace) -> None:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
     export(locate(args.folder, args.tag), args.out, dtypes[args.dtype], args.tokenizer, args.subnetwork)
     print(f"model: {args.out}")
+
+
+def _models(args: argparse.Namespace) -> None:
+    from deepspeed_sdp.adapters import ADAPTERS
+
+    rows = [
+        {
+            "adapter": adapter.name,
+            "families": list(adapter.families),
+            "attention": about["attention"],
+            "mlp": about["mlp"],
+        }
+        for adapter in ADAPTERS
+        for about in (adapter.units,)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['adapter']:<10}{', '.join(row['families'])}")
+        print(f"{'':<10}attention: {row['attention']}; mlp: {row['mlp']}; blocks: layers or branches")
+    print("A family is known by the names of its modules, not by its class; docs/adapters.md shows how to add one.")
 
 
 def _report(args: argparse.Namespace) -> None:

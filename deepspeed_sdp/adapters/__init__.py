@@ -3,12 +3,14 @@
 from torch import nn
 
 from deepspeed_sdp.adapters.base import Adapter, Block, BlockUnit, PartitionedLinear, PartitionedModule
+from deepspeed_sdp.adapters.gpt2 import GPT2Adapter
+from deepspeed_sdp.adapters.gpt_neox import GPTNeoXAdapter
 from deepspeed_sdp.adapters.llama import LlamaAdapter
 from deepspeed_sdp.errors import ModelError
 
 __all__ = ["ADAPTERS", "Adapter", "Block", "BlockUnit", "PartitionedLinear", "PartitionedModule", "find_adapter"]
 
-ADAPTERS: tuple[Adapter, ...] = (LlamaAdapter(),)
+ADAPTERS: tuple[Adapter, ...] = (LlamaAdapter(), GPT2Adapter(), GPTNeoXAdapter())
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -23,5 +25,5 @@ def find_adapter(model: nn.Module) -> Adapter:
     known = "; ".join(f"{adapter.name} ({', '.join(adapter.families)})" for adapter in ADAPTERS)
     raise ModelError(
         f"model: no adapter knows {type(model).__name__}; known families: {known}. A family is known by the names of "
-        "its layers and linears, which must be plain torch.nn.Linear"
+        "its layers and linears, which must be plain torch.nn.Linear (or transformers' Conv1D)"
     )

@@ -4,7 +4,7 @@ from deepspeed_sdp.checkpoint.background import BackgroundWriter
 from deepspeed_sdp.checkpoint.folder import is_complete
 from deepspeed_sdp.checkpoint.index import Place
 from deepspeed_sdp.checkpoint.reading import Checkpoint, open_checkpoint
-from deepspeed_sdp.checkpoint.region import Entry, Region, regions_of_range
+from deepspeed_sdp.checkpoint.region import Entry, Region, regions_of_range, without_groups
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.checkpoint.writing import write_checkpoint
 
@@ -18,5 +18,6 @@ __all__ = [
     "is_complete",
     "open_checkpoint",
     "regions_of_range",
+    "without_groups",
     "write_checkpoint",
 ]

@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from deepspeed_sdp.checkpoint import folder as folders
+from deepspeed_sdp.checkpoint.hf_names import saved_names
 from deepspeed_sdp.checkpoint.index import Place, read_index
 from deepspeed_sdp.checkpoint.json_files import read_json
 from deepspeed_sdp.checkpoint.recovery import do_without
 from deepspeed_sdp.checkpoint.writing import META
 from deepspeed_sdp.errors import CheckpointError, OutputError
+from deepspeed_sdp.subnetwork import meta_model
 
 SHARD_BYTES = 2 << 30
 
@@ -53,6 +55,7 @@ def export(
     config = AutoConfig.for_model(**meta["model_config"])
     config.dtype = dtype
     config.architectures = [meta["model_class"]]
+    names = saved_names(meta_model(config, META))
     weights = weights_of(checkpoint, lost)
     if subnetwork is not None:
         from deepspeed_sdp.checkpoint.subnetwork_export import carve
@@ -62,7 +65,9 @@ def export(
         out.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=out))
         try:
-            _write_shards(((name, _cast(value, dtype)) for name, value in weights), staging, shard_bytes)
+            _write_shards(
+                ((names.get(name, name), _cast(value, dtype)) for name, value in weights), staging, shard_bytes
+            )
             config.save_pretrained(staging)
             if tokenizer is not None:
                 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staging)

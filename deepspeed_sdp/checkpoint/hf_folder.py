@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from deepspeed_sdp.checkpoint.hf_names import saved_names
 from deepspeed_sdp.checkpoint.index import Place
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
-from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.errors import CheckpointError, SDPError
+from deepspeed_sdp.subnetwork import meta_model
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -28,13 +30,14 @@ class HFFolderReader(TensorFileReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors: dict[str, Any] = {}
+        own = self._own_names()
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in sorted(file.keys()):
                         stored = file.get_slice(key)
                         size, dtype = torch.Size(stored.get_shape()), stored[:0].dtype
-                        for name in (f"master.{key}", f"model.{key}"):
+                        for name in (f"master.{own.get(key, key)}", f"model.{own.get(key, key)}"):
                             offsets = torch.Size([0] * len(size))
                             chunk = ChunkStorageMetadata(offsets, size)
                             tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [chunk])
@@ -42,3 +45,13 @@ class HFFolderReader(TensorFileReader):
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
         return Metadata(tensors)
+
+    def _own_names(self) -> dict[str, str]:
+        """Name in the folder -> name in the model, for a family that transformers knows."""
+        from transformers import AutoConfig
+
+        try:
+            names = saved_names(meta_model(AutoConfig.from_pretrained(self._folder), "config.json"))
+        except (OSError, ValueError, SDPError):  # then they are taken as they are
+            return {}
+        return {saved: name for name, saved in names.items()}

@@ -46,6 +46,28 @@ class Entry:
     copy: int = 0
 
 
+def without_groups(region: Region, dim: int, width: int) -> Iterator[tuple[Region, int]]:
+    """A rectangle of ``[..., groups, width, ...]`` as rectangles of ``[..., groups * width, ...]``, one for each group.
+
+    Args:
+        dim: that of the groups.
+        width: of the full tensor's groups.
+
+    Yields:
+        a rectangle, and its place along ``dim`` in ``region``.
+    """
+    before, after = slice(None, dim), slice(dim + 2, None)
+    for place in range(region.sizes[dim]):
+        offset = (region.offsets[dim] + place) * width + region.offsets[dim + 1]
+        yield (
+            Region(
+                (*region.offsets[before], offset, *region.offsets[after]),
+                (*region.sizes[before], region.sizes[dim + 1], *region.sizes[after]),
+            ),
+            place,
+        )
+
+
 def regions_of_range(whole: Region, start: int, stop: int) -> Iterator[tuple[Region, int, int]]:
     """Elements ``[start, stop)`` of a rectangle, in row-major order, as rectangles.
 

@@ -78,6 +78,12 @@ def _renumbered(
 def _carve_units(
     plan: SubnetworkPlan, block: dict[str, Any], config: Any, worker: int, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    lacking = [size for size in (_WIDTH, _KV_HEADS, _HEADS) if not hasattr(config, size)]
+    if lacking:
+        raise CheckpointError(
+            f"--subnetwork: a config of this family has no words for fewer heads of the same size: "
+            f"{type(config).__name__} lacks {', '.join(lacking)}"
+        )
     model = meta_model(config, "meta.json")
     modules = {m.space.name: m for m in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))}
     planned = {p.space.name for p in plan.spaces}

@@ -36,7 +36,12 @@ def check_owners(subnetwork: Subnetwork, step: int) -> None:
     order = {name: place for place, name in enumerate(subnetwork.full_order)}
     worst = min(different, key=lambda fragment: (order[fragment.full_name], fragment.start))
     by_unit: list[Any] = [None] * dist.get_world_size()
-    units = _checksums(mine[worst], worst.dim).tolist() if worst in mine else None
+    units = None
+    if worst in mine:
+        value = mine[worst].detach()
+        if worst.dim is not None:
+            value = value.reshape(subnetwork.partitioned[worst.full_name].fragment_shape(worst))
+        units = _checksums(value, worst.dim).tolist()
     dist.all_gather_object(by_unit, units)
     raise ConsistencyError(_describe(subnetwork, worst, by_unit, step, len(different)))
 

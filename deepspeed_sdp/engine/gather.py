@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.plan import Chunk, PlannedSpace
-from deepspeed_sdp.subnetwork import FullParameter, Subnetwork, partitioned_by_space, place
+from deepspeed_sdp.subnetwork import FullParameter, Subnetwork, partitioned_by_space
 
 
 def weights_dtype(subnetwork: Subnetwork) -> torch.dtype:
@@ -64,7 +64,8 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.de
         sizes = [_numel(p, chunk) for p in parameters]
         for parameter, piece in zip(parameters, torch.split(flat, sizes), strict=True):
             fragment = parameter.fragment(chunk.start, chunk.stop, chunk.owner_set)
-            place(full[parameter.name], fragment, piece.view(parameter.fragment_shape(fragment)))
+            part = parameter.part_of(full[parameter.name], fragment)
+            part.copy_(piece.view(parameter.fragment_shape(fragment)))
     return full
 
 

@@ -18,7 +18,7 @@ class InPlaceBucket(OwnerBucket):
     fp32 training too: an optimizer takes contiguous tensors, and columns are not.
 
     Args:
-        views: views of the full weights, of one or two dimensions.
+        views: views of the full weights.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class InPlaceBucket(OwnerBucket):
 
 def _elements(view: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
     """Elements ``[start, stop)`` of ``view`` in row-major order, as views: whole rows and parts of at most two."""
-    width = view.shape[-1] if view.dim() == 2 else view.numel()
-    if view.dim() == 1 or width == 0:
+    if view.dim() == 1 or view.numel() == 0:
         yield view[start:stop]
         return
+    width = view[0].numel()
     row, column = divmod(start, width)
     if column:
         end = min(width, column + stop - start)
-        yield view[row, column:end]
+        yield from _elements(view[row], column, end)
         start, row = start + end - column, row + 1
     rows = (stop - start) // width
     if rows:
         yield view[row : row + rows]
         start, row = start + rows * width, row + rows
     if start < stop:
-        yield view[row, : stop - start]
+        yield from _elements(view[row], 0, stop - start)

@@ -137,10 +137,7 @@ def _copies(subnetwork: Subnetwork) -> Iterator[tuple[Item, torch.Tensor]]:
             if subnetwork.index in subnetwork.plan.owner_sets[fragment.owner_set]:
                 continue
             in_place = len(fragments) > 1
-            assert fragment.dim is not None
-            weights: torch.Tensor = parameter
-            if in_place:
-                weights = parameter.detach().narrow(fragment.dim, fragment.start, fragment.stop - fragment.start)
+            weights = full.part_of(parameter.detach(), fragment) if in_place else parameter
             position = (place_of[name], fragment.start)
             group = subnetwork.group_of[name]
             yield Item(position, fragment.owner_set, group, weights.numel(), index, in_place), weights

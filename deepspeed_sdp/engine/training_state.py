@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range
+from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range, without_groups
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
@@ -138,20 +138,33 @@ class TrainingState:
         """Elements ``[start, stop)`` of the bucket, out of ``values``, which begin at its element ``base``."""
         first = 0
         for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
-            name, shape, whole = self._place(self._names[index])
+            name, whole = self._names[index], self._region(self._names[index])
             for region, low, high in regions_of_range(whole, max(start - first, 0), min(stop - first, numel)):
                 part = values[first + low - base : first + high - base]
-                yield Entry(f"{prefix}.{name}", shape, region, part.view(region.sizes))
+                yield from self._entries(prefix, name, region, part.view(region.sizes))
             first += numel
 
-    def _place(self, name: str) -> tuple[str, tuple[int, ...], Region]:
-        """Full name, full shape, and rectangle of a parameter of the subnetwork."""
+    def _region(self, name: str) -> Region:
+        """Which rectangle of its full parameter, seen in ``unit_shape``, a parameter of the subnetwork is."""
         fragment: Fragment = self._subnetwork.fragments[name]
-        sizes = tuple(self._subnetwork.module.get_parameter(name).shape)
         if fragment.dim is None:
-            return fragment.full_name, sizes, Region((0,) * len(sizes), sizes)
-        offsets = tuple(fragment.start if dim == fragment.dim else 0 for dim in range(len(sizes)))
-        return fragment.full_name, self._subnetwork.partitioned[fragment.full_name].shape, Region(offsets, sizes)
+            sizes = tuple(self._subnetwork.module.get_parameter(name).shape)
+            return Region((0,) * len(sizes), sizes)
+        sizes = self._subnetwork.partitioned[fragment.full_name].fragment_shape(fragment)
+        return Region(tuple(fragment.start if dim == fragment.dim else 0 for dim in range(len(sizes))), sizes)
+
+    def _entries(self, prefix: str, name: str, region: Region, value: torch.Tensor) -> Iterator[Entry]:
+        """``region`` of a parameter of the subnetwork, as rectangles of the full tensor's own shape."""
+        fragment: Fragment = self._subnetwork.fragments[name]
+        logical = f"{prefix}.{fragment.full_name}"
+        full = self._subnetwork.partitioned.get(fragment.full_name)
+        if full is None:
+            yield Entry(logical, tuple(self._subnetwork.module.get_parameter(name).shape), region, value)
+        elif full.groups == 1:
+            yield Entry(logical, full.shape, region, value)
+        else:
+            for of_group, place in without_groups(region, full.dim, full.unit_shape[full.unit_dim]):
+                yield Entry(logical, full.shape, of_group, value.select(full.dim, place))
 
     def _untrained(self, is_writing: bool, copy: int = 0) -> Iterator[Entry]:
         subnetwork = self._subnetwork
@@ -160,8 +173,8 @@ class TrainingState:
             if name in subnetwork.views or subnetwork.is_trained(fragment.full_name):
                 continue
             if not is_writing or self._writer(self._groups.ranks(fragment.owner_set), copy) == self._rank:
-                full_name, shape, region = self._place(name)
-                yield Entry(f"model.{full_name}", shape, region, parameter.data)
+                region = self._region(name)
+                yield from self._entries("model", name, region, parameter.data.view(region.sizes))
         for name, buffer in subnetwork.persistent_buffers():
             if not is_writing or self._writer(range(dist.get_world_size()), copy) == self._rank:
                 region = Region((0,) * buffer.dim(), tuple(buffer.shape))

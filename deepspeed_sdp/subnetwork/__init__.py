@@ -2,7 +2,7 @@
 
 from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
-from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space, place
+from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space
 from deepspeed_sdp.subnetwork.materialize import is_meta, materialize
 from deepspeed_sdp.subnetwork.planning import plan_for, unit_spaces
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
@@ -17,7 +17,6 @@ __all__ = [
     "materialize",
     "meta_model",
     "partitioned_by_space",
-    "place",
     "plan_for",
     "read_model_config",
     "unit_spaces",

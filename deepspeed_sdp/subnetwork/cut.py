@@ -15,7 +15,7 @@ from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork.blocks import cut_block
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
-from deepspeed_sdp.subnetwork.linear import SubnetworkLinear
+from deepspeed_sdp.subnetwork.linear import LinearForm, SubnetworkLinear, is_transposed, weight_and_bias
 from deepspeed_sdp.subnetwork.mask import mask_block, mask_units
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
@@ -123,7 +123,6 @@ def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -
     for linear_spec in spec.linears:
         full_name = f"{name}.{linear_spec.name}"
         linear = module.get_submodule(linear_spec.name)
-        assert isinstance(linear, nn.Linear)
         full = {kind: subnetwork.by_unit.get(f"{full_name}.{kind}") for kind in ("weight", "bias")}
         subnetwork.partitioned.update({parameter.name: parameter for parameter in full.values() if parameter})
         if not owned:
@@ -136,6 +135,9 @@ def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -
         _replace_linear(subnetwork, full_name, linear, linear_spec, pieces, scale)
     if not owned:
         _replace_by_absent(subnetwork, spec, module)
+        return
+    for attribute, width in spec.widths:
+        setattr(module, attribute, width * sum(chunk.stop - chunk.start for chunk in owned))
 
 
 def _replace_by_absent(subnetwork: Subnetwork, spec: PartitionedModule, module: nn.Module) -> None:
@@ -158,27 +160,28 @@ def _replace_by_absent(subnetwork: Subnetwork, spec: PartitionedModule, module: 
 def _full_parameters(model: nn.Module, module: PartitionedModule, spec: PartitionedLinear) -> dict[str, FullParameter]:
     name = f"{module.space.name}.{spec.name}"
     linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
+    weight, bias = weight_and_bias(linear)
     width, space = spec.features_per_unit, module.space.name
-    dim = 0 if spec.cut == "out" else 1
-    parameters = [FullParameter(f"{name}.weight", tuple(linear.weight.shape), dim, width, space)]
-    if linear.bias is not None and spec.cut == "out":
-        parameters.append(FullParameter(f"{name}.bias", tuple(linear.bias.shape), 0, width, space))
+    dim = 0 if (spec.cut == "out") != is_transposed(linear) else 1
+    parameters = [FullParameter(f"{name}.weight", tuple(weight.shape), dim, width, space, spec.groups)]
+    if bias is not None and spec.cut == "out":
+        parameters.append(FullParameter(f"{name}.bias", tuple(bias.shape), 0, width, space, spec.groups))
     return {parameter.name: parameter for parameter in parameters}
 
 
 def _replace_linear(
     subnetwork: Subnetwork,
     full_name: str,
-    linear: nn.Linear,
+    linear: nn.Module,
     spec: PartitionedLinear,
     pieces: dict[str, list[Fragment]],
     scale: float,
 ) -> None:
     fragments = subnetwork.fragments
-    weights = [_slice(subnetwork, linear.weight, fragment) for fragment in pieces["weight"]]
-    biases = [_slice(subnetwork, linear.bias, fragment) for fragment in pieces.get("bias", [])]
-    if len(weights) == 1 and (spec.cut == "out" or scale == 1.0):
+    weight, bias = weight_and_bias(linear)
+    weights = [_slice(subnetwork, weight, fragment) for fragment in pieces["weight"]]
+    biases = [_slice(subnetwork, bias, fragment) for fragment in pieces.get("bias", []) if bias is not None]
+    if isinstance(linear, nn.Linear) and len(weights) == spec.groups == 1 and (spec.cut == "out" or scale == 1.0):
         linear.weight = weights[0]
         fragments[f"{full_name}.weight"] = pieces["weight"][0]
         if biases:
@@ -186,20 +189,20 @@ def _replace_linear(
             fragments[f"{full_name}.bias"] = pieces["bias"][0]
         linear.out_features, linear.in_features = linear.weight.shape
         return
-    if spec.cut == "in" and linear.bias is not None:
-        biases = [linear.bias]
+    if spec.cut == "in" and bias is not None:
+        biases = [bias]
         fragments[f"{full_name}.biases.0"] = Fragment(f"{full_name}.bias", SHARED)
     for kind in pieces:
         plural = "weights" if kind == "weight" else "biases"
         for i, fragment in enumerate(pieces[kind]):
             fragments[f"{full_name}.{plural}.{i}"] = fragment
-    replacement = SubnetworkLinear(weights, biases, spec.cut, scale if spec.cut == "in" else 1.0)
+    form = LinearForm(spec.cut, is_transposed(linear), spec.groups)
+    replacement = SubnetworkLinear(weights, biases, form, scale if spec.cut == "in" else 1.0)
     replace_module(subnetwork.module, full_name, replacement)
 
 
 def _slice(subnetwork: Subnetwork, parameter: torch.Tensor, fragment: Fragment) -> nn.Parameter:
-    assert fragment.dim is not None
-    view = parameter.detach().narrow(fragment.dim, fragment.start, fragment.stop - fragment.start)
+    view = subnetwork.partitioned[fragment.full_name].part_of(parameter.detach(), fragment)
     piece = nn.Parameter(view.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
     subnetwork.replaced.setdefault(id(parameter), []).append(piece)
     return piece

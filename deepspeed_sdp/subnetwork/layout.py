@@ -17,8 +17,8 @@ class Fragment:
     Attributes:
         full_name: HuggingFace name of the full parameter.
         owner_set: index into ``plan.owner_sets``; 0 is the set of all workers.
-        dim: the dimension that is cut; ``None`` for a shared parameter, held whole.
-        start, stop: half-open range along ``dim`` in the full parameter.
+        dim: the dimension that is cut, in the full parameter's ``unit_shape``; ``None`` for a shared one, held whole.
+        start, stop: half-open range along ``dim``.
     """
 
     full_name: str
@@ -38,6 +38,7 @@ class FullParameter:
         dim: dimension along which units lie.
         features_per_unit: width of one unit along ``dim``.
         space: name of its unit space.
+        groups: ``dim`` is so many equal parts, each with features of all units.
     """
 
     name: str
@@ -45,6 +46,20 @@ class FullParameter:
     dim: int
     features_per_unit: int
     space: str
+    groups: int = 1
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """``shape`` seen so that consecutive units are one range: with ``groups`` as a dimension of their own."""
+        if self.groups == 1:
+            return self.shape
+        split = (self.groups, self.shape[self.dim] // self.groups)
+        return (*self.shape[: self.dim], *split, *self.shape[self.dim + 1 :])
+
+    @property
+    def unit_dim(self) -> int:
+        """The dimension of ``unit_shape`` along which units lie."""
+        return self.dim + (self.groups > 1)
 
     def fragments(self, plan: SubnetworkPlan) -> Iterator[Fragment]:
         """All fragments of this parameter, over all workers, in ascending order."""
@@ -57,23 +72,21 @@ class FullParameter:
     def fragment(self, first_unit: int, last_unit: int, owner_set: int) -> Fragment:
         """The fragment that holds units ``[first_unit, last_unit)``."""
         width = self.features_per_unit
-        return Fragment(self.name, owner_set, self.dim, first_unit * width, last_unit * width)
+        return Fragment(self.name, owner_set, self.unit_dim, first_unit * width, last_unit * width)
 
     def whole(self) -> Fragment:
         """All of it, as one fragment."""
-        return Fragment(self.name, SHARED, self.dim, 0, self.shape[self.dim])
+        return Fragment(self.name, SHARED, self.unit_dim, 0, self.unit_shape[self.unit_dim])
 
     def fragment_shape(self, fragment: Fragment) -> tuple[int, ...]:
         """Shape of the tensor that holds ``fragment``."""
-        shape = list(self.shape)
-        shape[self.dim] = fragment.stop - fragment.start
+        shape = list(self.unit_shape)
+        shape[self.unit_dim] = fragment.stop - fragment.start
         return tuple(shape)
 
-
-def place(full: torch.Tensor, fragment: Fragment, value: torch.Tensor) -> None:
-    """Write ``value`` where ``fragment`` lies in ``full``."""
-    assert fragment.dim is not None
-    full.narrow(fragment.dim, fragment.start, fragment.stop - fragment.start).copy_(value)
+    def part_of(self, full: torch.Tensor, fragment: Fragment) -> torch.Tensor:
+        """The view of ``full``, a tensor of this parameter, that is ``fragment``."""
+        return full.view(self.unit_shape).narrow(self.unit_dim, fragment.start, fragment.stop - fragment.start)
 
 
 def partitioned_by_space(parameters: Mapping[str, FullParameter]) -> dict[str, list[FullParameter]]:

@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Sequence
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspeed_sdp.adapters import Block, PartitionedLinear, PartitionedModule
 from deepspeed_sdp.plan import Chunk
 from deepspeed_sdp.subnetwork.gated_mlp import MaskedGatedMLP
 from deepspeed_sdp.subnetwork.layout import FullParameter
+from deepspeed_sdp.subnetwork.linear import LinearForm, is_transposed
 from deepspeed_sdp.subnetwork.masked_linear import MaskedLinear
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
@@ -84,10 +84,9 @@ def _mask_linear(subnetwork: Subnetwork, name: str, spec: PartitionedLinear, ful
             _freeze(subnetwork, full)
         return
     linear = subnetwork.module.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
     width = spec.features_per_unit
     ranges = [(chunk.start * width, chunk.stop * width) for chunk in owned]
-    masked = MaskedLinear(linear, spec.cut, ranges, spec.is_input_kept)
+    masked = MaskedLinear(linear, LinearForm(spec.cut, is_transposed(linear), spec.groups), ranges, spec.is_input_kept)
     for full, kind, views in zip(fulls, ("weights", "biases"), (masked.weights, masked.biases), strict=False):
         subnetwork.replaced[id(subnetwork.module.get_parameter(full.name))] += views
         for i, chunk in enumerate(owned):

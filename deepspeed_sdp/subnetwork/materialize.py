@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepspeed_sdp.adapters.base import features_of, is_linear
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.subnetwork.layout import Fragment
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
@@ -40,6 +41,7 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
     """
     model = subnetwork.module
     tied = _tied(model)
+    branches = {full.space for full in subnetwork.by_unit.values()}
     fresh: dict[int, nn.Parameter] = {}
     with torch.random.fork_rng(devices=[]):
         for module_name, module in model.named_modules():
@@ -50,8 +52,10 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
             parameters = [item for item in parameters if _join(module_name, item[0]) not in subnetwork.views]
             _realize_buffers(module)
             if not any(_is_special(subnetwork, _join(module_name, local)) for local, _ in parameters):
-                with _seeded(seed, module_name):
-                    _family_init(model, module)
+                # What a family says of a whole branch, the adapter says of its parameters.
+                if module_name not in branches:
+                    with _seeded(seed, module_name):
+                        _family_init(model, module)
                 _move(module, device)
                 continue
             for local, _ in parameters:
@@ -82,20 +86,25 @@ def _init_fragment(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed:
     """Draw the units of a fragment one by one."""
     fragment = subnetwork.fragments[name]
     full = subnetwork.by_unit[fragment.full_name]
-    width, dim = full.features_per_unit, full.dim
+    width, dim = full.features_per_unit, full.unit_dim
     start = fragment.start if fragment.dim is not None else 0
-    shape = list(full.shape)
+    shape = list(full.unit_shape)
     shape[dim] = width
-    is_bias = len(shape) == 1
-    out_features, in_features = (width, 1) if is_bias else (shape[0], shape[1])
+    is_bias = len(full.shape) == 1
+    rows = width * full.groups
+    out_features, in_features = (rows, 1) if is_bias else (shape[0], math.prod(shape[1:]))
     unit = nn.Linear(in_features, out_features, bias=is_bias, device="meta", dtype=value.dtype).to_empty(device="cpu")
     source = unit.bias if is_bias else unit.weight
-    drawn = torch.empty(value.shape, dtype=value.dtype)
-    for i in range(value.shape[dim] // width):
+    # Held whole, a parameter has its own shape.
+    drawn = torch.empty(value.shape, dtype=value.dtype).view(
+        full.unit_shape if value.shape == full.shape else value.shape
+    )
+    for i in range(drawn.shape[dim] // width):
         with _seeded(seed, fragment.full_name, start // width + i):
             _family_init(subnetwork.module, unit)
-        drawn.narrow(dim, i * width, width).copy_(source)
-    value.copy_(drawn)
+        drawn.narrow(dim, i * width, width).copy_(source.view(shape))
+    scale = subnetwork.adapter.init_scale(subnetwork.module, fragment.full_name)
+    value.copy_((drawn * scale if scale != 1.0 else drawn).view(value.shape))
 
 
 def _init_shared(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: int) -> None:
@@ -103,8 +112,8 @@ def _init_shared(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: i
     fragment: Fragment = subnetwork.fragments[name]
     owner_name, _, local = fragment.full_name.rpartition(".")
     owner = subnetwork.full_skeleton().get_submodule(owner_name)
-    if isinstance(owner, nn.Linear):
-        owner = nn.Linear(1, owner.out_features, bias=True, device="meta", dtype=value.dtype)
+    if is_linear(owner):
+        owner = nn.Linear(1, features_of(owner)[1], bias=True, device="meta", dtype=value.dtype)
     owner = owner.to_empty(device="cpu")
     with _seeded(seed, fragment.full_name):
         _family_init(subnetwork.module, owner)

@@ -85,11 +85,9 @@ class Subnetwork:
     def link_views(self) -> None:
         """Let every view share memory with the parameter that it is a view of; a cast or a move gives it its own."""
         for name, full_name in self.views.items():
-            fragment = self.fragments[name]
-            assert fragment.dim is not None
             full = self.module.get_parameter(full_name)
-            view = full.data.narrow(fragment.dim, fragment.start, fragment.stop - fragment.start)
-            self.module.get_parameter(name).data = view
+            part = self.partitioned[full_name].part_of(full.data, self.fragments[name])
+            self.module.get_parameter(name).data = part
 
     def owner_set(self, name: str) -> int:
         """Index of the owner set of parameter ``name`` of :attr:`module`."""

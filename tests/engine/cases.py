@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.engine.gather import layers_name
 from tests.support.models import tiny_model, token_batches
 
 
@@ -80,6 +81,7 @@ def face(engine):
 def owned_weights(engine, dtype=torch.float32):
     """This rank's weights, at any ZeRO stage."""
     layers = len(engine._subnetwork.adapter.layers(engine.module))
+    inside = layers_name(engine._subnetwork)
     values = {}
     for layer in [None, *range(layers)]:
         with engine.gathered_weights(layer):
@@ -87,7 +89,7 @@ def owned_weights(engine, dtype=torch.float32):
                 {
                     name: p.detach().to(dtype, copy=True)
                     for name, p in engine.module.named_parameters()
-                    if (".layers." not in name if layer is None else f".layers.{layer}." in name)
+                    if (f"{inside}." not in name if layer is None else f"{inside}.{layer}." in name)
                 }
             )
     return {name: values[name] for name, _ in engine.module.named_parameters()}
@@ -167,3 +169,16 @@ def train_on_nodes(ranks_per_node, **kwargs):
         return train(**kwargs)
     finally:
         os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def evaluate_and_save(folder, sdp, model=None, family="llama"):
+    """Loss of the full model, streamed and gathered, and a HuggingFace folder."""
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(family, model), config=ds_config(), sdp_config=sdp)
+    run_steps(engine, 2)
+    ids = torch.arange(24).view(2, 12)
+    streamed = engine.evaluate_full([{"input_ids": ids, "labels": ids}])
+    with engine.full_model() as full:
+        gathered = float(full(input_ids=ids, labels=ids).loss)
+    engine.save_hf(folder)
+    engine.destroy()
+    return streamed, gathered

@@ -16,6 +16,7 @@ from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.report.saved_activations import saved_activations
 from deepspeed_sdp.subnetwork import cut_model, plan_for
 from deepspeed_sdp.subnetwork.gated_mlp import MaskedGatedMLP
+from deepspeed_sdp.subnetwork.linear import LinearForm
 from deepspeed_sdp.subnetwork.masked_linear import MaskedLinear
 from tests.support.models import tiny_config, tiny_model
 
@@ -45,7 +46,7 @@ def test_gradients_are_those_of_the_dense_layer(cut, bias, is_input_kept, needs_
     torch.manual_seed(0)
     ranges = data.draw(owned_ranges())
     dense = nn.Linear(*((7, 12) if cut == "out" else (12, 7)), bias=bias)
-    masked = MaskedLinear(copy.deepcopy(dense), cut, ranges, is_input_kept)
+    masked = MaskedLinear(copy.deepcopy(dense), LinearForm(cut), ranges, is_input_kept)
     x = torch.randn(2, 5, dense.in_features)
     inputs = [x.clone().requires_grad_(needs_x) for _ in range(2)]
     outputs = [layer(value) for layer, value in zip((dense, masked), inputs, strict=True)]
@@ -78,7 +79,7 @@ def test_the_gated_mlp_is_the_dense_one(bias, ranges):
     dense = LlamaMLP(tiny_config(mlp_bias=bias)).double()
     parts = dict(copy.deepcopy(dense).named_children())
     if ranges:
-        parts["down_proj"] = MaskedLinear(parts["down_proj"], "in", ranges)
+        parts["down_proj"] = MaskedLinear(parts["down_proj"], LinearForm("in"), ranges)
     else:
         parts["down_proj"].requires_grad_(False)
     masked = MaskedGatedMLP(**parts)
@@ -102,7 +103,7 @@ def test_the_gated_mlp_is_the_dense_one(bias, ranges):
 
 def test_under_autocast_it_computes_what_a_linear_does():
     dense = nn.Linear(12, 7)
-    masked = MaskedLinear(copy.deepcopy(dense), "in", [(2, 8)])
+    masked = MaskedLinear(copy.deepcopy(dense), LinearForm("in"), [(2, 8)])
     x = torch.randn(3, 12)
     gradients = []
     for layer in (dense, masked):

@@ -2,6 +2,12 @@
 
 import torch
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -18,6 +24,15 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+
+# Families whose configs know other sizes; what they have no word for is left out.
+OTHERS = {
+    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
+}
+# dropout, which would differ from rank to rank
+QUIET = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 
 SIZES = {
     "vocab_size": 97,
@@ -37,7 +52,13 @@ SIZES = {
 
 
 def tiny_config(family="llama", **sizes):
-    return FAMILIES[family][0](**{**SIZES, **sizes})
+    sizes = {**SIZES, **sizes}
+    if family == "gpt2":
+        sizes["n_inner"] = sizes["intermediate_size"]
+    if family in ("gpt2", "gpt_neox"):
+        for name in ("num_key_value_heads", "head_dim", "attention_dropout"):
+            sizes.pop(name, None)
+    return {**FAMILIES, **OTHERS}[family][0](**sizes, **QUIET.get(family, {}))
 
 
 def tiny_model(family="llama", seed=0, meta=False, **sizes):
@@ -45,11 +66,11 @@ def tiny_model(family="llama", seed=0, meta=False, **sizes):
     torch.manual_seed(seed)
     if meta:
         with torch.device("meta"):
-            return FAMILIES[family][1](config)
-    model = FAMILIES[family][1](config)
+            return {**FAMILIES, **OTHERS}[family][1](config)
+    model = {**FAMILIES, **OTHERS}[family][1](config)
     with torch.no_grad():  # biases and norms that are not at their initial values show more mistakes
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith("bias") or "norm" in name or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 

@@ -26,13 +26,21 @@ def unit_owners_of(plan, blocks=False):
     }
 
 
-def _features_per_unit(model, module_name):
-    """Width of one unit at the input of the module's last linear: 1 for a neuron, a KV group's queries otherwise."""
-    module = model.get_submodule(module_name)
-    if module_name.endswith("mlp"):
-        return 1
-    kv_heads = module.k_proj.out_features // module.head_dim
-    return module.q_proj.out_features // kv_heads
+# The linear of a branch that writes to the residual stream, and those that units are the outputs of.
+WRITES = {"mlp": ("down_proj", "dense_4h_to_h", "c_proj"), "attention": ("o_proj", "dense", "c_proj")}
+READS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "query_key_value", "dense_h_to_4h", "c_attn", "c_fc")
+
+
+def last_linear(module, name):
+    """The linear of a branch that writes to the residual stream, and the number of its inputs."""
+    names = WRITES["mlp" if name.endswith("mlp") else "attention"]
+    linear = next(getattr(module, n) for n in names if hasattr(module, n))
+    # GPT-2's linears hold their weights as [in, out].
+    return linear, linear.weight.shape[0 if is_transposed(linear) else 1]
+
+
+def is_transposed(linear):
+    return type(linear).__name__ == "Conv1D"
 
 
 def is_block(name, owners):
@@ -40,14 +48,14 @@ def is_block(name, owners):
     return name.split(".")[-1].isdigit() or owners[-1] is None
 
 
-def _block_hook(is_owned, scale):
+def _block_hook(is_owned, scale, is_layer):
     """What a block adds to the residual stream counts ``scale`` times, or not at all."""
 
     def hook(_, args, kwargs, output):
         factor = scale if is_owned else 0.0
         if isinstance(output, tuple):  # attention: (output, weights)
             return (output[0] * factor, *output[1:])
-        if "position_embeddings" in kwargs:  # a layer, which adds its input itself
+        if is_layer:  # which adds its input itself
             residual = args[0] if args else kwargs["hidden_states"]
             return residual + factor * (output - residual)
         return output * factor
@@ -66,10 +74,14 @@ def only_units_of(model, unit_owners, worker, scale):
         module = model.get_submodule(name)
         factor = scale(worker, name) if callable(scale) else scale
         if is_block(name, owners):
-            handles.append(module.register_forward_hook(_block_hook(worker in owners[0], factor), with_kwargs=True))
+            handles.append(
+                module.register_forward_hook(
+                    _block_hook(worker in owners[0], factor, name.split(".")[-1].isdigit()), with_kwargs=True
+                )
+            )
             continue
-        last = module.down_proj if name.endswith("mlp") else module.o_proj
-        mask = torch.tensor([float(worker in s) for s in owners]).repeat_interleave(_features_per_unit(model, name))
+        last, inputs = last_linear(module, name)
+        mask = torch.tensor([float(worker in s) for s in owners]).repeat_interleave(inputs // len(owners))
 
         def hook(_, inputs, mask=mask * factor):
             return (inputs[0] * mask,)
@@ -82,36 +94,39 @@ def only_units_of(model, unit_owners, worker, scale):
 
 def _branch_of(name):
     """The branch that a layer's input norm serves: the norm is part of it."""
-    return name.replace("post_attention_layernorm", "mlp.norm").replace("input_layernorm", "self_attn.norm")
+    attention = (
+        "attention" if name.startswith("gpt_neox") else "attn" if name.startswith("transformer") else "self_attn"
+    )
+    for norm, branch in {
+        "post_attention_layernorm": "mlp",
+        "input_layernorm": attention,
+        "ln_2": "mlp",
+        "ln_1": attention,
+    }.items():
+        name = name.replace(norm, f"{branch}.norm")
+    return name
 
 
-def _by_owners(unit_owners, name, parameter, num_workers, of):
+def _by_owners(model, unit_owners, name, parameter, num_workers, of):
     """``of(S_u)`` of every element of a parameter, in a shape that broadcasts to it."""
     for block, owners in unit_owners.items():
         if is_block(block, owners) and (f"{_branch_of(name)}.".startswith(f"{block}.")):
             return torch.tensor(float(of(owners[0])))
     parts = name.split(".")
     module, linear, kind = ".".join(parts[:-2]), parts[-2], parts[-1]
+    writes = linear in (*WRITES["mlp"], *WRITES["attention"])
     if (
         module not in unit_owners
         or is_block(module, unit_owners[module])
-        or linear
-        not in (
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        )
+        or not (linear in READS or writes)
+        or (writes and kind == "bias")
     ):
         return torch.tensor(float(of(range(num_workers))))
-    if linear in ("o_proj", "down_proj") and kind == "bias":
-        return torch.tensor(float(of(range(num_workers))))
-    dim = 1 if linear in ("o_proj", "down_proj") else 0
+    dim = 0 if kind == "bias" or writes == is_transposed(model.get_submodule(f"{module}.{linear}")) else 1
     counts = torch.tensor([float(of(owners)) for owners in unit_owners[module]])
-    counts = counts.repeat_interleave(parameter.shape[dim] // len(counts))
+    # In GPT-2 queries, keys and values of all heads lie one after the other.
+    parts = 3 if linear == "c_attn" else 1
+    counts = counts.repeat_interleave(parameter.shape[dim] // len(counts) // parts).repeat(parts)
     return counts.view(-1, *[1] * (parameter.dim() - 1)) if dim == 0 else counts.view(1, -1)
 
 
@@ -140,10 +155,12 @@ def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scal
             for name, p in model.named_parameters():
                 if p.grad is not None:
                     # Under forward masking zero already where worker does not own it.
-                    total[name] += p.grad * _by_owners(unit_owners, name, p, num_workers, lambda s, w=worker: w in s)
+                    total[name] += p.grad * _by_owners(
+                        model, unit_owners, name, p, num_workers, lambda s, w=worker: w in s
+                    )
         for name, p in model.named_parameters():
             replicas = ranks // num_workers
-            p.grad = total[name] / (_by_owners(unit_owners, name, p, num_workers, len) * replicas)
+            p.grad = total[name] / (_by_owners(model, unit_owners, name, p, num_workers, len) * replicas)
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in model.parameters()))
         norms.append(norm)
         if clip and norm > clip:

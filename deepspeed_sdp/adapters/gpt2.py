@@ -1,0 +1,42 @@
+"""GPT-2: neurons and heads; queries, keys and values of all heads lie one after the other in one ``Conv1D``."""
+
+import math
+from typing import ClassVar
+
+from torch import nn
+
+from deepspeed_sdp.adapters.base import PartitionedLinear, PartitionedModule, attention_flops
+from deepspeed_sdp.adapters.decoder import DecoderAdapter, attention_of, keeps_output, mlp_of
+
+
+class GPT2Adapter(DecoderAdapter):
+    """See the module."""
+
+    name = "gpt2"
+    families = ("GPT2",)
+    layers_name = "transformer.h"
+    branches: ClassVar = {"attention": ("attn", "ln_1"), "mlp": ("mlp", "ln_2")}
+    linears: ClassVar = {"attention": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_proj")}
+
+    def is_known_layer(self, layer: nn.Module) -> bool:
+        """Whether it is without cross-attention, and heads are counted from the width that the module splits by."""
+        return not hasattr(layer, "crossattention") and hasattr(layer.get_submodule("attn"), "split_size")
+
+    def attention(self, name: str, index: int, attention: nn.Module, seq_length: int) -> PartitionedModule:
+        size = int(attention.head_dim)  # type: ignore[arg-type]
+        linears = (
+            PartitionedLinear("c_attn", "out", size, groups=3),
+            PartitionedLinear("c_proj", "in", size, is_input_kept=keeps_output(attention)),
+        )
+        heads = int(attention.num_heads)  # type: ignore[arg-type]
+        made = attention_of(name, index, heads, attention, linears, attention_flops(1, size, seq_length))
+        return PartitionedModule(made.space, made.linears, widths=(("split_size", size),))
+
+    def mlp(self, name: str, index: int, mlp: nn.Module) -> PartitionedModule:
+        linears = (PartitionedLinear("c_fc", "out", 1), PartitionedLinear("c_proj", "in", 1))
+        return mlp_of(name, index, mlp, linears)
+
+    def init_scale(self, model: nn.Module, parameter: str) -> float:
+        """GPT-2's smaller start of what adds to the residual stream, which is said for the branch as a whole."""
+        layers: int = model.config.n_layer  # type: ignore[union-attr,assignment]
+        return 1.0 / math.sqrt(2 * layers) if parameter.endswith(".c_proj.weight") else 1.0
