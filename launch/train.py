@@ -205,9 +205,8 @@ def training_batches(corpus: "Corpus", engine: Any, seed: int) -> Iterator[dict[
     dataset = PackedDataset(corpus.train)
     sampler = RankSampler(len(dataset), seed=seed)
     world = dist.get_world_size()
-    # Where the samples that were trained on end; of another number of ranks, rounded down to a whole batch.
-    start = engine.global_samples // (world * size)
-    for indices in sampler.batches(dist.get_rank(), world, size, start):
+    # Where the samples that were trained on end, on however many ranks.
+    for indices in sampler.batches(dist.get_rank(), world, size, engine.global_samples):
         yield to_device([dataset[int(i)] for i in indices], engine.device)
 
 

@@ -1,5 +1,6 @@
 """From documents to training sequences, and which rank sees which."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -66,36 +67,38 @@ class RankSampler:
     def __init__(self, num_sequences: int, seed: int = 0) -> None:
         self.num_sequences = num_sequences
         self.seed = seed
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def batches(
-        self, rank: int, world_size: int, batch_size: int, start_step: int = 0
+        self, rank: int, world_size: int, batch_size: int, start_sample: int = 0
     ) -> Iterator[npt.NDArray[np.int64]]:
-        """Indices ``[batch_size]`` of this rank's micro-batches, from the one numbered ``start_step`` on.
+        """Indices ``[batch_size]`` of this rank's micro-batches, from sample ``start_sample`` of the order on.
 
-        Every epoch deals whole global batches of ``world_size * batch_size``; within it no index is dealt twice.
+        The order does not depend on the number of ranks: a job goes on at the exact sample on any other. Within an
+        epoch no index is dealt twice; a batch may reach over its end.
 
         Raises:
             DataError: there are fewer sequences than one global batch.
         """
         needed = world_size * batch_size
-        per_epoch = self.num_sequences // needed
-        if not per_epoch:
+        if self.num_sequences < needed:
             raise DataError(
                 f"text: {self.num_sequences} sequences are too few for one batch of {needed} ({world_size} ranks of "
                 f"{batch_size}); give more text, a smaller --seq_length or a smaller train_micro_batch_size_per_gpu"
             )
-        return self._deal(rank, batch_size, needed, per_epoch, start_step)
+        return (self._samples(first, batch_size) for first in itertools.count(start_sample + rank * batch_size, needed))
 
-    def _deal(
-        self, rank: int, batch_size: int, needed: int, per_epoch: int, step: int
-    ) -> Iterator[npt.NDArray[np.int64]]:
-        epoch, position = divmod(step, per_epoch)
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_sequences)
-            for batch in range(position, per_epoch):
-                start = batch * needed + rank * batch_size
-                yield order[start : start + batch_size]
-            epoch, position = epoch + 1, 0
+    def _samples(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        epoch, position = divmod(first, self.num_sequences)
+        found = self._order(epoch)[position : position + count]
+        left = count - len(found)
+        return np.concatenate([found, self._order(epoch + 1)[:left]]) if left else found
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.num_sequences)
+        return self._orders[epoch]
 
 
 def unigram_loss(train: Tokens, heldout: Tokens, vocab_size: int) -> float:

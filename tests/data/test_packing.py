@@ -74,17 +74,27 @@ def take(sampler, rank, world, batch, count, start=0):
 
 @settings(deadline=None)
 @given(samplings())
-def test_every_epoch_deals_each_index_at_most_once_and_ranks_are_disjoint(case):
+def test_every_epoch_deals_each_index_once_and_ranks_are_disjoint(case):
     sequences, world, batch, seed = case
-    per_epoch = sequences // (world * batch)
     sampler = RankSampler(sequences, seed)
-    by_rank = [take(sampler, rank, world, batch, 2 * per_epoch) for rank in range(world)]
+    steps = -(-2 * sequences // (world * batch))
+    by_rank = [take(sampler, rank, world, batch, steps) for rank in range(world)]
+    dealt = [i for step in range(steps) for rank in range(world) for i in by_rank[rank][step]]
     for epoch in range(2):
-        window = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
-        dealt = [index for batches in by_rank for indices in batches[window] for index in indices]
-        assert len(dealt) == per_epoch * world * batch == len(set(dealt))
-        assert set(dealt) <= set(range(sequences))
-        assert sequences - len(dealt) < world * batch, "less than one global batch is left out"
+        assert sorted(dealt[epoch * sequences : (epoch + 1) * sequences]) == list(range(sequences))
+
+
+@settings(deadline=None)
+@given(samplings(), st.integers(1, 6), st.integers(1, 4), st.integers(0, 5))
+def test_another_number_of_ranks_goes_on_at_the_exact_sample(case, other_world, other_batch, steps):
+    sequences, world, batch, seed = case
+    if other_world * other_batch > sequences:
+        return
+    consumed, needed = steps * world * batch, other_world * other_batch
+    ranks = [take(RankSampler(sequences, seed), r, other_world, other_batch, 3, consumed) for r in range(other_world)]
+    dealt = [i for step in range(3) for rank in ranks for i in rank[step]]
+    alone = take(RankSampler(sequences, seed), 0, 1, 1, consumed + 3 * needed)
+    assert [[i] for i in dealt] == alone[consumed:]
 
 
 @settings(deadline=None)
@@ -104,7 +114,7 @@ def test_a_start_step_resumes_exactly(case, start):
     sequences, world, batch, seed = case
     rank = seed % world
     whole = take(RankSampler(sequences, seed), rank, world, batch, start + 5)
-    assert take(RankSampler(sequences, seed), rank, world, batch, 5, start) == whole[start:]
+    assert take(RankSampler(sequences, seed), rank, world, batch, 5, start * world * batch) == whole[start:]
 
 
 def test_epochs_and_seeds_differ():
