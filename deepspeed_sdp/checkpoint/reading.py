@@ -58,13 +58,19 @@ class Checkpoint:
         Raises:
             CheckpointError: something is missing, or has another shape; on every rank.
         """
+        reader = self.reader(self.path, self.damage)
+        problem = None
         try:
-            load(
-                {},
-                storage_reader=self.reader(self.path, self.damage),
-                planner=EntryLoadPlanner(entries),
-                process_group=group,
-            )
+            # Some versions of torch swallow what goes wrong here.
+            reader.read_metadata()
+        except CheckpointError as error:
+            problem = str(error)
+        problems: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+        for message in filter(None, problems):
+            raise CheckpointError(message)
+        try:
+            load({}, storage_reader=reader, planner=EntryLoadPlanner(entries), process_group=group)
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"rank {rank}: {reason}") from None

@@ -24,7 +24,7 @@ class MaskedGatedMLP(nn.Module):
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         if not torch.is_grad_enabled():
             return down(self.act_fn(gate) * up)  # type: ignore[no-any-return]
-        ranges, views = (down.features, down.weights) if isinstance(down, MaskedLinear) else ((), ())
+        ranges, views = (down.features, list(down.weights)) if isinstance(down, MaskedLinear) else ((), [])
         output: torch.Tensor = _GatedDownProjection.apply(  # type: ignore[no-untyped-call]
             gate, up, down.weight, down.bias, ranges, *views
         )

@@ -58,15 +58,10 @@ class MaskedLinear(nn.Module):
         form = LinearForm(self.form.cut, self.form.is_transposed)
         if not torch.is_grad_enabled():
             return F.linear(x, form.matrix(self.weight), self.bias)
+        # As lists: older versions of Dynamo cannot unpack a ParameterList.
+        views = list(self.weights) + list(self.biases)
         output: torch.Tensor = _DenseForward.apply(  # type: ignore[no-untyped-call]
-            x,
-            form.matrix(self.weight),
-            self.bias,
-            self.form,
-            self.ranges,
-            self.is_input_kept,
-            *self.weights,
-            *self.biases,
+            x, form.matrix(self.weight), self.bias, self.form, self.ranges, self.is_input_kept, *views
         )
         return output
 
