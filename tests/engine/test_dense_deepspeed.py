@@ -14,6 +14,10 @@ DENSE_CASES = "tests.engine.dense_cases"
 DENSE = {"coverage": 1.0}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def to_universal(folder):
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     places = ["--input_folder", folder / "global_step3", "--output_folder", folder / "global_step3_universal"]
@@ -33,7 +37,12 @@ def assert_same(one, two):
 
 @pytest.mark.parametrize(
     ("stage", "sdp", "target"),
-    [(1, HALF, {"stage": 2}), (3, HALF, {"stage": 1}), (2, BACKWARD, {"stage": 0}), (1, DENSE, {"stage": 1})],
+    [
+        slow(1, HALF, {"stage": 2}),
+        (3, HALF, {"stage": 1}),
+        slow(2, BACKWARD, {"stage": 0}),
+        (1, DENSE, {"stage": 1}),
+    ],
     ids=["half", "from-3", "backward", "dense"],
 )
 def test_from_dense_deepspeed(ranks4, tmp_path, stage, sdp, target):
@@ -53,7 +62,12 @@ def test_from_dense_deepspeed(ranks4, tmp_path, stage, sdp, target):
 
 @pytest.mark.parametrize(
     ("sdp", "ds", "stage"),
-    [(HALF, {"stage": 1}, 1), (HALF, {"stage": 3}, 3), (BACKWARD, {"stage": 2}, 2), (DENSE, {"stage": 1}, 1)],
+    [
+        slow(HALF, {"stage": 1}, 1),
+        (HALF, {"stage": 3}, 3),
+        slow(BACKWARD, {"stage": 2}, 2),
+        slow(DENSE, {"stage": 1}, 1),
+    ],
     ids=["half", "to-3", "backward", "dense"],
 )
 def test_to_dense_deepspeed(ranks4, tmp_path, capsys, sdp, ds, stage):

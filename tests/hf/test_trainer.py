@@ -14,14 +14,18 @@ CASES = "tests.hf.trainer_cases"
 FULL = {"coverage": 1.0}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("stage", "values"),
     [
-        (1, {}),
+        slow(1, {}),
         (2, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "rows": 64}),
-        (0, {"lr_scheduler_type": "cosine", "warmup_steps": 2}),
+        slow(0, {"lr_scheduler_type": "cosine", "warmup_steps": 2}),
         (3, {}),
-        (1, {"gradient_checkpointing": True}),
+        slow(1, {"gradient_checkpointing": True}),
     ],
     ids=["stage1", "accumulate-clip", "cosine", "stage3", "checkpointing"],
 )
@@ -41,11 +45,20 @@ def test_with_all_owners_it_is_trainer(ranks4, tmp_path, stage, values):
         assert sdp["flos"] == plain["flos"]
 
 
-@pytest.mark.parametrize("evaluation", ["gathered", "streamed"])
+BACKWARD = {**HALF, "masking": "backward"}
+BLOCKS = {**HALF, "granularity": "block"}
+
+
 @pytest.mark.parametrize(
-    ("sdp", "stage"),
-    [(HALF, 1), ({**HALF, "masking": "backward"}, 2), ({**HALF, "granularity": "block"}, 3)],
-    ids=["half", "backward", "blocks-3"],
+    ("sdp", "stage", "evaluation"),
+    [
+        (HALF, 1, "gathered"),
+        slow(HALF, 1, "streamed"),
+        (BACKWARD, 2, "gathered"),
+        slow(BACKWARD, 2, "streamed"),
+        slow(BLOCKS, 3, "gathered"),
+        (BLOCKS, 3, "streamed"),
+    ],
 )
 def test_evaluate_and_predict_are_the_exported_models(ranks4, tmp_path, sdp, stage, evaluation):
     results = ranks4.run(
@@ -71,7 +84,7 @@ def test_evaluate_and_predict_are_the_exported_models(ranks4, tmp_path, sdp, sta
         assert result["before"]["eval_loss"] != result["metrics"]["eval_loss"]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, slow(3)])
 def test_resumed_to_the_bit(ranks4, tmp_path, stage):
     values = {"sdp": HALF, "stage": stage, "max_steps": 4, "rows": 20, "timeout": 90}
     whole = ranks4.run(f"{CASES}:save_and_resume", folder=str(tmp_path), **values)
@@ -132,7 +145,9 @@ HABITS = {
 }
 
 
-@pytest.mark.parametrize("habit", HABITS)
+@pytest.mark.parametrize(
+    "habit", [habit if habit in ("scheduler", "group_by_length", "stream") else slow(habit) for habit in HABITS]
+)
 def test_habits(ranks4, tmp_path, habit):
     one, two = (
         ranks4.run(f"{CASES}:habits", timeout=90, folder=str(tmp_path / which), sdp=sdp, which=which, **HABITS[habit])
@@ -146,7 +161,7 @@ def test_habits(ranks4, tmp_path, habit):
             assert sdp[key] == plain[key], key
 
 
-@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("masking", [slow("forward"), "backward"])
 def test_flops_are_those_of_the_subnetwork(ranks4, tmp_path, masking):
     results = ranks4.run(f"{CASES}:habits", timeout=90, folder=str(tmp_path), sdp={**HALF, "masking": masking})
     full = tiny_model()
@@ -161,7 +176,7 @@ def test_flops_are_those_of_the_subnetwork(ranks4, tmp_path, masking):
     assert results[0]["flos"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("meta", "masking"), [(False, "forward"), (True, "forward"), (False, "backward")])
+@pytest.mark.parametrize(("meta", "masking"), [slow(False, "forward"), (True, "forward"), slow(False, "backward")])
 def test_it_trains_like_the_script(ranks4, tmp_path, meta, masking):
     results = ranks4.run(
         f"{CASES}:like_the_script", timeout=90, folder=str(tmp_path), sdp=HALF, meta=meta, masking=masking
