@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.cli import main
 from tests.engine.cases import build_model
 from tests.support.compare import assert_owners_equal
+from tests.support.ranks import ROOT
 
 CASES = "tests.engine.checkpoint_cases"
 HALF = {"coverage": 0.5}
@@ -355,3 +359,40 @@ def test_a_save_that_fails_says_so_on_all_ranks_and_the_job_goes_on(ranks4, tmp_
         assert messages[1].startswith("CheckpointError: rank 0: client_state: cannot be loaded safely")
         assert losses
     assert [path.name for path in (tmp_path / "ok").iterdir() if path.name.startswith(".")] == []
+
+
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+import torch, transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from deepspeed_sdp.checkpoint.export import export
+from deepspeed_sdp.checkpoint.summary import locate
+
+def own():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+seen = [own()]
+def watch():
+    while True:
+        seen.append(own())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+export(locate(Path(sys.argv[1])), Path(sys.argv[2]), torch.float32, shard_bytes=8 << 20)
+print(max(seen) - seen[0])
+"""
+
+
+@pytest.mark.slow
+def test_export_takes_less_memory_than_the_model(ranks4, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 2048, "head_dim": 64}
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1}, "model": sizes}
+    saved = ranks4.run(f"{CASES}:save_and_go_on", timeout=120, steps=1, more=0, **values)
+    nbytes = sum(value.numel() * 4 for value in saved[0]["full"].values())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    arguments = [sys.executable, "-c", WATCHED, str(tmp_path), str(tmp_path / "hf")]
+    done = subprocess.run(arguments, check=True, timeout=120, env=environment, stdout=subprocess.PIPE)
+    # Beside what torch and transformers take anyway; mapped pages of files are the system's.
+    assert int(done.stdout) < 0.25 * nbytes
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert_same_tensors(dict(exported), saved[0]["full"])
