@@ -4,6 +4,7 @@ import math
 from typing import ClassVar
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from deepspeed_sdp.adapters.base import PartitionedLinear, PartitionedModule, attention_flops
 from deepspeed_sdp.adapters.decoder import DecoderAdapter, attention_of, keeps_output, mlp_of
@@ -19,8 +20,14 @@ class GPT2Adapter(DecoderAdapter):
     linears: ClassVar = {"attention": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_proj")}
 
     def is_known_layer(self, layer: nn.Module) -> bool:
-        """Whether it is without cross-attention, and heads are counted from the width that the module splits by."""
-        return not hasattr(layer, "crossattention") and hasattr(layer.get_submodule("attn"), "split_size")
+        """Whether it is without cross-attention, with thirds for queries, keys and values, and counts heads by width.
+
+        GPTBigCode and ImageGPT have the same names.
+        """
+        attention = layer.get_submodule("attn")
+        fused = attention.get_submodule("c_attn")
+        is_in_thirds = isinstance(fused, Conv1D) and fused.nf == 3 * getattr(attention, "split_size", 0)
+        return is_in_thirds and not hasattr(layer, "crossattention") and not hasattr(attention, "_split_heads")
 
     def attention(self, name: str, index: int, attention: nn.Module, seq_length: int) -> PartitionedModule:
         size = int(attention.head_dim)  # type: ignore[arg-type]

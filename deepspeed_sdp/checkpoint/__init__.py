@@ -1,7 +1,7 @@
 """Checkpoints of the full model's training state; independent of the layout that wrote them."""
 
 from deepspeed_sdp.checkpoint.background import BackgroundWriter
-from deepspeed_sdp.checkpoint.folder import is_complete
+from deepspeed_sdp.checkpoint.folder import has_checkpoint, is_complete
 from deepspeed_sdp.checkpoint.index import Place
 from deepspeed_sdp.checkpoint.reading import Checkpoint, open_checkpoint
 from deepspeed_sdp.checkpoint.region import Entry, Region, regions_of_range, without_groups
@@ -15,6 +15,7 @@ __all__ = [
     "Place",
     "Region",
     "TensorFileReader",
+    "has_checkpoint",
     "is_complete",
     "open_checkpoint",
     "regions_of_range",

@@ -136,6 +136,15 @@ def is_complete(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file()
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a job could go on from what ``latest`` names in ``folder``."""
+    try:
+        tag = latest(folder)
+    except CheckpointError:
+        return False
+    return tag is not None and is_complete(folder / tag)
+
+
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The files of a checkpoint, by name.
 

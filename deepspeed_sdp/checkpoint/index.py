@@ -1,5 +1,6 @@
 """Which rectangle of which logical tensor lies in which file: ``index.json``."""
 
+import re
 from collections import defaultdict
 from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass
@@ -22,6 +23,9 @@ from deepspeed_sdp.errors import CheckpointError
 INDEX = "index.json"
 
 _COPY = "@copy"
+
+# Names become folders of other formats.
+_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)+")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def read_index(
     """
     tensors: dict[str, TensorStorageMetadata] = {}
     for name, described in read_json(folder / INDEX).items():
+        if not _NAME.fullmatch(name):
+            raise CheckpointError(f"checkpoint: {folder / INDEX} names a tensor {name!r}; takes dotted names")
         chunks = []
         for number, chunk in enumerate(described["chunks"]):
             offsets = torch.Size(chunk["offsets"])
@@ -85,7 +91,7 @@ def read_index(
 def _place(folder: Path, name: str, chunk: dict[str, Any], lost: Container[str]) -> Place:
     candidates = [Place(c["file"], c["key"]) for c in (chunk, *chunk.get("copies", ()))]
     for place in candidates:
-        if Path(place.file).name != place.file:
+        if Path(place.file).name != place.file or place.file == "..":
             raise CheckpointError(f"checkpoint: {folder / INDEX} names {place.file!r}; takes files beside it")
     left = [place for place in candidates if place.file not in lost]
     if not left:

@@ -6,7 +6,6 @@ moments, beside the state that all parameters share.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,8 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
         raise OutputError(f"{final}: exists; takes a folder that does not hold it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=out))
+        staging = out / f".staging-{os.getpid()}"
+        staging.mkdir()
         try:
             _write_parameters(checkpoint, staging / "zero", lost, state["optimizer_scalars"])
             _write_shared(staging, meta, state)

@@ -137,6 +137,8 @@ def _together(work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[
         outcome = (None, str(error), isinstance(error, OutputError))
     except OSError as error:
         outcome = (None, f"cannot write the checkpoint: {error}", True)
+    except Exception as error:  # the others wait for word of this rank, whatever it is
+        outcome = (None, f"{type(error).__name__}: {error}", False)
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, outcome, group=group)
     for rank, (_, message, is_output) in enumerate(outcomes):

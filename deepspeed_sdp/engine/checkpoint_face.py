@@ -1,5 +1,6 @@
 """An engine's checkpoints, with DeepSpeed's signatures."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from deepspeed.utils import logger
 from deepspeed_sdp.checkpoint import BackgroundWriter
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.checkpointing import load_checkpoint, save_checkpoint
+from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.errors import ConfigError, OutputError
 
 
@@ -18,6 +20,7 @@ class CheckpointFace:
     global_rank: int
     sdp_config: SDPConfig
     _checkpoint_writer: BackgroundWriter
+    _stopwatch: Stopwatch
 
     def save_checkpoint(
         self,
@@ -33,7 +36,8 @@ class CheckpointFace:
         with the next call, :meth:`wait_for_checkpoint`, :meth:`load_checkpoint` or :meth:`destroy`.
 
         Returns:
-            ``False`` if it cannot be written and ``checkpoint_on_error`` is ``"continue"``.
+            ``False`` if it, or the one before that was still under way, cannot be written and ``checkpoint_on_error``
+            is ``"continue"``.
 
         Raises:
             OutputError: it cannot be written; on every rank. What was there before is untouched.
@@ -41,7 +45,11 @@ class CheckpointFace:
         """
         if exclude_frozen_parameters:
             raise ConfigError("exclude_frozen_parameters: got True; takes False, a checkpoint is complete")
-        return self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
+        began = time.perf_counter()
+        before = self.wait_for_checkpoint()
+        saved = self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
+        self._stopwatch.checkpoint_stall = time.perf_counter() - began
+        return saved and before
 
     def load_checkpoint(
         self,

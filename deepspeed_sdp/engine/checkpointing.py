@@ -3,7 +3,6 @@
 import copy
 import functools
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,6 @@ def save_checkpoint(
     engine: Any, folder: Path, tag: str | None, client_state: Mapping[str, Any] | None, is_latest: bool
 ) -> None:
     """Collective; see :meth:`SDPEngine.save_checkpoint`."""
-    began = time.perf_counter()
-    engine.wait_for_checkpoint()
     engine.optimizer.refresh.settle()
     state, sdp = _state_of(engine), engine.sdp_config
     # An error of one rank is raised on all, and so is a difference between them.
@@ -70,7 +67,6 @@ def save_checkpoint(
         engine._checkpoint_writer.start(functools.partial(write, group=engine._owner_groups.for_checkpoints()))
     else:
         write()
-    engine._stopwatch.checkpoint_stall = time.perf_counter() - began
 
 
 def load_checkpoint(

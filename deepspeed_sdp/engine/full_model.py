@@ -65,8 +65,6 @@ def save_hf(
 def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedModel:
     """The full model without memory; ``dtype`` is what ``save_pretrained`` writes into the config."""
     model: Any = subnetwork.full_skeleton().to(dtype)
-    if subnetwork.generation_config is not None:
-        model.generation_config = subnetwork.generation_config
     return model  # type: ignore[no-any-return]
 
 

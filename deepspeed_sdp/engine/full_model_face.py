@@ -66,7 +66,8 @@ class FullModelFace:
     def full_model(self, streamed: bool = False) -> Iterator[torch.nn.Module]:
         """Collective, between steps. Inside, the full model in evaluation mode: to evaluate, to generate, to look at.
 
-        Its weights are those of now; training is for afterwards.
+        Its weights are those of now, in part the very ones that are trained: look, do not change them. Afterwards the
+        module is empty.
 
         Args:
             streamed: gather one layer at a time in every call, which is then collective, instead of all weights at

@@ -145,7 +145,8 @@ class UniversalReader(TensorFileReader):
                 kind = "master" if file.stem == "fp32" else f"optimizer.{file.stem}"
                 shape = torch.Size(shapes.get(parameter, value.shape))
                 add(f"{kind}.{parameter}", value, shape, Place(str(file.relative_to(self._folder)), ""))
-        for name, value in (job.get("module") or {}).items():
+        self._frozen: dict[str, torch.Tensor] = job.get("module") or {}
+        for name, value in self._frozen.items():
             if f"master.{name}" not in tensors:
                 add(f"model.{name}", value, value.shape, Place(_job_file(self._folder).name, name))
         return Metadata(tensors)
@@ -154,7 +155,7 @@ class UniversalReader(TensorFileReader):
         for item in plan.items:
             place = self._places[item.storage_index]
             path = self._folder / place.file
-            value = _load(path)["module"][place.key] if place.key else _value(path)
+            value = self._frozen[place.key] if place.key else _value(path)
             # At stage 3 it is flat, and may be padded.
             shape = self._shapes[item.storage_index.fqn]
             stored = value.reshape(-1)[: shape.numel()].view(shape)

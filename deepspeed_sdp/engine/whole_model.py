@@ -54,6 +54,7 @@ class StreamedModel(nn.Module):
     def __init__(self, subnetwork: Subnetwork, device: torch.device, access: Access) -> None:
         super().__init__()
         self.config = subnetwork.full_config
+        self._class_name = subnetwork.model_class.__name__
         self.main_input_name = getattr(subnetwork.module, "main_input_name", "input_ids")
 
         def call(inputs: dict[str, Any]) -> Any:
@@ -63,6 +64,10 @@ class StreamedModel(nn.Module):
             return output
 
         self._call = call
+
+    def _get_name(self) -> str:
+        """The full model's class, by which transformers tells what its labels mean."""
+        return self._class_name
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
@@ -78,4 +83,9 @@ def whole_model(
     if is_streamed and subnetwork.masking == "forward":
         yield StreamedModel(subnetwork, device, access)
     else:
-        yield gather_model(subnetwork, device, access, is_sharded)
+        model = gather_model(subnetwork, device, access, is_sharded)
+        try:
+            yield model
+        finally:
+            # It shares memory with what is trained, which goes on.
+            model.to("meta")

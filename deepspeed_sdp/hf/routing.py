@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from deepspeed_sdp.config import BLOCK, read_json
 from deepspeed_sdp.engine import SDPEngine, initialize
-from deepspeed_sdp.hf.trainer import METHODS
+from deepspeed_sdp.hf.trainer import METHODS, SDPTrainer, drop_autos
 
 _is_enabled = False
 
@@ -28,6 +28,7 @@ def enable() -> None:
         return
     _is_enabled = True
     deepspeed.initialize = _routed(deepspeed.initialize)
+    Accelerator.prepare = _prepare(Accelerator.prepare)
     Accelerator.get_state_dict = _get_state_dict(Accelerator.get_state_dict)
     for name, method in METHODS.items():
         setattr(Trainer, name, _method(getattr(Trainer, name), method))
@@ -69,6 +70,15 @@ def _has_block(config: Any) -> bool:
     return isinstance(config, Mapping) and BLOCK in config
 
 
+def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        drop_autos(accelerator)
+        return original(accelerator, *args, **kwargs)
+
+    return call
+
+
 def _get_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(accelerator: Accelerator, model: Any, unwrap: bool = True) -> Any:
@@ -83,6 +93,8 @@ def _get_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 def _method(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(trainer, SDPTrainer):  # which comes here by itself
+            return original(trainer, *args, **kwargs)
         return method(trainer, functools.partial(original, trainer), *args, **kwargs)
 
     return call

@@ -1,12 +1,18 @@
 """``transformers.Trainer`` with SDP: what it evaluates and saves is the full model."""
 
+import copy
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from transformers import Trainer
 
+from deepspeed_sdp.checkpoint import has_checkpoint
 from deepspeed_sdp.config import BLOCK
 from deepspeed_sdp.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError
@@ -37,10 +43,17 @@ def evaluation_loop(trainer: Trainer, original: Original, *args: Any, **kwargs: 
     if not asks_for_sdp(trainer):
         return original(*args, **kwargs)
     # Before training nothing is cut, and there is no engine to build.
-    _move(trainer.model, trainer.args.device)
+    own: Any = trainer.model
+    if any(parameter.is_meta for parameter in own.parameters()):
+        raise ConfigError(
+            "evaluate: got a model on the meta device before training; takes one in memory, or evaluate after training"
+        )
+    # Trainer casts what it evaluates; training begins from the model as it is.
+    is_cast = trainer.args.bf16_full_eval or trainer.args.fp16_full_eval
     trainer.is_deepspeed_enabled = False
     try:
-        return original(*args, **kwargs)
+        with _stands_for(trainer, (copy.deepcopy(own) if is_cast else own).to(trainer.args.device)):
+            return original(*args, **kwargs)
     finally:
         trainer.is_deepspeed_enabled = True
         # What was prepared for evaluation is not what training prepares.
@@ -79,17 +92,70 @@ def finalize_training(trainer: Trainer, original: Original, *args: Any, **kwargs
     engine = sdp_engine(trainer)
     if engine is not None:
         engine.wait_for_checkpoint()
+        if trainer.args.should_save and _saved_steps(trainer):
+            _remove_old_checkpoints(trainer)
     return original(*args, **kwargs)
 
 
+def save_checkpoint(trainer: Trainer, original: Original, *args: Any, **kwargs: Any) -> None:
+    """No complete ``checkpoint-*`` is removed before a newer one is complete; one that could not be written is."""
+    engine, limit = sdp_engine(trainer), trainer.args.save_total_limit
+    if engine is None or trainer.args.save_only_model:
+        original(*args, **kwargs)
+        return
+    trainer.args.save_total_limit = None
+    try:
+        original(*args, **kwargs)
+    finally:
+        trainer.args.save_total_limit = limit
+    # What is written beside the training counts from the next call on.
+    dist.barrier()
+    if trainer.args.should_save:
+        step = trainer.state.global_step
+        _remove_old_checkpoints(trainer, under_way=step if engine.sdp_config.checkpoint_async else None)
+        _saved_steps(trainer).add(step)
+
+
+def _remove_old_checkpoints(trainer: Trainer, under_way: int | None = None) -> None:
+    """Remove complete ones as ``save_total_limit`` says, and what this job began and could not complete."""
+    folders = Path(str(trainer.args.output_dir)).glob("checkpoint-*")
+    by_step = {int(path.name[11:]): path for path in folders if path.name[11:].isdigit()}
+    complete = [step for step in sorted(by_step) if has_checkpoint(by_step[step])]
+    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+    gone = (_saved_steps(trainer) | {trainer.state.global_step}) & by_step.keys() - {*complete, under_way}
+    if limit:
+        of_best = {step for step in complete if best is not None and by_step[step].name == Path(best).name}
+        gone |= set(complete) - of_best - set(complete[-max(1, limit - len(of_best)) :])
+    for step in gone:
+        shutil.rmtree(by_step[step], ignore_errors=True)
+
+
+def _saved_steps(trainer: Trainer) -> set[int]:
+    """Steps at which this trainer began a checkpoint."""
+    steps: set[int] = trainer.__dict__.setdefault("_sdp_saved_steps", set())
+    return steps
+
+
 def prepare_for_training(trainer: Trainer, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Say what cannot be, before anything is built."""
+    if asks_for_sdp(trainer):
+        for key, why in (
+            ("auto_find_batch_size", "the model is cut when training begins, and cannot begin again"),
+            ("save_on_each_node", "checkpoints are in one folder that all ranks share"),
+        ):
+            if getattr(trainer.args, key):
+                raise ConfigError(f"TrainingArguments.{key}: got True; takes False with SDP: {why}")
+        drop_autos(trainer.accelerator)
+    return original(*args, **kwargs)
+
+
+def drop_autos(accelerator: Accelerator) -> None:
     """``"auto"`` in the SDP block leaves a value to its default; accelerate knows no such keys."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     block = plugin.deepspeed_config.get(BLOCK) if plugin is not None else None
     if isinstance(block, dict):
         for key in [key for key, value in block.items() if value == "auto"]:
             del block[key]
-    return original(*args, **kwargs)
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -98,6 +164,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "floating_point_ops": floating_point_ops,
     "_finalize_training": finalize_training,
     "_prepare_for_training": prepare_for_training,
+    "_save_checkpoint": save_checkpoint,
 }
 """Methods of ``Trainer`` that differ with SDP; each takes the trainer and the method it replaces."""
 
@@ -106,19 +173,21 @@ class SDPTrainer(Trainer):
     """``transformers.Trainer`` that trains with SDP, as ``TrainingArguments(deepspeed=...)`` says.
 
     Arguments, methods, callbacks and folders are ``Trainer``'s. The DeepSpeed config holds the block
-    ``"subnetwork_data_parallel"``; without it, or with ``"enabled": false``, this is ``Trainer``.
+    ``"subnetwork_data_parallel"``; with ``"enabled": false`` in it this is ``Trainer``.
 
     ``trainer.model`` is this rank's subnetwork once training began; ``trainer.deepspeed`` the :class:`SDPEngine`.
 
     Raises:
-        ConfigError: no DeepSpeed config, so there is nothing that could train subnetworks.
+        ConfigError: no DeepSpeed config, or no block in it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.is_deepspeed_enabled:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is None or BLOCK not in plugin.deepspeed_config:
             raise ConfigError(
-                "SDPTrainer: got no DeepSpeed config; takes TrainingArguments(deepspeed=<file or dict>) with a block "
+                f"SDPTrainer: got no {'SDP block' if plugin else 'DeepSpeed config'}; takes "
+                "TrainingArguments(deepspeed=<file or dict>) with a block "
                 f'"{BLOCK}", or a launch by "accelerate launch" with a DeepSpeed plugin'
             )
 
@@ -137,12 +206,11 @@ class SDPTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> Any:
         return floating_point_ops(self, super().floating_point_ops, inputs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        save_checkpoint(self, super()._save_checkpoint, *args, **kwargs)
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         return finalize_training(self, super()._finalize_training, *args, **kwargs)
-
-
-def _move(model: Any, device: torch.device) -> None:
-    model.to(device)
 
 
 @contextmanager

@@ -95,17 +95,18 @@ def cut_model(
 
 def _check_rebuildable(subnetwork: Subnetwork) -> None:
     """Evaluation and export build the full model anew; that must not fail after hours of training."""
+    own = {name: tuple(parameter.shape) for name, parameter in subnetwork.module.named_parameters()}
     try:
-        names = tuple(name for name, _ in subnetwork.full_skeleton().named_parameters())
+        built = {name: tuple(parameter.shape) for name, parameter in subnetwork.full_skeleton().named_parameters()}
     except Exception as error:
         raise ModelError(
             f"model: {subnetwork.model_class.__name__} cannot be built from its config alone ({type(error).__name__}: "
             f"{error}), which evaluate_full and save_hf need"
         ) from None
-    if names != subnetwork.full_order:
+    if list(built.items()) != list(own.items()):
         raise ModelError(
             f"model: {subnetwork.model_class.__name__} has other parameters than one built from its config; takes a "
-            "model as its config describes it"
+            "model as its config describes it, and not one that is a subnetwork already"
         )
 
 

@@ -117,7 +117,10 @@ class Subnetwork:
     def full_skeleton(self) -> nn.Module:
         """The full model on the meta device: shapes and names, no memory."""
         with torch.device("meta"):
-            return self.model_class(copy.deepcopy(self.full_config))
+            model: Any = self.model_class(copy.deepcopy(self.full_config))
+        if self.generation_config is not None:
+            model.generation_config = copy.deepcopy(self.generation_config)
+        return model  # type: ignore[no-any-return]
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -9,6 +9,8 @@ from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.errors import ModelError
 from tests.support.models import FAMILIES, tiny_model
 
+GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 50, "n_positions": 8}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -52,6 +54,23 @@ def test_unknown_models_are_refused_with_the_known_families():
             ModelError, match=rf"no adapter knows {type(model).__name__}; .*Llama, Mistral, Qwen2, Qwen3, Gemma.*gpt2"
         ):
             find_adapter(model)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**GPT2, multi_query=False)),
+        lambda: transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**GPT2, multi_query=True)),
+        lambda: transformers.ImageGPTForCausalImageModeling(transformers.ImageGPTConfig(**GPT2)),
+        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, add_cross_attention=True)),
+    ],
+    ids=["bigcode", "bigcode-mqa", "imagegpt", "cross-attention"],
+)
+def test_what_only_looks_like_gpt2_is_refused(model):
+    with torch.device("meta"):
+        made = model()
+    with pytest.raises(ModelError, match="no adapter knows"):
+        find_adapter(made)
 
 
 def test_broken_head_sizes_are_named():

@@ -86,6 +86,53 @@ def load_error(folder, sdp, ds, tag=None, **values):
     return message
 
 
+def save_what_json_cannot_hold(folder):
+    """The message of every rank, and a step after it."""
+    engine = start(HALF, {"stage": 1})
+    run_steps(engine, 1)
+    engine._subnetwork.full_config.note = {1, 2}
+    try:
+        engine.save_checkpoint(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", run_steps(engine, 1)["losses"]
+    finally:
+        engine.destroy()
+    return None, None
+
+
+def refused_models():
+    """The messages for models that cannot be cut any more."""
+    messages = []
+    for attribute, value in (
+        ("peft_config", {"default": 1}),
+        ("is_quantized", True),
+        ("hf_device_map", {"a": "cpu", "b": "disk"}),
+    ):
+        module = build_model()
+        setattr(module, attribute, value)
+        try:
+            deepspeed_sdp.initialize(model=module, config=ds_config(), sdp_config=HALF)
+        except deepspeed_sdp.SDPError as error:
+            messages.append(str(error))
+    return messages
+
+
+def whole_models():
+    """Generation settings of the full model, its text, and what is left of it afterwards."""
+    module = build_model()
+    module.generation_config.max_new_tokens = 5
+    module.generation_config.eos_token_id = 96
+    engine, *_ = deepspeed_sdp.initialize(model=module, config=ds_config(), sdp_config=HALF)
+    run_steps(engine, 1)
+    with engine.full_model() as model:
+        text = model.generate(torch.arange(3, 9)[None], do_sample=False)
+        settings = (model.generation_config.max_new_tokens, model.generation_config.eos_token_id)
+    left = {str(parameter.device) for parameter in model.parameters()}
+    losses = run_steps(engine, 1)["losses"]
+    engine.destroy()
+    return settings, text.shape[1], left, losses
+
+
 def start_error(sdp, ds):
     """The message of the refusal."""
     try:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -349,6 +350,43 @@ def test_a_subnetwork_that_a_config_cannot_say_is_refused(ranks4, tmp_path, caps
     assert message in capsys.readouterr().err
     assert main(["export", str(tmp_path / "c"), str(tmp_path / "out"), "--subnetwork", "9"]) == 1
     assert "takes 0 to 3" in capsys.readouterr().err
+
+
+def test_what_json_cannot_hold_is_one_error_on_all_ranks(ranks4, tmp_path):
+    results = ranks4.run(f"{CASES}:save_what_json_cannot_hold", timeout=60, folder=str(tmp_path))
+    assert {message for message, _ in results} == {results[0][0]}
+    assert results[0][0].startswith("CheckpointError: rank 0: TypeError: Object of type set is not JSON serializable")
+    assert all(losses for _, losses in results)
+
+
+def test_names_that_lead_out_of_a_folder_are_refused(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "c"
+    shutil.copytree(locate(checkpoint[0]), folder)
+    index = json.loads((folder / "index.json").read_text())
+    for bad in ("master./tmp/x", "master.../x", "optimizer.a/b.x", "master"):
+        changed = dict(index)
+        changed[bad] = next(iter(index.values()))
+        (folder / "index.json").write_text(json.dumps(changed))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        body = {key: manifest[key] for key in ("format", "tag", "files")}
+        body["files"]["index.json"] = folders.describe_file(folder / "index.json")
+        (folder / "manifest.json").write_text(json.dumps({**body, "sha256": folders._digest(body)}))
+        assert main(["export", str(folder), str(tmp_path / "u"), "--universal"]) == 1
+        assert "names a tensor" in capsys.readouterr().err
+        assert not list(tmp_path.glob("u/*"))
+
+
+def test_models_that_cannot_be_cut_say_what_to_do(ranks4):
+    advice = ("merge_and_unload", "without quantization_config", "without device_map")
+    for messages in ranks4.run(f"{CASES}:refused_models", timeout=60):
+        assert all(part in message for part, message in zip(advice, messages, strict=True))
+
+
+def test_the_full_model_generates_and_is_empty_afterwards(ranks4):
+    for settings, length, left, losses in ranks4.run(f"{CASES}:whole_models", timeout=60):
+        assert (settings, left) == ((5, 96), {"meta"})
+        assert length == 11
+        assert losses
 
 
 def test_a_save_that_fails_says_so_on_all_ranks_and_the_job_goes_on(ranks4, tmp_path):

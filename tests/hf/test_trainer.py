@@ -105,10 +105,16 @@ def test_resumed_on_another_number_of_ranks(ranks4, pools, tmp_path):
     whole = ranks4.run(f"{CASES}:save_and_resume", folder=str(tmp_path), **values)
     checkpoint = str(tmp_path / "checkpoint-2")
     values["sdp"] = HALF
-    resumed = pools(2).run(f"{CASES}:save_and_resume", folder=str(tmp_path / "b"), resume=checkpoint, **values)
+    resumed = pools(2).run(
+        f"{CASES}:save_and_resume", folder=str(tmp_path / "b"), resume=checkpoint, model_seed=3, **values
+    )
     assert [result["step"] for result in resumed] == [4, 4]
     assert len(resumed[0]["loss"]) == 4  # two of the checkpoint's history
     assert resumed[0]["loss"][:2] == whole[0]["loss"][:2]
+    # Two steps away from the checkpoint, and not from another initial model.
+    saved = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    for name, value in resumed[0]["full"].items():
+        torch.testing.assert_close(value, saved[name], rtol=0, atol=3e-3)
 
 
 def test_the_best_model_is_loaded_and_few_are_kept(ranks4, tmp_path):
@@ -191,6 +197,10 @@ REFUSALS = {
     "no deepspeed": "SDPTrainer: got no DeepSpeed config; takes TrainingArguments(deepspeed=",
     "unsupported": "model: no adapter knows T5ForConditionalGeneration",
     "peft": "merge them first (merge_and_unload)",
+    "no block": "takes TrainingArguments(deepspeed=<file or dict>) with a block",
+    "auto_find_batch_size": "TrainingArguments.auto_find_batch_size: got True; takes False with SDP",
+    "cut already": "and not one that is a subnetwork already",
+    "meta evaluation": "evaluate: got a model on the meta device before training",
     "coverage": "coverage: got 0.3 with 4 subnetworks",
     "auto": "subnetwork_data_parallel.coverag: unknown key",
 }
@@ -201,6 +211,32 @@ def test_mistakes_say_what_to_do(ranks4, tmp_path, what):
     for kind, message, is_ours in ranks4.run(f"{CASES}:refusal", timeout=60, folder=str(tmp_path), what=what):
         assert REFUSALS[what] in message
         assert is_ours, kind
+
+
+def test_no_complete_checkpoint_is_removed_for_one_that_is_not(ranks4, tmp_path):
+    sdp = {**HALF, "checkpoint_on_error": "continue"}
+    results = ranks4.run(f"{CASES}:failing_saves", timeout=90, folder=str(tmp_path / "a"), sdp=sdp, fails_at=(2, 4))
+    seen, left = results[0]
+    assert [of_step[0][1] for of_step in seen[1:]] == [True] * 3
+    assert max(map(len, seen)) == 1
+    assert left == [("checkpoint-3", True)]
+    sdp = {**HALF, "checkpoint_async": True}
+    results = ranks4.run(f"{CASES}:failing_saves", timeout=90, folder=str(tmp_path / "b"), sdp=sdp, slow_finish=True)
+    seen, left = results[0]
+    assert all(any(complete for _, complete in of_step) for of_step in seen[2:])
+    assert left == [("checkpoint-4", True)]
+
+
+def test_smoothed_labels_are_shifted_however_it_is_evaluated(ranks4, tmp_path):
+    one, two = (
+        ranks4.run(f"{CASES}:smoothed", timeout=90, folder=str(tmp_path), sdp=HALF, evaluation=evaluation)[0]
+        for evaluation in ("gathered", "streamed")
+    )
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_the_full_model_is_gathered_once(ranks4, tmp_path):
+    assert ranks4.run(f"{CASES}:gathers", timeout=90, folder=str(tmp_path), sdp=HALF) == [[1, 1]] * 4
 
 
 def test_pushing_fails_as_it_does_without(ranks4, tmp_path):

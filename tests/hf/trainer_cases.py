@@ -1,6 +1,7 @@
 """What the ranks do with the real Trainer. Every function is called on all ranks at once."""
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def fresh():
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def make(
@@ -197,6 +199,76 @@ def pad(rows):
     return {key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in rows]) for key in fill}
 
 
+def failing_saves(folder, sdp, fails_at=(), slow_finish=False):
+    """Checkpoints with ``save_total_limit=1``, some of which cannot be written: what is complete after each."""
+    import time
+
+    from transformers import TrainerCallback
+
+    from deepspeed_sdp.checkpoint import folder as folders
+    from deepspeed_sdp.checkpoint import has_checkpoint
+
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            paths = Path(folder).glob("checkpoint-*")
+            seen.append(sorted((path.name, has_checkpoint(path)) for path in paths))
+
+        def on_step_end(self, args, state, control, **_):
+            # A file stands where the checkpoint would be written.
+            if state.global_step in fails_at and args.should_save:
+                path = Path(folder) / f"checkpoint-{state.global_step}"
+                path.mkdir(exist_ok=True)
+                (path / f".unfinished-global_step{state.global_step}").write_text("")
+
+    finish = folders.finish
+    if slow_finish:
+        folders.finish = lambda *a, **k: (time.sleep(0.5), finish(*a, **k))[1]
+    try:
+        trainer = make(
+            folder, sdp, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1, callbacks=[Look()]
+        )
+        trainer.train()
+    finally:
+        folders.finish = finish
+    dist.barrier()
+    left = sorted((path.name, has_checkpoint(path)) for path in Path(folder).glob("checkpoint-*"))
+    close(trainer)
+    return seen, left
+
+
+def smoothed(folder, sdp, evaluation):
+    """Loss with label smoothing."""
+    trainer = make(folder, {**sdp, "evaluation": evaluation}, label_smoothing_factor=0.2)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    close(trainer)
+    return loss
+
+
+def gathers(folder, sdp):
+    """How often the full model is put together for an evaluation, after ``enable()``."""
+    from deepspeed_sdp.engine import whole_model
+    from deepspeed_sdp.hf import enable
+
+    enable()
+    calls, gather = [], whole_model.gather_model
+    whole_model.gather_model = lambda *a, **k: (calls.append(1), gather(*a, **k))[1]
+    try:
+        counts = []
+        for which in (SDPTrainer, Trainer):
+            trainer = make(folder, sdp, trainer=which)
+            trainer.train()
+            calls.clear()
+            trainer.evaluate()
+            counts.append(len(calls))
+            close(trainer)
+    finally:
+        whole_model.gather_model = gather
+    return counts
+
+
 def habits(folder, sdp, which="sdp", stream=False, **values):
     """Losses and what the trainer counts."""
     own = {"train_dataset": Stream(64)} if stream else {}
@@ -270,6 +342,17 @@ def refusal(folder, what):
         model.is_loaded_in_8bit = False
     elif what == "device_map":
         model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    elif what == "no block":
+        sdp = None
+    elif what == "auto_find_batch_size":
+        extra = {"auto_find_batch_size": True}
+    elif what == "meta evaluation":
+        model = tiny_model(meta=True)
+    elif what == "cut already":
+        model, sdp = tiny_model(intermediate_size=64), {**HALF, "output_scaling": "none"}
+        first = make(folder, sdp, model=model)
+        first.train()
+        close(first)
     elif what == "coverage":
         sdp = {"coverage": 0.3}
     elif what == "auto":
@@ -283,6 +366,8 @@ def refusal(folder, what):
         # Only the first rank pushes.
         if "push" in what and dist.get_rank() > 0:
             return close(trainer)
+        if what == "meta evaluation":
+            trainer.evaluate()
         trainer.train()
     except Exception as error:
         fresh()
