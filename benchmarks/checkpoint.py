@@ -5,7 +5,7 @@
 ``stall`` is the time that ``save_checkpoint`` takes of the training, ``until saved`` that until the checkpoint is
 complete on the disk while training goes on, ``slowdown`` a training step beside the writing, by a step without.
 Medians over ``--repetitions`` on the slowest rank; contenders alternate. ``written`` is of all ranks, ``copied`` what
-the fullest rank holds in a copy on the CPU meanwhile, ``state`` its own weights and optimizer.
+the fullest rank holds in copies on the CPU meanwhile, ``state`` its own weights and optimizer.
 """
 
 import argparse
@@ -62,14 +62,16 @@ def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
         target = folder / str(stage) / name.replace(" ", "_") / "t"
         written = sum(file.stat().st_size for file in target.iterdir())
         own = sum(file.stat().st_size for file in target.glob(f"tensors-{dist.get_rank():05d}*"))
-        is_async = (CONTENDERS[name] or {}).get("checkpoint_async")
+        sdp = CONTENDERS[name] or {}
+        # Beside training all of it is a copy; else what other owners sent, where they alone have it.
+        received = own * (1 - 1 / sdp.get("checkpoint_copies", 1)) if stage else 0
         rows.append(
             {
                 "stage": stage,
                 "engine": name,
                 **{key: statistics.median(values) for key, values in measured[name].items()},
                 "written": written,
-                "copied": largest(own) if is_async else 0,
+                "copied": largest(own if sdp.get("checkpoint_async") else received),
                 "state": largest(state["weights"] + state["optimizer"]) if state else None,
             }
         )
