@@ -1,6 +1,6 @@
 """Train a causal language model on text with HuggingFace's Trainer, from scratch or from a model in a folder.
 
-The options are those of transformers' own language modeling example, for text and folders on this machine; all of
+The options are called as in transformers' own language modeling example, for text and folders on this machine; all of
 TrainingArguments' are there too. The one line that SDP changes is the import of Trainer.
 
 deepspeed --num_accelerators 4 examples/run_clm.py --deepspeed ds_configs/hf_sdp.json --do_train --do_eval \
