@@ -1,17 +1,19 @@
 """The ways by which accelerate and Trainer come to DeepSpeed, led through SDP where its config asks for that."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from transformers import Trainer
 
 from deepspeed_sdp.config import BLOCK, read_json
 from deepspeed_sdp.engine import SDPEngine, initialize
+from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.hf.trainer import METHODS, SDPTrainer, drop_autos
 
 _is_enabled = False
@@ -53,6 +55,7 @@ def _routed(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _has_block(kwargs.get("config") or kwargs.get("config_params")):
             return original(*args, **kwargs)
+        _check_processes()
         # SDP itself calls DeepSpeed's.
         routed_here, deepspeed.initialize = deepspeed.initialize, original
         try:
@@ -62,6 +65,17 @@ def _routed(original: Callable[..., Any]) -> Callable[..., Any]:
 
     call.is_routed = True  # type: ignore[attr-defined]
     return call
+
+
+def _check_processes() -> None:
+    """Without an accelerator, accelerate takes each process for the only one unless it is told of CPUs."""
+    launched = os.environ.get("WORLD_SIZE", "1")
+    seen = PartialState().num_processes if PartialState._shared_state else int(launched)
+    if seen != int(launched):
+        raise ConfigError(
+            f"accelerate: sees {seen} of {launched} processes; on CPUs takes TrainingArguments(use_cpu=True), which is "
+            "--use_cpu, or PartialState(cpu=True) before the Accelerator is built"
+        )
 
 
 def _has_block(config: Any) -> bool:

@@ -95,16 +95,20 @@ class Workplace:
 
 
 def run_job(arguments, cwd, ranks=2):
-    """``deepspeed --num_accelerators RANKS ARGUMENTS``, killed with all its processes if it hangs."""
+    """``deepspeed --num_accelerators RANKS ARGUMENTS``; see :func:`run_launcher`."""
+    port = free_port()
+    return run_launcher("deepspeed", ["--num_accelerators", ranks, "--master_port", port, *arguments], cwd, port)
+
+
+def run_launcher(name, arguments, cwd, port):
+    """``NAME ARGUMENTS`` with a launcher beside the interpreter, killed with all its processes if it hangs."""
     mark = f"TEST_JOB={uuid.uuid4().hex}"
     environment = rank_environment(**dict([mark.split("=")]))
     for variable in RANK_VARIABLES:
         environment.pop(variable, None)
-    launcher = Path(sys.executable).with_name("deepspeed")
-    port = free_port()
     # A job killed while it loaded DeepSpeed's compiled op left its lock.
     clear_stale_locks(patience=0)
-    command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port), *arguments]
+    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
     began = time.monotonic()
     process = subprocess.Popen(
         command,
