@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 from accelerate import Accelerator, PartialState
 from transformers import Trainer
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from deepspeed_sdp.config import BLOCK, read_json
 from deepspeed_sdp.engine import SDPEngine, initialize
@@ -34,6 +35,23 @@ def enable() -> None:
     Accelerator.get_state_dict = _get_state_dict(Accelerator.get_state_dict)
     for name, method in METHODS.items():
         setattr(Trainer, name, _method(getattr(Trainer, name), method))
+
+
+def build_whole_models() -> None:
+    """Keep transformers from building under ``deepspeed.zero.Init`` what SDP will cut.
+
+    At ZeRO stage 3 ``from_pretrained`` and ``from_config`` do so once ``TrainingArguments`` told them of the DeepSpeed
+    config; of one with an SDP block they are not told.
+    """
+    original = HfDeepSpeedConfig.__init__
+
+    @functools.wraps(original)
+    def initialize_config(config: HfDeepSpeedConfig, *args: Any, **kwargs: Any) -> None:
+        original(config, *args, **kwargs)
+        if BLOCK in config.config:
+            unset_hf_deepspeed_config()
+
+    setattr(HfDeepSpeedConfig, "__init__", initialize_config)  # noqa: B010
 
 
 @contextmanager

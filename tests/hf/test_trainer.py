@@ -227,6 +227,15 @@ def test_no_complete_checkpoint_is_removed_for_one_that_is_not(ranks4, tmp_path)
     assert left == [("checkpoint-4", True)]
 
 
+def test_stage_3_builds_models_whole(ranks4, tmp_path):
+    one, three = (
+        ranks4.run(f"{CASES}:built_afterwards", timeout=90, folder=str(tmp_path), sdp=HALF, stage=stage)
+        for stage in (1, 3)
+    )
+    for losses, expected in zip(three, one, strict=True):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
 def test_smoothed_labels_are_shifted_however_it_is_evaluated(ranks4, tmp_path):
     one, two = (
         ranks4.run(f"{CASES}:smoothed", timeout=90, folder=str(tmp_path), sdp=HALF, evaluation=evaluation)[0]

@@ -238,6 +238,27 @@ def failing_saves(folder, sdp, fails_at=(), slow_finish=False):
     return seen, left
 
 
+def built_afterwards(folder, sdp, stage=3):
+    """A model built the way scripts do, after ``TrainingArguments``; its losses."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.models import tiny_config
+
+    fresh()
+    args = TrainingArguments(
+        folder, deepspeed=ds_config(stage, sdp), use_cpu=True, max_steps=2, per_device_train_batch_size=2,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config())
+    trainer = SDPTrainer(model=model, args=args, train_dataset=Rows(32), eval_dataset=Rows(16))
+    trainer.train()
+    losses = history(trainer)
+    losses.append(trainer.evaluate()["eval_loss"])
+    close(trainer)
+    return losses
+
+
 def smoothed(folder, sdp, evaluation):
     """Loss with label smoothing."""
     trainer = make(folder, {**sdp, "evaluation": evaluation}, label_smoothing_factor=0.2)
