@@ -43,15 +43,17 @@ def build_whole_models() -> None:
     At ZeRO stage 3 ``from_pretrained`` and ``from_config`` do so once ``TrainingArguments`` told them of the DeepSpeed
     config; of one with an SDP block they are not told.
     """
-    original = HfDeepSpeedConfig.__init__
+    of_class: Any = HfDeepSpeedConfig
+    original: Callable[..., None] = of_class.__init__
+    forget: Callable[[], None] = unset_hf_deepspeed_config
 
     @functools.wraps(original)
-    def initialize_config(config: HfDeepSpeedConfig, *args: Any, **kwargs: Any) -> None:
+    def initialize_config(config: Any, *args: Any, **kwargs: Any) -> None:
         original(config, *args, **kwargs)
         if BLOCK in config.config:
-            unset_hf_deepspeed_config()
+            forget()
 
-    setattr(HfDeepSpeedConfig, "__init__", initialize_config)  # noqa: B010
+    of_class.__init__ = initialize_config
 
 
 @contextmanager
