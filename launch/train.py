@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 4 launch/train.py \\
         --deepspeed_config ds_configs/demo.json --sdp_config ds_configs/demo_sdp.json \\
-        --model_config ds_configs/demo_model.json --output_dir runs/demo
+        --model_config ds_configs/demo_model.json --steps 300 --output_dir runs/demo
 """
 
 import argparse
