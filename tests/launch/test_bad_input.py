@@ -67,6 +67,11 @@ train.train_step = broken
     assert "RuntimeError: boom" in job.output
 
 
+def slow_but(quick, cases):
+    """One row for the quick tests, the others for all tests."""
+    return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 BAD_BLOCKS = {
     "coverage without whole K": (
         {"num_subnetworks": 2, "coverage": 0.3},
@@ -81,8 +86,7 @@ BAD_BLOCKS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", BAD_BLOCKS)
+@pytest.mark.parametrize("case", slow_but("coverage without whole K", BAD_BLOCKS))
 def test_bad_blocks(workplace, case):
     block, message = BAD_BLOCKS[case]
     workplace.write("sdp.json", json.dumps(block))
@@ -114,8 +118,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("case", slow_but("broken SDP block", BAD_FILES))
 def test_bad_files(workplace, case):
     name, content, message = BAD_FILES[case]
     file = workplace.write(name, content)
