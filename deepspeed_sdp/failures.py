@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from deepspeed_sdp.errors import SDPError
@@ -21,6 +21,8 @@ T = TypeVar("T")
 _CLAIM = "deepspeed_sdp/failure"
 # How long a rank waits for the one that reports; launchers end it earlier.
 _GRACE_SECONDS = 10.0
+# How long the one that reports waits for the others to have asked whether they should.
+_CLAIM_SECONDS = 1.0
 _is_terminated = False
 
 
@@ -83,6 +85,8 @@ def _end_job(message: str) -> None:
     if first is not False:
         sys.stdout.flush()
         print(f"\n{message}", file=sys.stderr, flush=True)
+    if first:
+        _wait_for_claims()
     # Not sys.exit: destructors of half-done collectives may wait for ranks that are gone.
     os._exit(1)
 
@@ -101,3 +105,13 @@ def _claim() -> bool | None:
         return bool(store.add(_CLAIM, 1) == 1)
     except Exception:
         return None
+
+
+def _wait_for_claims() -> None:
+    """The store ends with rank 0: who asks it just then cannot know, and torch writes a stack of C++ calls."""
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    with suppress(Exception):
+        dist = sys.modules["torch.distributed"]
+        store = dist.distributed_c10d._get_default_store()
+        while store.add(_CLAIM, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)

@@ -2,7 +2,7 @@
 
     deepspeed --num_accelerators 4 launch/train.py \\
         --deepspeed_config ds_configs/demo.json --sdp_config ds_configs/demo_sdp.json \\
-        --model_config ds_configs/demo_model.json --output_dir runs/demo
+        --model_config ds_configs/demo_model.json --steps 300 --output_dir runs/demo
 """
 
 import argparse
@@ -133,13 +133,15 @@ def train(args: argparse.Namespace) -> None:
 
 
 def quiet(verbose: bool) -> None:
-    """Keep DeepSpeed's and the tokenizers' log off the progress bar."""
+    """Keep DeepSpeed's and the tokenizers' log off the progress bar. Before torch is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         import logging
         import warnings
 
         os.environ.setdefault("DS_LOG_LEVEL", "error")
+        # Ranks of a job that fails lose each other: torch would warn of it with stacks of C++ calls beside the error.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning)
         from deepspeed.utils import logger

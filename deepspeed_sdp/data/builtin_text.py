@@ -4,11 +4,12 @@ Docstrings are read from source files with ``ast``; nothing is imported, so noth
 """
 
 import ast
-import hashlib
 import inspect
 import re
 import sysconfig
+import textwrap
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -28,10 +29,18 @@ _SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-pack
 _MIN_CHARACTERS = 200
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _BLANK_LINES = re.compile(r"\n{3,}")
+# Docstrings repeat one another, and what is held out would be trained on elsewhere. So many words in a row, or a
+# paragraph of fewer words and so many characters, stand in one document only.
+_RUN_WORDS = 13
+_RUN_CHARACTERS = 60
+# Templates differ in numbers and signs only.
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 def builtin_documents(max_bytes: int = 8_000_000) -> list[str]:
-    """Cleaned, de-duplicated documents of at least 200 characters, in a fixed order, up to ``max_bytes`` of UTF-8.
+    """Cleaned documents of at least 200 characters, in a fixed order, up to ``max_bytes`` of UTF-8.
+
+    Paragraphs that repeat an earlier document are left out, and documents that mostly do.
 
     Raises:
         DataError: this installation holds less than 2 MB of such text, or less is asked for.
@@ -39,13 +48,14 @@ def builtin_documents(max_bytes: int = 8_000_000) -> list[str]:
     if max_bytes < MIN_BYTES:
         raise DataError(f"built-in text: got a size of {max_bytes / 1e6:g} MB; takes at least {MIN_BYTES / 1e6:g} MB")
     documents: list[str] = []
-    seen: set[bytes] = set()
+    seen: set[int] = set()
     size = 0
     for raw in _raw_documents():
-        text = clean(raw)
-        if len(text) < _MIN_CHARACTERS or not _is_prose(text) or (key := _fingerprint(text)) in seen:
+        whole = clean(raw)
+        text, runs = _new_part(whole, seen)
+        if len(text) < max(_MIN_CHARACTERS, len(whole) / 2) or not _is_prose(text):
             continue
-        seen.add(key)
+        seen |= runs
         documents.append(text)
         size += len(text.encode())
         if size >= max_bytes:
@@ -78,9 +88,22 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _fingerprint(text: str) -> bytes:
-    # Methods that share a template differ in numbers and space only, and mostly after their first lines.
-    return hashlib.sha256(re.sub(r"[\W\d]+", " ", text[:600]).lower().encode()).digest()
+def _new_part(text: str, seen: set[int]) -> tuple[str, set[int]]:
+    """The paragraphs of ``text`` that share no run of words with what was ``seen``, and their runs."""
+    found = [(paragraph, _runs(paragraph)) for paragraph in text.split("\n\n")]
+    new = [(paragraph, runs) for paragraph, runs in found if seen.isdisjoint(runs)]
+    # What is left of an indented text must not begin in the middle of it.
+    part = textwrap.dedent("\n\n".join(paragraph for paragraph, _ in new)).strip()
+    return part, set().union(*(runs for _, runs in new))
+
+
+def _runs(paragraph: str) -> set[int]:
+    """Checksums, which are the same in every process, unlike Python's hashes."""
+    words = _WORD.findall(paragraph.lower())
+    if len(words) < _RUN_WORDS and len(paragraph) < _RUN_CHARACTERS:
+        return set()
+    starts = range(max(len(words) - _RUN_WORDS, 0) + 1)
+    return {zlib.crc32(" ".join(words[start : start + _RUN_WORDS]).encode()) for start in starts}
 
 
 def _raw_documents() -> Iterator[str]:

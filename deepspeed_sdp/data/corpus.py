@@ -21,7 +21,8 @@ from deepspeed_sdp.data.text_files import read_documents
 from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer
 from deepspeed_sdp.errors import DataError, OutputError
 
-_FORMAT = 1
+# Changes with what is made of the same text.
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 
 

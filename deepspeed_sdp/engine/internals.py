@@ -6,14 +6,23 @@ its cheap form, before the first engine is built: a new DeepSpeed release must f
 
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import deepspeed
+from deepspeed.monitor.monitor import Monitor, MonitorMaster
+from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16 import loss_scaler
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 TESTED_DEEPSPEED = "0.19.8"
 
-# Methods that SDPEngine overrides or calls, with the parameters it passes.
+# Methods and properties that SDPEngine overrides or uses, with the parameters it passes.
 ENGINE_METHODS: dict[str, tuple[str, ...]] = {
     "__init__": ("args", "model", "optimizer", "model_parameters", "lr_scheduler", "config", "config_class"),
     "_broadcast_model": (),
@@ -43,10 +52,15 @@ ENGINE_METHODS: dict[str, tuple[str, ...]] = {
     "offload_states": (),
     "reload_states": (),
     "managed_gradient_accumulation": (),
+    "communication_data_type": (),
+    "gradient_clipping": (),
+    "get_global_grad_norm": (),
+    "zero_optimization": (),
+    "zero_optimization_stage": (),
     "destroy": (),
 }
 
-# Methods of the base class of ZeRO's optimizers that SDPOptimizer overrides or calls.
+# Methods and properties of the base class of ZeRO's optimizers that SDPOptimizer overrides or uses.
 OPTIMIZER_METHODS: dict[str, tuple[str, ...]] = {
     "__init__": (),
     "is_gradient_accumulation_boundary": (),
@@ -59,7 +73,21 @@ OPTIMIZER_METHODS: dict[str, tuple[str, ...]] = {
     "enter_backward": (),
     "exit_backward": (),
     "clear_backward_seen_flag": (),
+    "_epilogue_ran_this_backward": (),
+    "_max_expected_hooks_seen": (),
 }
+
+# The same of other classes, and functions of modules.
+METHODS: dict[Any, dict[str, tuple[str, ...]]] = {
+    DeepSpeedEngine: ENGINE_METHODS,
+    ZeROOptimizer: OPTIMIZER_METHODS,
+    Monitor: {"write_events": ("event_list",)},
+    loss_scaler: {"CreateLossScaler": ("dtype", "static_loss_scale", "dynamic_scaling", "dynamic_loss_args")},
+    loss_scaler.LossScalerBase: {"update_scale": ("overflow",)},
+    runtime_utils: {"count_used_parameters_in_backward": ("parameters",)},
+}
+
+ZERO_CONFIG_FIELDS = ("prefetch_bucket_size", "offload_param", "offload_optimizer")
 
 # Names that must appear in the source of a method: attributes that are set or read there.
 SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
@@ -70,6 +98,21 @@ SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
         "self.dynamic_loss_scale",
     ),
     (ZeROOptimizer, "scale_if_loss"): ("self.external_loss_scale", "self.loss_scaler.scale_loss(value)"),
+    (DeepSpeedEngine, "__init__"): (
+        "self._config = ",
+        "self.basic_optimizer = ",
+        "self.enable_backward_allreduce = ",
+        "self.global_samples = ",
+        "self.global_steps = ",
+        "self.inside_no_sync_ctxt = ",
+        "self.lr_scheduler = ",
+        "self.micro_steps = ",
+        "self.monitor = ",
+        "self.optimizer = ",
+        "self.skipped_steps = ",
+    ),
+    (DeepSpeedEngine, "_set_distributed_vars"): ("self.device = ", "self.global_rank = "),
+    (DeepSpeedEngine, "_set_client_model"): ("self.__dict__['module'] = ",),
     (DeepSpeedEngine, "_configure_optimizer"): (
         "self._configure_basic_optimizer(model_parameters)",
         "client_optimizer(model_parameters)",
@@ -86,19 +129,30 @@ SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
         "self.optimizer.overflow",
     ),
     (DeepSpeedEngine, "step"): ("self.optimizer.finalize_gradient_accumulation_boundary()",),
+    (DeepSpeedConfig, "__init__"): ("self._param_dict = ",),
+    (DeepSpeedConfig, "_initialize_params"): ("self.zero_config = ",),
+    (MonitorMaster, "__init__"): ("self.enabled = ",),
+    (loss_scaler.LossScalerBase, "__init__"): ("self.cur_scale = ", "self.dynamic = "),
+    # Looked for with a default: without them bytes of DeepSpeed's own optimizers would not be counted, and its sharded
+    # parameters not be recognised.
+    (DeepSpeedZeroOptimizer, "__init__"): ("self.averaged_gradients = ", "param.grad_accum = "),
+    (DeepSpeedZeroOptimizer_Stage3, "__init__"): ("self.averaged_gradients = ", "self.fp32_partitioned_groups_flat = "),
+    (Init, "_convert_to_deepspeed_param"): ("param.ds_id = ", "param.ds_tensor = "),
 }
 
 
 def contract_violations() -> list[str]:
     """Every way in which the installed DeepSpeed differs from what this package builds on; empty if it fits."""
-    problems = list(_missing_methods(DeepSpeedEngine, ENGINE_METHODS))
-    problems += _missing_methods(ZeROOptimizer, OPTIMIZER_METHODS)
+    problems = [problem for owner, methods in METHODS.items() for problem in _missing_methods(owner, methods)]
     for (owner, method), marks in SOURCE_MARKS.items():
-        if not hasattr(owner, method):
+        found = _defined(owner, method)
+        if found is None:
             problems.append(f"{owner.__name__}.{method} is gone")
             continue
-        source = inspect.getsource(getattr(owner, method))
+        source = inspect.getsource(found)
         problems += [f"{owner.__name__}.{method} no longer says {mark!r}" for mark in marks if mark not in source]
+    fields = DeepSpeedZeroConfig.model_fields
+    problems += [f"zero_optimization.{field} is gone" for field in ZERO_CONFIG_FIELDS if field not in fields]
     if getattr(deepspeed, "DeepSpeedEngine", None) is not DeepSpeedEngine:
         problems.append("deepspeed.DeepSpeedEngine is not deepspeed.runtime.engine.DeepSpeedEngine")
     if "engine = DeepSpeedEngine(args=args," not in inspect.getsource(deepspeed.initialize):
@@ -106,13 +160,21 @@ def contract_violations() -> list[str]:
     return problems
 
 
-def _missing_methods(owner: type, methods: dict[str, tuple[str, ...]]) -> Iterable[str]:
+def _missing_methods(owner: Any, methods: dict[str, tuple[str, ...]]) -> Iterable[str]:
     for name, parameters in methods.items():
-        method = getattr(owner, name, None)
+        method = _defined(owner, name)
         if method is None:
             yield f"{owner.__name__}.{name} is gone"
             continue
-        known = inspect.signature(method).parameters
+        known = inspect.signature(method).parameters if parameters else {}
         for parameter in parameters:
             if parameter not in known:
                 yield f"{owner.__name__}.{name} takes no {parameter!r}"
+
+
+def _defined(owner: Any, name: str) -> Any:
+    """What DeepSpeed itself defines in a class or module; ``None`` for what torch or Python has under this name."""
+    for place in getattr(owner, "__mro__", (owner,)):
+        if getattr(place, "__module__", owner.__name__).startswith("deepspeed.") and name in vars(place):
+            return vars(place)[name]
+    return None

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeed_sdp.data.builtin_text import _MIN_CHARACTERS, MIN_BYTES, builtin_documents, clean
+from deepspeed_sdp.data.split import split_documents
 from deepspeed_sdp.errors import DataError
 from tests.support.ranks import ROOT, rank_environment
 
@@ -47,6 +48,62 @@ def test_it_is_the_same_in_another_process_with_another_hash_seed(builtin, tmp_p
 
 def test_no_document_comes_twice(builtin):
     assert len({" ".join(text.split()).lower() for text in builtin}) == len(builtin)
+
+
+def test_hardly_anything_of_the_held_out_part_is_trained_on(builtin):
+    # 0.8 % where this was written, 11 % with every document whole whose beginning is new.
+    assert overlap(*split_documents(builtin)) < 0.03
+
+
+@pytest.mark.slow
+def test_the_same_of_more_text():
+    # 1.3 %, and 21 %.
+    assert overlap(*split_documents(builtin_documents())) < 0.03
+
+
+def overlap(train, heldout, window=100):
+    """The share of the held-out characters that lie in a window which stands in ``train`` too."""
+    known = {text[i : i + window] for text in heldout for i in range(len(text) - window + 1)}
+    known &= {part for text in train for i in range(len(text)) if (part := text[i : i + window]) in known}
+    covered = 0
+    for text in heldout:
+        starts = [i for i in range(len(text) - window + 1) if text[i : i + window] in known]
+        covered += len({position for start in starts for position in range(start, start + window)})
+    return covered / sum(map(len, heldout))
+
+
+def words(name, count=40):
+    return " ".join(name + chr(97 + i // 26) + chr(97 + i % 26) for i in range(count))
+
+
+PARTS = {
+    "own": words("own", 120),
+    "other": words("other"),
+    "old": words("old"),
+    "short": "A paragraph of less than thirteen words and more than sixty characters.",
+    "numbers": f"{words('n')} 4: 5, 6.",
+}
+FIRST = "{old}\n\n{short}\n\nParameters\n----------".format(**PARTS) + f"\n\n{words('n')} 1 2 3"
+
+
+@pytest.mark.parametrize(
+    ("second", "kept"),
+    [
+        ("{own}\n\n{other}", "{own}\n\n{other}"),
+        ("{own}\n\n{old}\n\n{other}", "{own}\n\n{other}"),
+        ("{own}\n\n{other} {old}", "{own}"),
+        ("{own}\n\n    {other}\n\n{short}", "{own}\n\n    {other}"),
+        ("{old}\n\n    {own}\n\n    {other}", "{own}\n\n{other}"),
+        ("{own}\n\nParameters\n----------", "{own}\n\nParameters\n----------"),
+        ("{own}\n\n{numbers}", "{own}"),
+        ("{numbers}\n\n{old}\n\n{other}", None),
+    ],
+)
+def test_what_repeats_an_earlier_document_is_left_out(monkeypatch, second, kept):
+    monkeypatch.setattr("deepspeed_sdp.data.builtin_text.MIN_BYTES", 1)
+    raw = [FIRST, second.format(**PARTS)]
+    monkeypatch.setattr("deepspeed_sdp.data.builtin_text._raw_documents", lambda: iter(raw))
+    assert builtin_documents() == [FIRST, *([kept.format(**PARTS)] if kept else [])]
 
 
 def test_documents_are_clean_prose(builtin):

@@ -1,6 +1,7 @@
 """The full model's face: evaluation, state dict, HuggingFace folders."""
 
 import contextlib
+import ctypes
 import resource
 import signal
 from pathlib import Path
@@ -121,3 +122,27 @@ def file_size_limit(limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def peak_of(what, stage, model):
+    """By how many bytes ``what`` ("evaluate_full" or "full_state_dict") raises this rank's peak memory, in bf16."""
+    engine, *_ = deepspeed_sdp.initialize(
+        model=build_model(model=model, meta=True), config=ds_config(stage, bf16=True), sdp_config={"coverage": 0.5}
+    )
+    batches = evaluation_batches(dist.get_rank(), [2, 2, 2, 2], False)
+    ask = {"evaluate_full": lambda: engine.evaluate_full(batches), "full_state_dict": engine.full_state_dict}[what]
+    ask()  # what is loaded and cached at first use stays
+    ctypes.CDLL(None).malloc_trim(0)
+    # From here on the peak counts anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    ask()
+    raised = peak_memory() - before
+    engine.destroy()
+    return raised
+
+
+def peak_memory():
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

@@ -48,6 +48,7 @@ class Job:
     output: str
     seconds: float
     left: list[str]
+    ranks: int
 
     @property
     def errors(self):
@@ -70,7 +71,7 @@ class Workplace:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         return file
 
-    def launch(self, *switches, script=TRAIN, **changes):
+    def launch(self, *switches, script=TRAIN, ranks=2, **changes):
         options = {
             "deepspeed_config": self.folder / "ds.json",
             "sdp_config": self.folder / "sdp.json",
@@ -83,7 +84,7 @@ class Workplace:
             **changes,
         }
         arguments = [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]
-        return run_job([str(script), *arguments, *switches], cwd=self.folder)
+        return run_job([str(script), *arguments, *switches], self.folder, ranks)
 
     def script(self, body):
         """A script that does something to ``train`` (the module launch/train.py) before its main runs."""
@@ -133,7 +134,7 @@ def run_launcher(name, arguments, cwd, port):
     commands = [command_line(pid) for pid in left]
     kill(left)
     remove_shared_buffers(port)
-    return Job(process.returncode, output, seconds, commands)
+    return Job(process.returncode, output, seconds, commands, ranks)
 
 
 def marked(mark):
@@ -166,10 +167,23 @@ def kill(pids):
 
 def assert_ended_badly(job, message):
     """The whole job ended in time, with one message that says ``message``, and without a traceback."""
-    assert job.code not in (0, None), job.output
     assert len(job.errors) == 1, job.output
     assert message in job.output, job.output
     assert "Traceback" not in job.output, job.output
+    assert_ended_soon(job)
+
+
+def assert_ended_with_one_traceback(job, rank):
+    """The whole job ended in time, with the traceback of ``rank``."""
+    assert job.output.count("Traceback") == job.output.count("failed:") == 1, job.output
+    assert f"rank {rank} failed:" in job.output
+    assert job.errors == []
+    assert_ended_soon(job)
+
+
+def assert_ended_soon(job):
+    assert job.code not in (0, None), job.output
+    assert "Exception raised from" not in job.output, f"torch's C++ stacks\n{job.output}"
     assert job.left == []
-    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    busy = max(1.0, max(os.getloadavg()[0], job.ranks) / (os.cpu_count() or 1))
     assert job.seconds < SECONDS * busy, f"{job.seconds:.0f} s\n{job.output}"

@@ -1,6 +1,7 @@
 """The command line: complete help at once, and one message for a wrong option."""
 
 import argparse
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from tests.launch.jobs import TRAIN
-from tests.support.ranks import rank_environment
+from tests.support.ranks import ROOT, rank_environment
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,14 @@ def test_help_is_complete_and_quick(parser):
         assert action.option_strings[-1] in done.stdout
     for name in ("report.json", "loss.png", "plan.png", "hf/", "deepspeed --num_accelerators"):
         assert name in done.stdout
+
+
+def test_the_example_of_the_help_can_be_parsed(arguments):
+    docstring = ast.get_docstring(ast.parse(TRAIN.read_text()))
+    words = docstring[docstring.index("deepspeed --") :].replace("\\\n", " ").split()
+    args = arguments.parse_arguments(words[words.index("launch/train.py") + 1 :], None)
+    arguments.check_arguments(args)
+    assert all((ROOT / path).is_file() for path in (args.deepspeed_config, args.sdp_config, args.model_config))
 
 
 def test_help_says_the_defaults_it_has(parser):

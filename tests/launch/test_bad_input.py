@@ -1,19 +1,20 @@
 """Every mistake ends the whole job, soon, with one message."""
 
 import json
-import os
 
 import pytest
 
 from tests.data.conftest import make_documents
-from tests.launch.jobs import DEEPSPEED, MODEL, SDP, assert_ended_badly
+from tests.launch.jobs import DEEPSPEED, MODEL, SDP, assert_ended_badly, assert_ended_with_one_traceback
 
 BLOCK = "subnetwork_data_parallel"
 
 
 def test_unknown_key(workplace):
+    """On four ranks, which all find it at once."""
     workplace.write("sdp.json", json.dumps({**SDP, "coverige": 0.5}))
-    assert_ended_badly(workplace.launch(), f"error: {BLOCK}.coverige: unknown key, got 0.5; did you mean 'coverage'?")
+    job = workplace.launch(ranks=4)
+    assert_ended_badly(job, f"error: {BLOCK}.coverige: unknown key, got 0.5; did you mean 'coverage'?")
     assert not list(workplace.output.glob("*")), "found before anything is prepared"
 
 
@@ -49,26 +50,26 @@ def test_a_model_that_no_adapter_knows(workplace):
     assert "Llama" in job.errors[0]
 
 
-def test_an_unexpected_error_on_one_rank(workplace):
-    """Rank 1 breaks in mid-run while rank 0 waits for it in a collective."""
-    script = workplace.script("""
+@pytest.mark.parametrize(("rank", "ranks"), [(1, 2), (0, 4)])
+def test_an_unexpected_error_on_one_rank(workplace, rank, ranks):
+    """It breaks in mid-run while the others wait for it in a collective. The rendezvous store ends with rank 0."""
+    script = workplace.script(f"""
 step = train.train_step
 def broken(*args, count=[0]):
     count[0] += 1
-    if count[0] == 3 and os.environ["RANK"] == "1":
+    if count[0] == 3 and os.environ["RANK"] == "{rank}":
         raise RuntimeError("boom")
     return step(*args)
 train.train_step = broken
 """)
-    job = workplace.launch(script=script)
-    assert job.code not in (0, None)
-    assert job.output.count("Traceback") == 1, job.output
-    assert job.output.count("failed:") == 1
-    assert "rank 1 failed:" in job.output
+    job = workplace.launch(script=script, ranks=ranks)
+    assert_ended_with_one_traceback(job, rank)
     assert "RuntimeError: boom" in job.output
-    assert job.errors == []
-    assert job.left == []
-    assert job.seconds < 30 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def slow_but(quick, cases):
+    """One row for the quick tests, the others for all tests."""
+    return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 BAD_BLOCKS = {
@@ -85,8 +86,7 @@ BAD_BLOCKS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", BAD_BLOCKS)
+@pytest.mark.parametrize("case", slow_but("coverage without whole K", BAD_BLOCKS))
 def test_bad_blocks(workplace, case):
     block, message = BAD_BLOCKS[case]
     workplace.write("sdp.json", json.dumps(block))
@@ -118,8 +118,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("case", slow_but("broken SDP block", BAD_FILES))
 def test_bad_files(workplace, case):
     name, content, message = BAD_FILES[case]
     file = workplace.write(name, content)
@@ -180,18 +179,3 @@ def test_an_option_wrong_on_one_rank_alone(workplace):
     """Before the ranks can talk: the one that fails reports, though others wait for it."""
     script = workplace.script("if os.environ['RANK'] == '1': sys.argv[sys.argv.index('--steps') + 1] = '0'")
     assert_ended_badly(workplace.launch(script=script), "error: --steps: got 0; takes a number from 1 on")
-
-
-@pytest.mark.slow
-def test_an_unexpected_error_on_the_first_rank(workplace):
-    script = workplace.script("""
-def broken(*args):
-    raise RuntimeError("boom")
-if os.environ["RANK"] == "0":
-    train.train_step = broken
-""")
-    job = workplace.launch(script=script)
-    assert job.code not in (0, None)
-    assert job.output.count("Traceback") == 1, job.output
-    assert "rank 0 failed:" in job.output
-    assert job.left == []
