@@ -126,6 +126,8 @@ def outputs_of(
                 _, args, kwargs = call[index]
                 output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
                 hidden[i] = output[0] if isinstance(output, tuple) else output
+            # Not beside the next layer's.
+            del weights
     for batch, last in zip(batches, hidden, strict=True):
         with _swapped_layers(subnetwork, _replays(subnetwork, last)):
             output = subnetwork.module(**batch)

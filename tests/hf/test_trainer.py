@@ -137,7 +137,7 @@ HABITS = {
         "ds": {
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+                "params": {**dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"), "torch_adam": True},
             },
             "scheduler": {
                 "type": "WarmupDecayLR",
@@ -147,7 +147,9 @@ HABITS = {
             },
         },
     },
-    "ds_optimizer": {"ds": {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}}},
+    "ds_optimizer": {
+        "ds": {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}}
+    },
 }
 
 

@@ -98,10 +98,10 @@ class Workplace:
 def run_job(arguments, cwd, ranks=2):
     """``deepspeed --num_accelerators RANKS ARGUMENTS``; see :func:`run_launcher`."""
     port = free_port()
-    return run_launcher("deepspeed", ["--num_accelerators", ranks, "--master_port", port, *arguments], cwd, port)
+    return run_launcher("deepspeed", ["--num_accelerators", ranks, "--master_port", port, *arguments], cwd, port, ranks)
 
 
-def run_launcher(name, arguments, cwd, port):
+def run_launcher(name, arguments, cwd, port, ranks=2):
     """``NAME ARGUMENTS`` with a launcher beside the interpreter, killed with all its processes if it hangs."""
     mark = f"TEST_JOB={uuid.uuid4().hex}"
     environment = rank_environment(**dict([mark.split("=")]))
