@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM
 
 import deepspeed_sdp
 from tests.engine.cases import build_model, ds_config
@@ -43,8 +43,8 @@ def merge(config, changes):
 
 
 def change(arguments, kind):
-    if kind == "gpt2":
-        arguments["model"] = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    if kind == "bloom":
+        arguments["model"] = BloomForCausalLM(BloomConfig(vocab_size=11, hidden_size=8, n_layer=1, n_head=2))
     elif kind == "linear":
         arguments["model"] = nn.Linear(2, 2)
     elif kind == "no_model":

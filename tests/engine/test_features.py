@@ -43,7 +43,7 @@ def test_no_sync_is_refused_where_gradients_are_sharded(ranks4):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("how", ["engine", "layers"])
+@pytest.mark.parametrize("how", [pytest.param("engine", marks=pytest.mark.slow), "layers"])
 def test_compiled_blocks(ranks4, how, stage):
     results = ranks4.run(f"{CASES}:compiled", timeout=180, how=how, stage=stage, backend="aot_eager")
     assert_owners_equal(results)

@@ -56,7 +56,7 @@ def test_no_hang_on_other_numbers_of_ranks(pools, world, seed):
     assert_owners_equal(results)
 
 
-@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 40), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 40), marks=pytest.mark.slow)], ids=str)
 def test_torchs_own_checks_find_nothing(seeds):
     """torch compares every collective over the ranks of its group, and would say so in the log or raise."""
     pool = RankPool(3, TORCH_DISTRIBUTED_DEBUG="DETAIL", TORCH_CPP_LOG_LEVEL="WARNING")

@@ -97,7 +97,7 @@ SDP_ROWS = [
     row("two_blocks", "ConfigError", "two SDP blocks", kind="two_blocks"),
     row("no_config", "ConfigError", "config: got nothing", kind="no_config"),
     row("no_model", "ConfigError", "model: got NoneType", kind="no_model"),
-    row("gpt2", "ModelError", "no adapter knows GPT2LMHeadModel", "Llama", "Mistral", "Qwen2", "Qwen3", kind="gpt2"),
+    row("bloom", "ModelError", "no adapter knows BloomForCausalLM", "Llama", "Mistral", "Qwen2", "GPT2", kind="bloom"),
     row("linear", "ModelError", "no adapter knows Linear", kind="linear"),
     row("half_meta", "ModelError", "model.norm.weight is on the meta device", kind="half_meta"),
     row("mpu", "ConfigError", "mpu: model parallelism", kind="mpu"),
@@ -193,7 +193,7 @@ ONE_RANK = [
         rank=3,
         only={"ds": {"zero_optimization.stage": 4}},
     ),
-    row("other_model", "ConfigError", "rank 2: model: no adapter knows GPT2LMHeadModel", rank=2, kind="gpt2"),
+    row("other_model", "ConfigError", "rank 2: model: no adapter knows BloomForCausalLM", rank=2, kind="bloom"),
     row(
         "other_width",
         "ConfigError",
