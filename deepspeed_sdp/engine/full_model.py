@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from deepspeed_sdp.engine.gather import Access, gather_space, shared_parameters
+from deepspeed_sdp.engine.gather import Access, full_parameters
 from deepspeed_sdp.errors import OutputError
 from deepspeed_sdp.subnetwork import Subnetwork
 
@@ -24,19 +24,11 @@ def full_state_dict(
     is_writer = dist.get_rank() == 0
     weights: dict[str, torch.Tensor] = {}
 
-    def keep(values: dict[str, torch.Tensor]) -> None:
+    for parameters in full_parameters(subnetwork, device, access):
         if is_writer:
-            for name, value in values.items():
+            for name, value in parameters.items():
                 weights[name] = value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
-
-    with access(None):
-        keep(shared_parameters(subnetwork, None))
-    for layer in range(len(subnetwork.adapter.layers(subnetwork.module))):
-        with access(layer):
-            keep(shared_parameters(subnetwork, layer))
-            for planned in subnetwork.plan.spaces:
-                if planned.space.layer == layer:
-                    keep(gather_space(subnetwork, planned, device))
+        del parameters
     if not is_writer:
         return None
     for name, buffer in subnetwork.persistent_buffers():

@@ -1,6 +1,6 @@
 """Putting full parameters together from the fragments of their owners. All functions are collective over the world."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -36,6 +36,20 @@ def shared_parameters(subnetwork: Subnetwork, layer: int | None) -> dict[str, to
         if subnetwork.fragments[name].dim is None
     }
     return {name: value for name, value in shared.items() if name.startswith(prefix) != (layer is None)}
+
+
+def full_parameters(
+    subnetwork: Subnetwork, device: torch.device, access: Access
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Every parameter of the full model, on every rank, by full name: a few at a time, to be read before the next."""
+    with access(None):
+        yield shared_parameters(subnetwork, None)
+    for layer in range(len(subnetwork.adapter.layers(subnetwork.module))):
+        with access(layer):
+            yield shared_parameters(subnetwork, layer)
+            for planned in subnetwork.plan.spaces:
+                if planned.space.layer == layer:
+                    yield gather_space(subnetwork, planned, device)
 
 
 def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The full model as a module to call, between steps: with all its weights on every rank, or one layer at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.engine.evaluation import eval_mode, outputs_of
-from deepspeed_sdp.engine.gather import Access, gather_space, shared_parameters
+from deepspeed_sdp.engine.gather import Access, full_parameters
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
@@ -20,17 +20,8 @@ def gather_model(subnetwork: Subnetwork, device: torch.device, access: Access, i
     """
     weights: dict[str, torch.Tensor] = {}
 
-    def keep(values: Mapping[str, torch.Tensor]) -> None:
-        weights.update((name, value.clone() if is_sharded else value) for name, value in values.items())
-
-    with access(None):
-        keep(shared_parameters(subnetwork, None))
-    for layer in range(len(subnetwork.adapter.layers(subnetwork.module))):
-        with access(layer):
-            keep(shared_parameters(subnetwork, layer))
-            for planned in subnetwork.plan.spaces:
-                if planned.space.layer == layer:
-                    weights.update(gather_space(subnetwork, planned, device))
+    for some in full_parameters(subnetwork, device, access):
+        weights.update((name, value.clone() if is_sharded else value) for name, value in some.items())
     model = subnetwork.full_skeleton()
     owner = {id(parameter): name for name, parameter in model.named_parameters()}
     # Tied weights stand under each of their names; they stay one parameter.

@@ -24,7 +24,7 @@ def slow(*values):
         slow(1, {}),
         (2, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "rows": 64}),
         slow(0, {"lr_scheduler_type": "cosine", "warmup_steps": 2}),
-        (3, {}),
+        slow(3, {}),
         slow(1, {"gradient_checkpointing": True}),
     ],
     ids=["stage1", "accumulate-clip", "cosine", "stage3", "checkpointing"],
