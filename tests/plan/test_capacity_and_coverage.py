@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -107,9 +106,7 @@ def test_balance_of_flops_and_bytes() -> None:
 @pytest.mark.parametrize(("n", "k"), [(4, 1), (6, 3), (8, 3), (8, 5), (16, 6), (16, 12)])
 def test_llama_shapes_are_level(n: int, k: int, kv_heads: int) -> None:
     for layers, hidden, mlp in ((22, 2048, 5632), (23, 3200, 8640), (32, 4096, 11008)):
-        start = time.process_time()
         plan = make_plan(llama_spaces(layers, hidden, kv_heads, mlp), n, owners_per_unit=k)
-        assert time.process_time() - start < 0.4
         assert plan.flop_imbalance < 0.01
         assert plan.byte_imbalance < 0.01
         assert len(plan.to_json()) < 100_000

@@ -1,0 +1,60 @@
+"""CPU seconds to search designs and to plan a large LLaMA.
+
+python benchmarks/plan_time.py --results benchmarks/results/plan_time.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from deepspeed_sdp.plan import UnitSpace, make_design, make_plan
+
+DESIGNS = ((16, 2), (12, 3), (64, 32), (60, 20))
+PLANS = ((4, 1), (8, 3), (16, 8), (16, 12))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of which the median counts")
+    parser.add_argument("--results", type=Path, metavar="JSON", help="write the figures into this file")
+    args = parser.parse_args()
+    make_design("auto", 4, 2)
+    rows = {}
+    for n, k in DESIGNS:
+        rows[f"design {n} {k}"] = seconds(lambda n=n, k=k: make_design("auto", n, k), args.repetitions)
+    for n, k in PLANS:
+        plan = lambda n=n, k=k: make_plan(llama(32), n, owners_per_unit=k)  # noqa: E731
+        rows[f"plan of 32 layers {n} {k}"] = seconds(plan, args.repetitions)
+    for name, value in rows.items():
+        print(f"{name:<28}{value:8.3f} s")
+    if args.results:
+        command = f"python benchmarks/plan_time.py --repetitions {args.repetitions}"
+        about = {"command": command, "date": f"{date.today()}", "python": platform.python_version()}
+        args.results.write_text(json.dumps({**about, "cpu_seconds": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def seconds(work: Callable[[], object], repetitions: int) -> float:
+    taken = []
+    for _ in range(repetitions):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return statistics.median(taken)
+
+
+def llama(layers: int) -> list[UnitSpace]:
+    """The spaces of a LLaMA with hidden size 4 096, 8 KV heads of 4 query heads each, and 11 008 neurons."""
+    spaces = []
+    for layer in range(layers):
+        spaces.append(UnitSpace(f"model.layers.{layer}.self_attn", "attention", layer, 8, 4096 * 128 * 10))
+        spaces.append(UnitSpace(f"model.layers.{layer}.mlp", "mlp", layer, 11008, 3 * 4096))
+    return spaces
+
+
+if __name__ == "__main__":
+    main()
