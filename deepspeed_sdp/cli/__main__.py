@@ -1,0 +1,7 @@
+"""``python -m deepspeed_sdp.cli``."""
+
+import sys
+
+from deepspeed_sdp.cli import main
+
+sys.exit(main())

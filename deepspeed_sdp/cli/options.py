@@ -1,0 +1,29 @@
+"""Kinds of option values, and what several subcommands share."""
+
+import argparse
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def listed(convert: type) -> Any:
+    """``a,b,c`` as a list of ``convert``."""
+
+    def parse(text: str) -> list[Any]:
+        return [convert(part.strip()) for part in text.split(",")]
+
+    parse.__name__ = f"list of {convert.__name__}"
+    return parse
+
+
+def per_kind(convert: type) -> Any:
+    """One value, or ``kind=value,kind=value``."""
+
+    def parse(text: str) -> Any:
+        if "=" not in text:
+            return convert(text)
+        return {kind.strip(): convert(value) for kind, value in (part.split("=", 1) for part in text.split(","))}
+
+    parse.__name__ = convert.__name__
+    return parse
