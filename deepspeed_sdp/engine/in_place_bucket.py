@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
-from deepspeed_sdp.engine.rounds import Bucket
+from deepspeed_sdp.plan.rounds import Bucket
 
 
 class InPlaceBucket(OwnerBucket):

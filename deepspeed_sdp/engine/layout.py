@@ -12,8 +12,8 @@ from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.in_place_bucket import InPlaceBucket
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.refresh import Portion
-from deepspeed_sdp.engine.rounds import Bucket, Item, make_buckets, make_rounds
 from deepspeed_sdp.engine.sharded_weights import Part
+from deepspeed_sdp.plan.rounds import Bucket, Item, make_buckets, make_rounds
 from deepspeed_sdp.subnetwork import SHARED, Subnetwork
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from deepspeed_sdp.engine.rounds import Bucket
+from deepspeed_sdp.plan.rounds import Bucket
 
 # A shard's elements are a multiple of this, so that it starts at an aligned address in every dtype.
 _ALIGNMENT = 8

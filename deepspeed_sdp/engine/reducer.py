@@ -1,7 +1,7 @@
 """Averages gradients over their owners while the backward pass runs.
 
 Like DDP's reducer, with one difference: rounds are launched strictly in the total order of
-:mod:`deepspeed_sdp.engine.rounds`, which is what keeps ranks with different parameters from waiting for each other in a
+:mod:`deepspeed_sdp.plan.rounds`, which is what keeps ranks with different parameters from waiting for each other in a
 circle.
 """
 

@@ -11,10 +11,10 @@ from torch import nn
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.reducer import Reducer
-from deepspeed_sdp.engine.rounds import Item, make_buckets, make_rounds
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
 from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport
+from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
 
 
 def gradient_of(rank, parameter, numel, round_):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed_sdp.engine.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
 
 NUMELS = st.lists(st.integers(1, 60), min_size=1, max_size=20)
 SIZES = st.integers(1, 200)
