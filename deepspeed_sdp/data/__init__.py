@@ -1,21 +1,41 @@
 """From raw text to packed training sequences."""
 
 from deepspeed_sdp.data.corpus import Corpus, CorpusSpec, load_corpus, prepare_corpus
+from deepspeed_sdp.data.faults import FaultPolicy
 from deepspeed_sdp.data.packing import PackedDataset, RankSampler, pack, tokenize_documents, unigram_loss
+from deepspeed_sdp.data.separation import check_reset, separate_documents
+from deepspeed_sdp.data.shard_dataset import Shards, ShardSequences, open_shards
+from deepspeed_sdp.data.shard_options import ShardOptions
+from deepspeed_sdp.data.shards import prepare_shards
+from deepspeed_sdp.data.source import SourceSpec
+from deepspeed_sdp.data.streaming import StreamedSequences, lanes_for, merge_states
 from deepspeed_sdp.data.text_files import read_documents
-from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer
+from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer, vocab_size
 
 __all__ = [
     "Corpus",
     "CorpusSpec",
+    "FaultPolicy",
     "PackedDataset",
     "RankSampler",
+    "ShardOptions",
+    "ShardSequences",
+    "Shards",
+    "SourceSpec",
+    "StreamedSequences",
+    "check_reset",
+    "lanes_for",
     "load_corpus",
     "load_tokenizer",
+    "merge_states",
+    "open_shards",
     "pack",
     "prepare_corpus",
+    "prepare_shards",
     "read_documents",
+    "separate_documents",
     "tokenize_documents",
     "train_tokenizer",
     "unigram_loss",
+    "vocab_size",
 ]

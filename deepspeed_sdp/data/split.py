@@ -14,8 +14,8 @@ def split_documents(documents: Sequence[str], holdout_fraction: float = 0.05) ->
     Raises:
         DataError: the text is too short to hold anything out.
     """
-    heldout = [text for text in documents if _draw(text) < holdout_fraction]
-    train = [text for text in documents if _draw(text) >= holdout_fraction]
+    heldout = [text for text in documents if is_heldout(text, holdout_fraction)]
+    train = [text for text in documents if not is_heldout(text, holdout_fraction)]
     if train and heldout:
         return train, heldout
     cuts = [len(text) - max(1, round(len(text) * holdout_fraction)) for text in documents]
@@ -24,6 +24,11 @@ def split_documents(documents: Sequence[str], holdout_fraction: float = 0.05) ->
     if not train or not heldout:
         raise DataError(f"text: {sum(map(len, documents))} characters are too few to hold a part out for validation")
     return train, heldout
+
+
+def is_heldout(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out ``fraction``: by its own hash alone, whatever else is in the text."""
+    return _draw(text) < fraction
 
 
 def _draw(text: str) -> float:

@@ -1,11 +1,13 @@
 """A sentencepiece tokenizer, trained on the text at hand and saved as an ordinary HuggingFace tokenizer."""
 
+import hashlib
 import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -78,8 +80,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not folder.is_dir():
         raise DataError(f"--tokenizer: {folder} is no folder; takes a local one that holds a HuggingFace tokenizer")
+    return _load(str(folder), local_files_only=True)
+
+
+def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A HuggingFace tokenizer from a local folder, or else by its name on the hub (``OWNER/NAME``).
+
+    Raises:
+        DataError: as :func:`load_tokenizer`, or the hub cannot be reached.
+    """
+    return load_tokenizer(Path(name)) if Path(name).exists() else _load(name)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what turns text into ids, the same whichever folder it came from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:
+        # Left over from the last call, and of no effect on documents.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    state = [rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs: one more than the largest id, which ``len(tokenizer)`` is not where ids are left
+    out.
+    """
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def _load(folder: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # damaged files raise almost anything, Rust's errors included
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {reason}") from None

@@ -17,11 +17,13 @@ from deepspeed_sdp.errors import DataError
 from tests.support.ranks import ROOT, rank_environment
 
 
+# Takes many seconds, so whatever uses it is slow.
 @pytest.fixture(scope="session")
 def builtin():
     return builtin_documents(max_bytes=MIN_BYTES)
 
 
+@pytest.mark.slow
 def test_it_is_as_large_as_asked_for(builtin):
     size = sum(len(text.encode()) for text in builtin)
     assert size >= MIN_BYTES
@@ -46,10 +48,12 @@ def test_it_is_the_same_in_another_process_with_another_hash_seed(builtin, tmp_p
     assert done.stdout.split()[-1] == sha256("\0".join(builtin).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_no_document_comes_twice(builtin):
     assert len({" ".join(text.split()).lower() for text in builtin}) == len(builtin)
 
 
+@pytest.mark.slow
 def test_hardly_anything_of_the_held_out_part_is_trained_on(builtin):
     # 0.8 % where this was written, 11 % with every document whole whose beginning is new.
     assert overlap(*split_documents(builtin)) < 0.03
@@ -106,6 +110,7 @@ def test_what_repeats_an_earlier_document_is_left_out(monkeypatch, second, kept)
     assert builtin_documents() == [FIRST, *([kept.format(**PARTS)] if kept else [])]
 
 
+@pytest.mark.slow
 def test_documents_are_clean_prose(builtin):
     for text in builtin:
         assert len(text) >= _MIN_CHARACTERS
@@ -116,6 +121,7 @@ def test_documents_are_clean_prose(builtin):
         assert sum(c.isalpha() or c == " " for c in text) > 0.6 * len(text)
 
 
+@pytest.mark.slow
 def test_it_names_no_folder_of_this_machine(builtin):
     text = "\n".join(builtin)
     folders = {str(ROOT), str(Path.home()), *sysconfig.get_paths().values(), sys.prefix, sys.base_prefix}
@@ -135,6 +141,7 @@ def test_an_installation_with_little_text_is_refused(monkeypatch):
         builtin_documents()
 
 
+@pytest.mark.slow
 def test_documents_that_cannot_be_encoded_are_passed_over(monkeypatch, builtin):
     raw = ["half a character \ud800 " * 20, *builtin, "never reached " * 20]
     monkeypatch.setattr("deepspeed_sdp.data.builtin_text._raw_documents", lambda: iter(raw))

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from deepspeed_sdp.data import load_tokenizer, tokenize_documents, train_tokenizer
+from deepspeed_sdp.data import load_tokenizer, tokenize_documents, train_tokenizer, vocab_size
 from deepspeed_sdp.data.tokenizer import _LINE_BYTES, _TRAINING_CHARACTERS, _lines
 from deepspeed_sdp.errors import DataError
 from tests.support.ranks import rank_environment
@@ -185,3 +188,11 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     )
     with pytest.raises(DataError, match="has no end-of-sequence token, which separates documents"):
         load_tokenizer(tmp_path)
+
+
+def test_the_vocabulary_reaches_to_the_largest_id(tokenizer):
+    assert vocab_size(tokenizer) == len(tokenizer) == 320
+    rules = Tokenizer(WordLevel({"</s>": 0, "a": 1, "b": 39}, unk_token="</s>"))
+    gap = PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="</s>")
+    assert len(gap) == 3
+    assert vocab_size(gap) == 40

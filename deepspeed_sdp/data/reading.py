@@ -1,0 +1,286 @@
+"""Rows of parquet and JSON lines, a chunk at a time, from any chunk on, past broken files and lost connections."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from deepspeed_sdp.data.background import check_stop
+from deepspeed_sdp.data.faults import Retry, Skipped, is_lost, reason_of
+from deepspeed_sdp.data.source import DataFile, SourceSpec
+
+CHUNK_ROWS = 1024
+# A row group of FineWeb's text fits: over the network that is one request.
+_BUFFER = 4 << 20
+# Small, as a whole one is lost where compressed data are cut off.
+_BLOCK = 1 << 15
+# Of the files read last: workers open a file for every row group, and a footer can be a megabyte.
+_FOOTERS = 4
+_footers: dict[DataFile, pyarrow.parquet.FileMetaData] = {}
+
+
+class BrokenRow(NamedTuple):
+    """Stands for a value that could not even be decoded."""
+
+    reason: str
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows of a file.
+
+    Attributes:
+        group: the row group (JSON lines are one).
+        number: of the chunk in the group.
+        first_row: of the file, from 0 on.
+        rows: undecoded lines, or values of the text column.
+    """
+
+    group: int
+    number: int
+    first_row: int
+    rows: Sequence[Any]
+
+
+class Place(NamedTuple):
+    """Where a file is read from on: a chunk of a row group."""
+
+    group: int = 0
+    number: int = 0
+
+
+START = Place()
+
+
+class _Broken(Exception):
+    """The rest of the file (or with ``next_group`` of the group) cannot be read, now or later."""
+
+    def __init__(self, reason: str, next_group: int | None = None) -> None:
+        super().__init__(reason)
+        self.next_group = next_group
+
+
+def group_sizes(file: DataFile, spec: SourceSpec, skipped: Skipped) -> list[int]:
+    """Rows of each row group of a parquet file; none where it is broken and skipped.
+
+    Raises:
+        DataError: it is broken, and the policy is to stop.
+    """
+
+    def read() -> list[int]:
+        with file.open() as raw, _parquet(raw, file, spec.text_column) as table:
+            return [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+
+    try:
+        return Retry(file.path, spec.faults, skipped).call(read)
+    except (_Broken, OSError) as error:
+        skipped.file(reason_of(error), file.path, spec.faults)
+        return []
+
+
+def read_chunks(
+    file: DataFile,
+    spec: SourceSpec,
+    skipped: Skipped,
+    start: Place = START,
+    groups: Sequence[int] | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Iterator[Chunk]:
+    """Chunks of ``chunk_rows`` rows from ``start`` on.
+
+    Args:
+        groups: the row groups to read, in this order; ``start.group`` counts in it. Of parquet only.
+
+    Raises:
+        DataError: a connection stays lost, or the file is broken and the policy is to stop.
+    """
+    place = start
+    retry = Retry(file.path, spec.faults, skipped)
+    while True:
+        try:
+            for chunk in _chunks(file, spec, place, groups, chunk_rows):
+                retry.progress()
+                yield chunk
+                place = Place(_position(groups, chunk.group, place), chunk.number + 1)
+            return
+        except (_Broken, OSError) as error:
+            if isinstance(error, OSError) and is_lost(error):
+                retry.failed(error)
+                continue
+            skipped.file(reason_of(error), file.path, spec.faults)
+            if not isinstance(error, _Broken) or error.next_group is None:
+                return
+            place = Place(error.next_group)
+        except Exception as error:  # network clients raise what is no OSError
+            if not is_lost(error):
+                raise
+            retry.failed(error)
+
+
+def _position(groups: Sequence[int] | None, group: int, place: Place) -> int:
+    return group if groups is None else groups.index(group, place.group)
+
+
+def _chunks(
+    file: DataFile, spec: SourceSpec, start: Place, groups: Sequence[int] | None, chunk_rows: int
+) -> Iterator[Chunk]:
+    with file.open() as raw:
+        if file.is_parquet:
+            yield from _parquet_chunks(raw, file, spec.text_column, start, groups, chunk_rows)
+        else:
+            yield from _line_chunks(raw, file.compression, start, chunk_rows)
+
+
+def _parquet(raw: BinaryIO, file: DataFile, column: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        table = pyarrow.parquet.ParquetFile(raw, buffer_size=_BUFFER, metadata=_footers.get(file))
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        raise _Broken(f"no readable parquet file: {reason_of(error)}") from None
+    except OSError as error:
+        if is_lost(error):
+            raise
+        raise _Broken(f"no readable parquet file: {reason_of(error)}") from None
+    if file not in _footers:
+        while len(_footers) >= _FOOTERS:
+            _footers.pop(next(iter(_footers)), None)
+        _footers[file] = table.metadata
+    schema = table.schema_arrow
+    if column not in schema.names:
+        raise _Broken(f"no column {column!r} (--text_column): it has {', '.join(map(repr, schema.names))}")
+    kind = schema.field(column).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        raise _Broken(f"no strings in column {column!r} (--text_column): it is {kind}")
+    return table
+
+
+def _parquet_chunks(
+    raw: BinaryIO, file: DataFile, column: str, start: Place, groups: Sequence[int] | None, chunk_rows: int
+) -> Iterator[Chunk]:
+    table = _parquet(raw, file, column)
+    with table:
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        order = range(len(sizes)) if groups is None else groups
+        for position in range(start.group, len(order)):
+            group = order[position]
+            skip = start.number if position == start.group else 0
+            if skip * chunk_rows >= sizes[group]:
+                continue
+            batches = table.iter_batches(chunk_rows, row_groups=[group], columns=[column], use_threads=False)
+            values = islice(_values(batches), skip * chunk_rows, None)
+            for index in range(skip, -(-sizes[group] // chunk_rows)):
+                check_stop()
+                try:
+                    rows = list(islice(values, chunk_rows))
+                except (pyarrow.ArrowException, OSError) as error:
+                    if is_lost(error):
+                        raise
+                    # The other groups lie elsewhere in the file.
+                    reason = f"damaged row group: {group}: {reason_of(error)}"
+                    raise _Broken(reason, position + 1) from None
+                yield Chunk(group, index, sum(sizes[:group]) + index * chunk_rows, rows)
+
+
+def _values(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Any]:
+    for batch in batches:
+        try:
+            yield from batch.column(0).to_pylist()
+        except UnicodeDecodeError:
+            yield from map(_value, batch.column(0))
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return BrokenRow("text is not UTF-8")
+
+
+def _line_chunks(raw: BinaryIO, compression: str | None, start: Place, chunk_rows: int) -> Iterator[Chunk]:
+    lines = _lines(raw, compression)
+    for index in range(1 << 62):
+        check_stop()
+        rows: list[bytes] = []
+        broken = None
+        try:
+            for line in islice(lines, chunk_rows):
+                rows.append(line)
+        except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+            if is_lost(error):
+                raise
+            broken = error
+        if rows and index >= start.number:
+            yield Chunk(0, index, index * chunk_rows, rows)
+        if broken is not None:
+            raise _Broken(f"damaged or cut off in its compressed data: {reason_of(broken)}")
+        if len(rows) < chunk_rows:
+            return
+
+
+def _lines(raw: BinaryIO, compression: str | None) -> Iterator[bytes]:
+    if compression is None:
+        yield from raw
+        return
+    if compression == "gzip":
+        # read1: what lies before a cut is handed out before the cut is an error.
+        read = gzip.GzipFile(fileobj=raw, mode="rb").read1
+    else:
+        read = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compression).read
+    rest = b""
+    while block := read(_BLOCK):
+        parts = (rest + block).split(b"\n")
+        rest = parts.pop()
+        yield from parts
+    if rest:
+        yield rest
+
+
+def text_of(row: Any, column: str) -> str | BrokenRow:
+    """The text of a row of a chunk, or why it has none."""
+    value = _parsed(row, column) if isinstance(row, bytes) else row
+    if isinstance(value, BrokenRow):
+        return value
+    if value is None:
+        return BrokenRow("text is null")
+    if not isinstance(value, str):
+        return BrokenRow("text is no string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return BrokenRow("text holds half a character")
+    return value
+
+
+def _parsed(line: bytes, column: str) -> Any:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return BrokenRow("line is not UTF-8")
+    except (ValueError, RecursionError):
+        return BrokenRow("line is no valid JSON")
+    if not isinstance(row, dict):
+        return BrokenRow("line is no JSON object")
+    return row[column] if column in row else BrokenRow(f"no column {column!r}")
+
+
+def texts_of(chunk: Chunk, file: DataFile, spec: SourceSpec, skipped: Skipped) -> Iterator[tuple[str, int]]:
+    """The usable texts of a chunk, with their row in the file.
+
+    Raises:
+        DataError: a row is broken, and the policy is to stop.
+    """
+    unit = "row" if file.is_parquet else "line"
+    for number, row in enumerate(chunk.rows, start=chunk.first_row + (0 if file.is_parquet else 1)):
+        if isinstance(row, bytes) and not row.strip():
+            continue
+        text = text_of(row, spec.text_column)
+        if text == "" or (isinstance(text, str) and text.isspace()):
+            skipped.add("row: text is empty", f"{file.path}: {unit} {number}")
+        elif isinstance(text, BrokenRow):
+            skipped.row(text.reason, f"{file.path}: {unit} {number}", spec.faults)
+        else:
+            yield text, number
