@@ -130,6 +130,7 @@ def test_presets_have_the_sizes_of_their_names():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"llama-15m": 15e6, "llama-134m": 134e6, "llama-500m": 500e6, "llama-1b": 1.3e9, "tinyllama-1.1b": 1.1e9}
+    sizes |= {"llama-7b": 6.7e9, "llama-8b-gqa": 8e9, "llama-70b": 70e9, "llama-405b": 405e9}
     assert set(sizes) <= set(preset_names())
     for name, expected in sizes.items():
         file = Path(__file__).parents[1] / "deepspeed_sdp" / "presets" / f"{name}.json"

@@ -4,17 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from deepspeed_sdp.cli import checkpoints, models, plan, report
+from deepspeed_sdp.cli import checkpoints, data, estimate, models, plan, report
 from deepspeed_sdp.errors import SDPError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. An error is one line on stderr."""
     parser = argparse.ArgumentParser(
-        prog="deepspeed-sdp", description="Plans and reports of Subnetwork Data Parallelism"
+        prog="deepspeed-sdp", description="Plans, estimates and reports of Subnetwork Data Parallelism"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (plan, checkpoints, models, report):
+    for group in (plan, estimate, data, checkpoints, models, report):
         group.add_commands(commands)
     args = parser.parse_args(argv)
     try:

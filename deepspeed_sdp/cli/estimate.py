@@ -1,0 +1,200 @@
+"""``estimate``: what a job would need, on GPUs that need not be there."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepspeed_sdp.cli.options import listed
+from deepspeed_sdp.config import BLOCK, read_json
+from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.presets import model_path, preset_names
+
+if TYPE_CHECKING:
+    from deepspeed_sdp.cli.options import Commands
+    from deepspeed_sdp.estimate import Job
+    from deepspeed_sdp.estimate.gpu import Cluster
+
+
+def add_commands(commands: "Commands") -> None:
+    """Add what this file holds."""
+    own = commands.add_parser(
+        "estimate",
+        help="memory, FLOPs, traffic and step time of a job before it runs",
+        description="Compares plain DeepSpeed and SDP with every combination; narrowed by the options that say which.",
+    )
+    add = own.add_argument
+    add("--model", help="HuggingFace config.json, a folder with one, or a preset: " + ", ".join(preset_names()))
+    add("--deepspeed_config", metavar="JSON", help="a job's own settings; its row comes first")
+    add("--sdp_config", metavar="JSON", help="the SDP block of that job, if not in its DeepSpeed config")
+    add("--gpus", type=int, default=8, metavar="N", help="ranks (default: 8)")
+    add("--num-subnetworks", type=int, metavar="N", help="workers; default: the largest divisor of the ranks up to 8")
+    add("--micro_batch_size", type=int, metavar="B", help="sequences of a rank in one pass (default: 1)")
+    add("--seq-length", "--seq_length", type=int, metavar="T", help="tokens of a sequence (default: 2048)")
+    add("--gradient_accumulation_steps", type=int, metavar="G", help="micro-batches of a step (default: 1)")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="of weights and activations (default: bf16)")
+    add("--activation_checkpointing", action="store_true", help="layers are computed again in the backward pass")
+    add("--zero", type=listed(int), metavar="S,S,...", help="ZeRO stages to compare (default: 0,1,2,3)")
+    add("--coverage", type=listed(float), metavar="C,C,...", help="coverages (default: 1/4 to 3/4 in eighths)")
+    add("--masking", choices=("forward", "backward"), help="one kind of masking")
+    add("--granularity", choices=("neuron", "block"), help="one kind of unit")
+    add("--gpu", default="h100", metavar="NAME", help="of the package's table (default: h100)")
+    add("--gpu_memory_gb", type=float, metavar="GB", help="instead of the table's")
+    add("--gpu_tflops", type=float, metavar="T", help="dense, instead of the table's")
+    add("--gpu_bandwidth_gb_s", type=float, metavar="GB/S", help="of its memory, instead of the table's")
+    add("--link_gb_s", type=float, metavar="GB/S", help="a GPU sends within a node, instead of the table's")
+    add("--network_gb_s", type=float, default=50.0, metavar="GB/S", help="a GPU sends to other nodes (default: 50)")
+    add("--gpus_per_node", type=int, default=8, metavar="N", help="(default: 8)")
+    add("--mfu", type=float, default=0.4, metavar="F", help="share of its FLOPs that the GPU reaches (default: 0.4)")
+    add("--reserved_gb", type=float, default=2.0, metavar="GB", help="CUDA context, NCCL, fragmentation (default: 2)")
+    add("--all", action="store_true", help="a row for every ZeRO stage, not the best one alone")
+    add("--top", type=int, metavar="N", help="only the N quickest rows that fit")
+    add("--json", action="store_true", help="print every estimate as JSON")
+    add("--out", type=Path, metavar="FILE", help="write the JSON")
+    add("--plot", type=Path, metavar="PNG", help="draw memory by kind, and memory against step time")
+    own.set_defaults(run=_estimate)
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from deepspeed_sdp.estimate import Estimator, best_stages, compare, plot_estimates, strategies, to_table
+    from deepspeed_sdp.estimate.job_file import pretraining
+    from deepspeed_sdp.subnetwork import meta_model, read_model_config
+
+    _check(args)
+    ds_config = read_json(args.deepspeed_config, "--deepspeed_config") if args.deepspeed_config else {}
+    if args.sdp_config:
+        ds_config = {**ds_config, BLOCK: _block(args.sdp_config)}
+    name = args.model or pretraining(ds_config).get("model")
+    if not name:
+        raise ConfigError(
+            "--model: got none, and no pretraining.model in --deepspeed_config; takes a config or a preset"
+        )
+    full = meta_model(read_model_config(model_path(str(name), "--model"), "--model"), "--model")
+    cluster = _cluster(args)
+    estimator = Estimator(full, cluster)
+    job, workers = _job(args, ds_config)
+    own = [estimator.estimate(job)] if ds_config else []
+    jobs = strategies(replace(job, sdp=None), workers, **_narrowed(args))
+    estimates, refused = compare(estimator, list(jobs))
+    data = {
+        "model": str(name),
+        "parameters": sum(parameter.numel() for parameter in full.parameters()),
+        "gpu": cluster.gpu.name,
+        "job": own[0].to_json() if own else None,
+        "estimates": [estimate.to_json() for estimate in estimates],
+        "refused": refused,
+    }
+    shown = estimates if args.all else best_stages(estimates)
+    if args.top:
+        shown = sorted(shown, key=lambda e: (not e.fits, e.time.total))[: args.top]
+    title = _title(str(name), data["parameters"], job, workers, cluster)
+    print(json.dumps(data, indent=2) if args.json else "\n\n".join([title, to_table(shown, own), *refused, _NOTE]))
+    if args.out:
+        _write(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+    if args.plot:
+        _write(args.plot, lambda path: plot_estimates([*own, *shown], [*own, *estimates], cluster, title, path))
+
+
+_NOTE = (
+    "GB per GPU, of the heaviest rank: the most of each kind in a step, and the most of all at one moment (peak). "
+    "PFLOP, GB sent and ms per step. * best of those that fit. "
+    "Step times are a roofline: docs/estimate.md has what is assumed."
+)
+
+
+def _title(name: str, parameters: Any, job: "Job", workers: int, cluster: "Cluster") -> str:
+    return (
+        f"{name}, {parameters / 1e9:.2f}B parameters, {job.world_size} x {cluster.gpu.name}, {workers} subnetworks, "
+        f"{job.micro_batch} x {job.seq_length} tokens x {job.accumulation}, {str(job.dtype).removeprefix('torch.')}"
+        + (", activation checkpointing" if job.checkpointing else "")
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    for key in (
+        "gpus", "num_subnetworks", "micro_batch_size", "seq_length", "gradient_accumulation_steps", "gpus_per_node",
+        "top",
+    ):  # fmt: skip
+        value = getattr(args, key)
+        low = 2 if key == "seq_length" else 1
+        if value is not None and value < low:
+            raise ConfigError(f"--{key}: got {value}; takes a number from {low} on")
+    for key in ("gpu_memory_gb", "gpu_tflops", "gpu_bandwidth_gb_s", "link_gb_s", "network_gb_s", "mfu"):
+        value = getattr(args, key)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{key}: got {value}; takes a number above 0")
+    for stage in args.zero or ():
+        if stage not in (0, 1, 2, 3):
+            raise ConfigError(f"--zero: got {stage}; takes 0, 1, 2 or 3")
+    if args.num_subnetworks is not None and args.gpus % args.num_subnetworks:
+        raise ConfigError(
+            f"--num-subnetworks: got {args.num_subnetworks}; takes a divisor of --gpus, which is {args.gpus}"
+        )
+
+
+def _block(path: str) -> Any:
+    block = read_json(path, "--sdp_config")
+    return block[BLOCK] if set(block) == {BLOCK} else block
+
+
+def _cluster(args: argparse.Namespace) -> "Cluster":
+    from deepspeed_sdp.estimate.gpu import Cluster, find_gpu
+
+    gpu = find_gpu(
+        args.gpu,
+        memory_gb=args.gpu_memory_gb,
+        tflops=args.gpu_tflops,
+        bandwidth_gb_s=args.gpu_bandwidth_gb_s,
+        link_gb_s=args.link_gb_s,
+    )
+    return Cluster(gpu, args.gpus_per_node, 1e9 * args.network_gb_s, args.mfu, reserved=1e9 * args.reserved_gb)
+
+
+def _job(args: argparse.Namespace, ds_config: dict[str, Any]) -> tuple["Job", int]:
+    """The settings that all strategies share, and how many workers there are."""
+    from dataclasses import replace
+
+    from deepspeed_sdp.estimate import Job, default_subnetworks
+    from deepspeed_sdp.estimate.job import DTYPES
+    from deepspeed_sdp.estimate.job_file import job_of
+
+    is_cpu = args.gpu.lower() == "cpu"
+    job = Job(args.gpus, backend="gloo" if is_cpu else "nccl", step_temporaries=2 if is_cpu else 0)
+    job = job_of(ds_config, job)
+    asked = {
+        "micro_batch": args.micro_batch_size,
+        "seq_length": args.seq_length,
+        "accumulation": args.gradient_accumulation_steps,
+        "dtype": DTYPES[args.precision] if args.precision else None,
+        "checkpointing": args.activation_checkpointing or None,
+    }
+    job = replace(job, **{key: value for key, value in asked.items() if value is not None})
+    workers = args.num_subnetworks or (job.sdp.num_subnetworks if job.sdp else None) or default_subnetworks(args.gpus)
+    if args.gpus % workers:
+        raise ConfigError(f"{BLOCK}.num_subnetworks: got {workers}; takes a divisor of --gpus, which is {args.gpus}")
+    return job, workers
+
+
+def _narrowed(args: argparse.Namespace) -> dict[str, Any]:
+    chosen = {
+        "stages": args.zero,
+        "maskings": args.masking and (args.masking,),
+        "granularities": args.granularity and (args.granularity,),
+        "coverages": args.coverage,
+    }
+    return {key: value for key, value in chosen.items() if value}
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Beside the file, then in its place."""
+    staging = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(staging)
+        staging.replace(path)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
+        staging.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error}") from None

@@ -1,0 +1,84 @@
+"""Backward masking: what moves when a portion's new weights go to all ranks, as ``engine/exchange.py`` does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepspeed_sdp.estimate.buckets import Bucket, Layout
+from deepspeed_sdp.estimate.job import Job
+from deepspeed_sdp.estimate.worker_model import WorkerModel
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork import SHARED
+
+# As in ``engine/exchange.py``.
+_PADDING = 0.05
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one portion moves, on one rank.
+
+    Attributes:
+        sent: bytes that this rank sends.
+        live: bytes of buffers that live until it has arrived.
+        passing: bytes that live for a moment besides, when it leaves.
+    """
+
+    sent: int = 0
+    live: int = 0
+    passing: int = 0
+
+
+def exchanges(job: Job, model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> list[Exchange]:
+    """One for every portion, in their order."""
+    full, shares = _by_round(model, plan, layout)
+    return [
+        _exchange(
+            job,
+            [b for round_ in portion for b in layout.rounds[round_] if _is_exchanged(b)],
+            sum(full[round_] for round_ in portion),
+            max(sum(of_worker) for of_worker in zip(*(shares[round_] for round_ in portion), strict=True))
+            * plan.num_subnetworks
+            / job.world_size,
+        )
+        for portion in layout.portions
+    ]
+
+
+def _is_exchanged(bucket: Bucket) -> bool:
+    return bucket.in_place or bucket.weights[0].owner_set != SHARED
+
+
+def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float) -> Exchange:
+    """``full``: elements of all ranks' shares; ``largest``: of the largest one."""
+    width, world = job.dtype.itemsize, job.world_size
+    if not full:
+        return Exchange()
+    share = sum(bucket.numel / bucket.owners for bucket in mine)
+    if job.stage > 0 and world * largest <= (1 + _PADDING) * full:
+        # One all-gather of equal pieces; gloo gathers into a tensor of its own, and copies.
+        pieces = world * (2 if job.backend == "gloo" else 1) + 1
+        return Exchange(int(largest * (world - 1)) * width, int(largest * pieces) * width)
+    if job.stage > 0:
+        sent, received = share * (world - 1), full - share
+    else:
+        sent = sum(bucket.numel / bucket.owners * (world - bucket.owners) for bucket in mine)
+        received = float(full - sum(bucket.numel for bucket in mine))
+    return Exchange(int(sent) * width, int(sent + received) * width, int(share) * width)
+
+
+def _by_round(model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> tuple[list[int], list[list[float]]]:
+    """Elements that fall into units, and what each worker sends of them."""
+    full = [0] * len(layout.rounds)
+    shares = [[0.0] * plan.num_subnetworks for _ in layout.rounds]
+    planned = {of.space.name: of for of in plan.spaces}
+    for place, space in enumerate(model.spaces):
+        if space is None:
+            continue
+        round_ = layout.round_of[place]
+        full[round_] += model.numels[place]
+        for chunk in planned[space].chunks:
+            owners = plan.owner_sets[chunk.owner_set]
+            numel = model.numels[place] * (chunk.stop - chunk.start) / planned[space].space.num_units
+            for worker in owners:
+                shares[round_][worker] += numel / len(owners)
+    return full, shares

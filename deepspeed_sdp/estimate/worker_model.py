@@ -1,0 +1,261 @@
+"""A worker's model on the meta device with two layers for every kind of layer in it: small at any depth."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork import SHARED, Subnetwork, cut_model
+
+# Of layers that are alike the first two are kept: the second one stands for all that follow another layer.
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that a worker trains.
+
+    Attributes:
+        local: name in the worker's model, in which layers are numbered as in the full model.
+        place: of the full parameter, in forward order.
+        start: in the full parameter along its units; several weights may be parts of one.
+        part: 0 before the layers, ``1 + layer``, and one more after them.
+        owner_set: index in the plan.
+        numel: elements.
+        in_place: whether it is a view of a full weight (backward masking).
+    """
+
+    local: str
+    place: int
+    start: int
+    part: int
+    owner_set: int
+    numel: int
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class WorkerModel:
+    """One worker's subnetwork, or the full model.
+
+    Attributes:
+        module: on the meta device, with the layers that were kept.
+        layers_name: of the list of decoder layers.
+        stand_in: for every layer of the full model, the kept one that is like it.
+        kinds: what tells the kept layers from others; workers with the same ones compute alike.
+        numels: elements of every full parameter, in forward order.
+        parts: the part of every full parameter, see :class:`Weight`.
+        spaces: the unit space that it falls into, or ``None``.
+        trained: what the worker trains, in forward order.
+        held: elements of the other parameters, which it computes with and does not train.
+        buffer_bytes: of the module's buffers.
+    """
+
+    module: nn.Module
+    layers_name: str
+    stand_in: tuple[int, ...]
+    kinds: tuple[tuple[Any, ...], ...]
+    numels: tuple[int, ...]
+    parts: tuple[int, ...]
+    spaces: tuple[str | None, ...]
+    trained: tuple[Weight, ...]
+    held: int
+    buffer_bytes: int
+
+    @property
+    def last_part(self) -> int:
+        """The part after the layers."""
+        return len(self.stand_in) + 1
+
+
+def worker_model(
+    full: nn.Module,
+    dtype: torch.dtype,
+    sdp: SDPConfig | None = None,
+    plan: SubnetworkPlan | None = None,
+    worker: int = 0,
+) -> WorkerModel:
+    """The model of ``worker`` under ``plan``, or without one the full model.
+
+    Args:
+        full: the full model, on the meta device; it stays as it is.
+        dtype: of the weights.
+    """
+    layers = find_adapter(full).layers(full)
+    layers_name = next(name for name, module in full.named_modules() if module is layers)
+    kinds = [_kind(plan, worker, f"{layers_name}.{layer}.") for layer in range(len(layers))]
+    kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < _KEPT]
+    stand_in = tuple(_stand_in(kinds, kept, i) for i in range(len(kinds)))
+    module = _with_layers(full, kept).to(dtype)
+    subnetwork = None
+    if plan is not None and sdp is not None:
+        subnetwork = _cut(module, sdp, _restricted(plan, layers_name, kept), worker)
+    names = [name for name, _ in full.named_parameters()]
+    parts = _parts(names, layers_name, len(kinds))
+    weights = _Weights(
+        module, subnetwork, plan, worker, layers_name, kept, dict(zip(names, range(len(names)), strict=True))
+    )
+    trained, held = weights.collect(stand_in, dict(zip(names, parts, strict=True)))
+    return WorkerModel(
+        module,
+        layers_name,
+        stand_in,
+        tuple(kinds[layer] for layer in kept),
+        tuple(parameter.numel() for parameter in full.parameters()),
+        parts,
+        _spaces(names, parts, subnetwork, layers_name, stand_in),
+        tuple(sorted(trained, key=lambda weight: (weight.place, weight.start))),
+        held,
+        sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
+    )
+
+
+def _kind(plan: SubnetworkPlan | None, worker: int, prefix: str) -> tuple[Any, ...]:
+    """What tells a layer from others: the widths that a worker owns of its units, and whether they touch."""
+    if plan is None:
+        return ()
+    found = []
+    for planned in plan.spaces:
+        name = f"{planned.space.name}."
+        if name.startswith(prefix):
+            owned = plan.owned(planned.space.name, worker)
+            touching = tuple(a.stop == b.start for a, b in pairwise(owned))
+            widths = tuple(chunk.stop - chunk.start for chunk in owned)
+            found.append((name.removeprefix(prefix), len(planned.chunks) > 1, widths, touching))
+    return tuple(found)
+
+
+def _stand_in(kinds: Sequence[Any], kept: Sequence[int], layer: int) -> int:
+    if layer in kept:
+        return kept.index(layer)
+    return max(place for place, index in enumerate(kept) if kinds[index] == kinds[layer])
+
+
+def _with_layers(full: nn.Module, kept: Sequence[int]) -> nn.Module:
+    model: Any = full
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(kept)
+    types = getattr(config, "layer_types", None)
+    if types:
+        config.layer_types = [types[layer] for layer in kept]
+    config.use_cache = False
+    with torch.device("meta"):
+        return type(model)(config)  # type: ignore[no-any-return]
+
+
+def _restricted(plan: SubnetworkPlan, layers_name: str, kept: Sequence[int]) -> SubnetworkPlan:
+    """The plan of the kept layers alone, under their new numbers."""
+    spaces = []
+    for place, layer in enumerate(kept):
+        prefix = f"{layers_name}.{layer}."
+        for planned in plan.spaces:
+            if f"{planned.space.name}.".startswith(prefix):
+                name = _renamed(f"{planned.space.name}.", prefix, f"{layers_name}.{place}.").removesuffix(".")
+                spaces.append(replace(planned, space=replace(planned.space, name=name, layer=place)))
+    return replace(plan, spaces=tuple(spaces))
+
+
+def _cut(module: nn.Module, sdp: SDPConfig, plan: SubnetworkPlan, worker: int) -> Subnetwork:
+    is_forward = sdp.masking == "forward"
+    return cut_model(
+        module,
+        plan,
+        worker,
+        masking=sdp.masking,
+        output_scaling=sdp.output_scaling if is_forward else "none",
+        block_unit=sdp.effective_block_unit,
+        recompute_frozen=sdp.recompute_frozen,
+    )
+
+
+def _parts(names: Sequence[str], layers_name: str, layers: int) -> tuple[int, ...]:
+    parts: list[int] = []
+    for name in names:
+        if name.startswith(f"{layers_name}."):
+            parts.append(1 + int(name.removeprefix(f"{layers_name}.").partition(".")[0]))
+        else:
+            parts.append(layers + 1 if parts and parts[-1] > 0 else 0)
+    return tuple(parts)
+
+
+def _spaces(
+    names: Sequence[str],
+    parts: Sequence[int],
+    subnetwork: Subnetwork | None,
+    layers_name: str,
+    stand_in: Sequence[int],
+) -> tuple[str | None, ...]:
+    spaces: list[str | None] = []
+    for name, part in zip(names, parts, strict=True):
+        found = None
+        if subnetwork is not None and 0 < part <= len(stand_in):
+            old, new = f"{layers_name}.{stand_in[part - 1]}.", f"{layers_name}.{part - 1}."
+            full = subnetwork.partitioned.get(_renamed(name, new, old))
+            found = _renamed(f"{full.space}.", old, new).removesuffix(".") if full else None
+        spaces.append(found)
+    return tuple(spaces)
+
+
+def _renamed(name: str, prefix: str, other: str) -> str:
+    return other + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Lists the weights of every layer, by the kept one that is like it."""
+
+    module: nn.Module
+    subnetwork: Subnetwork | None
+    plan: SubnetworkPlan | None
+    worker: int
+    layers_name: str
+    kept: Sequence[int]
+    places: dict[str, int]
+
+    def collect(self, stand_in: Sequence[int], part_of: dict[str, int]) -> tuple[list[Weight], int]:
+        by_place: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.module.named_parameters():
+            inside = name.startswith(f"{self.layers_name}.")
+            place = int(name.removeprefix(f"{self.layers_name}.").partition(".")[0]) if inside else None
+            by_place.setdefault(place, []).append((name, parameter))
+        frozen = self.subnetwork.frozen if self.subnetwork else set()
+        trained, held = [], 0
+        for layer, place in self._layers(stand_in):
+            for name, parameter in by_place.get(place, ()):
+                if name in frozen or not parameter.requires_grad:
+                    held += parameter.numel()
+                else:
+                    trained.append(self._weight(name, parameter.numel(), layer, place, part_of))
+        return trained, held
+
+    def _layers(self, stand_in: Sequence[int]) -> Iterator[tuple[int | None, int | None]]:
+        yield None, None
+        yield from enumerate(stand_in)
+
+    def _weight(self, local: str, numel: int, layer: int | None, place: int | None, part_of: dict[str, int]) -> Weight:
+        fragment = self.subnetwork.fragments[local] if self.subnetwork else None
+        old, new = f"{self.layers_name}.{place}.", f"{self.layers_name}.{layer}."
+        full_name = _renamed(fragment.full_name if fragment else local, old, new)
+        start, owner_set, in_place = 0, SHARED, False
+        if fragment is not None and fragment.dim is not None:
+            assert self.subnetwork is not None
+            assert self.plan is not None
+            assert place is not None
+            parameter = self.subnetwork.partitioned[fragment.full_name]
+            first = fragment.start // parameter.features_per_unit
+            space = f"{parameter.space}."
+            like = _renamed(space, old, f"{self.layers_name}.{self.kept[place]}.").removesuffix(".")
+            index = [chunk.start for chunk in self.plan.owned(like, self.worker)].index(first)
+            chunk = self.plan.owned(_renamed(space, old, new).removesuffix("."), self.worker)[index]
+            start, owner_set = chunk.start * parameter.features_per_unit, chunk.owner_set
+            in_place = local in self.subnetwork.views
+        return Weight(
+            _renamed(local, old, new), self.places[full_name], start, part_of[full_name], owner_set, numel, in_place
+        )

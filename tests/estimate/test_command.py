@@ -1,0 +1,86 @@
+"""``deepspeed-sdp estimate``."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from deepspeed_sdp.cli import main
+
+
+def run(capsys, *arguments):
+    code = main(["estimate", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+NARROW = ("--coverage", "0.5", "--granularity", "neuron", "--seq-length", "256")
+
+
+def test_a_table_a_picture_and_a_file(capsys, tmp_path):
+    code, out, _ = run(
+        capsys, "--model", "llama-15m", *NARROW, "--plot", str(tmp_path / "e.png"), "--out", str(tmp_path / "e.json")
+    )
+    assert code == 0
+    assert "8 x h100, 8 subnetworks" in out
+    assert out.count("DeepSpeed  ") == 4
+    assert "SDP backward neuron 1/2" in out
+    data = json.loads((tmp_path / "e.json").read_text())
+    assert len(data["estimates"]) == 4 + 4 + 3
+    for row in data["estimates"]:
+        assert sum(row["memory"].values()) == row["peak"] > 0
+        assert row["seconds"]["step"] > 0
+    with Image.open(tmp_path / "e.png") as picture:
+        assert len(picture.convert("L").getcolors(1 << 16)) > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e.png"]
+
+
+def test_a_recipe_s_own_row_comes_first(capsys, tmp_path):
+    recipe = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "subnetwork_data_parallel": {"coverage": 0.75, "granularity": "block", "num_subnetworks": 4},
+        "pretraining": {"model": "llama-15m", "seq_length": 128},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    arguments = ("--deepspeed_config", str(tmp_path / "recipe.json"), "--coverage", "0.5")
+    code, out, _ = run(capsys, *arguments, "--top", "3")
+    assert code == 0
+    assert "2 x 128 tokens" in out
+    rows = out.split("\n\n")[1].splitlines()
+    assert rows[1].startswith("> SDP forward block 3/4")
+    assert len(rows) == 1 + 1 + 3
+    job = json.loads(run(capsys, *arguments, "--json")[1])["job"]
+    assert (job["zero_stage"], job["coverage"], job["seq_length"]) == (3, 0.75, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama-7b", "llama-70b", "llama-405b"])
+def test_large_models_on_many_gpus(capsys, model):
+    code, out, _ = run(capsys, "--model", model, "--gpus", "4096", "--num-subnetworks", "64", "--json")
+    assert code == 0
+    estimates = json.loads(out)["estimates"]
+    assert len(estimates) == 74
+    assert any(row["fits"] for row in estimates if row["zero_stage"] == 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--model: got none"),
+        (("--model", "gpt-9"), "--model: gpt-9 is no file, folder or preset"),
+        (("--model", "llama-15m", "--gpus", "0"), "--gpus: got 0; takes a number from 1 on"),
+        (("--model", "llama-15m", "--gpus", "6", "--num-subnetworks", "4"), "takes a divisor of --gpus, which is 6"),
+        (("--model", "llama-15m", "--seq-length", "1"), "--seq_length: got 1; takes a number from 2 on"),
+        (("--model", "llama-15m", "--mfu", "0"), "--mfu: got 0.0; takes a number above 0"),
+        (("--model", "llama-15m", "--zero", "1,4"), "--zero: got 4; takes 0, 1, 2 or 3"),
+        (("--model", "llama-15m", "--gpu", "abacus"), "--gpu: got abacus; takes one of"),
+        (("--model", "llama-15m", *NARROW, "--plot", "/proc/x/y.png"), "cannot write /proc/x/y.png"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err
