@@ -5,17 +5,23 @@ from types import FrameType
 
 from deepspeed_sdp.failures import note_termination
 
-# A scheduler's last warning, and the one that Slurm's --signal=USR1@<seconds> sends before it.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 
 class StopRequest:
-    """Notes that a signal asked this process to stop; the job goes on until all ranks ask :meth:`agreed`."""
+    """Notes that a signal asked this process to stop; the job goes on until all ranks ask :meth:`agreed`.
+
+    ``SIGUSR1``, which Slurm's ``--signal=USR1@<seconds>`` sends before a time limit, is noted from the start on.
+    """
 
     def __init__(self) -> None:
         self.is_asked = False
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def note_termination_too(self) -> None:
+        """From here on ``SIGTERM``, a scheduler's last warning, asks to stop too.
+
+        Not earlier: a job that is still starting has nothing to save, and ends at once when its launcher ends it.
+        """
+        signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True

@@ -5,9 +5,17 @@ import math
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from deepspeed_sdp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepspeed_sdp.data.source import SourceSpec
+
+_STREAM_OPTIONS = (
+    "tokenizer", "stream_config", "stream_revision", "stream_heldout_fraction", "text_column", "on_broken_row",
+    "on_broken_file", "retries",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +121,99 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
     return parser.parse_args(argv)
 
 
+def parse_pretrain_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="launch/pretrain.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", required=True, metavar="JSON", help='DeepSpeed config with a block "pretraining", as in ds_configs/'
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe, e.g. pretraining.tokens=1e8; can be given many times",
+    )
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--data", metavar="DIR", help="folder that deepspeed-sdp data made; visible to all nodes")
+    text.add_argument(
+        "--stream",
+        nargs="+",
+        metavar="PATH",
+        help="tokenise on the fly instead: hub:OWNER/NAME, or .parquet and .jsonl files (.gz, .zst) or their folders",
+    )
+    parser.add_argument("--stream_config", metavar="NAME", help="of the hub data set, e.g. sample-10BT")
+    parser.add_argument("--stream_revision", metavar="COMMIT", help="of the hub data set; best a commit")
+    parser.add_argument(
+        "--stream_heldout_fraction",
+        type=float,
+        help="share of the documents that --stream holds out for validation (default: 0.005)",
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="HuggingFace tokenizer for --stream, a folder or hub name")
+    parser.add_argument("--text_column", metavar="NAME", help="of --stream (default: text)")
+    skip = ("skip", "stop")
+    parser.add_argument("--on_broken_row", choices=skip, help="of --stream (default: skip, and count)")
+    parser.add_argument("--on_broken_file", choices=skip, help="of --stream (default: stop)")
+    parser.add_argument("--retries", type=int, metavar="N", help="of a connection that --stream loses (default: 8)")
+    parser.add_argument(
+        "--output_dir", required=True, metavar="DIR", help="gets hf/, checkpoints/, metrics.jsonl, report.md, loss.png"
+    )
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of those that follow from the recipe")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and end")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
+    )
+    parser.add_argument(
+        "--stop_file",
+        metavar="FILE",
+        help="written when the job saved because it was asked to stop, for its scheduler",
+    )
+    parser.add_argument(
+        "--peak_tflops",
+        type=float,
+        help="matmul TFLOPS of the device, for the MFU; default: by the device's name",
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="figures to OUTPUT_DIR/tensorboard too")
+    parser.add_argument("--wandb", metavar="PROJECT", help="figures to Weights & Biases too")
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
+        sys.exit(0)
+    return parser.parse_args(argv)
+
+
+def heldout_fraction(args: argparse.Namespace) -> float:
+    """Of a stream."""
+    return 0.005 if args.stream_heldout_fraction is None else float(args.stream_heldout_fraction)
+
+
+def stream_source(args: argparse.Namespace) -> "SourceSpec":
+    """What ``--stream`` and the options beside it say."""
+    from deepspeed_sdp.data.faults import FaultPolicy
+    from deepspeed_sdp.data.source import SourceSpec
+
+    names = ("on_broken_row", "on_broken_file", "retries")
+    policy = FaultPolicy(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    column = {} if args.text_column is None else {"text_column": args.text_column}
+    return SourceSpec(tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, **column)
+
+
+def check_pretrain_arguments(args: argparse.Namespace) -> None:
+    if args.stream and not args.tokenizer:
+        raise ConfigError("--tokenizer: got none with --stream; takes a HuggingFace tokenizer, a folder or hub name")
+    given = [name for name in _STREAM_OPTIONS if getattr(args, name) is not None]
+    if args.data and given:
+        raise ConfigError(f"--{given[0]}: got {getattr(args, given[0])} with --data; takes it with --stream alone")
+    takes = {
+        "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
+        "stream_heldout_fraction": (0 < heldout_fraction(args) < 1, "a number between 0 and 1"),
+        "retries": (args.retries is None or args.retries >= 0, "a number from 0 on"),
+        "peak_tflops": (args.peak_tflops is None or 0 < args.peak_tflops < math.inf, "a positive number"),
+    }
+    _check(args, takes)
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     takes = {
         "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
@@ -125,6 +226,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
         "max_text_mb": (0 < args.max_text_mb < math.inf, "a positive number"),
     }
+    _check(args, takes)
+
+
+def _check(args: argparse.Namespace, takes: dict[str, tuple[bool, str]]) -> None:
     for name, (fine, what) in takes.items():
         if not fine:
             raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")

@@ -220,5 +220,5 @@ def test_who_was_terminated_and_cannot_know_is_silent():
 
 
 def test_a_stop_request_does_not_outlive_a_failure():
-    body = "from deepspeed_sdp.stopping import StopRequest; stop = StopRequest(); raise DataError('broken')"
-    assert run(body).stderr == "\nerror: broken\n"
+    noted = "from deepspeed_sdp.stopping import StopRequest; StopRequest().note_termination_too()"
+    assert run(f"{noted}; raise DataError('broken')").stderr == "\nerror: broken\n"

@@ -1,8 +1,21 @@
 """The DeepSpeed extension. Everything that knows DeepSpeed from inside lives here."""
 
+from deepspeed_sdp.engine.agreement import agreed
 from deepspeed_sdp.engine.communication import start_communication
+from deepspeed_sdp.engine.dense import DenseEngine, initialize_dense
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.initialize import check_job, initialize
 from deepspeed_sdp.engine.memory import Peak, gradient_peak, model_state_bytes
 
-__all__ = ["Peak", "SDPEngine", "check_job", "gradient_peak", "initialize", "model_state_bytes", "start_communication"]
+__all__ = [
+    "DenseEngine",
+    "Peak",
+    "SDPEngine",
+    "agreed",
+    "check_job",
+    "gradient_peak",
+    "initialize",
+    "initialize_dense",
+    "model_state_bytes",
+    "start_communication",
+]

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from deepspeed_sdp.errors import ConfigError, SDPError
+
+T = TypeVar("T")
 
 
 def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
@@ -39,6 +41,22 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
                     f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {rank} has "
                     f"{values.get(key, 'nothing')}; give every rank the same configuration"
                 )
+
+
+def agreed(make: Callable[[], T], describe: Callable[[T], Mapping[str, Any]] = lambda _: {}) -> T:
+    """Collective. What ``make`` returns; where it raises on one rank, all raise, and ``describe`` of it is compared.
+
+    Raises:
+        SDPError: see :func:`agree`.
+    """
+    made: list[T] = []
+
+    def work() -> Mapping[str, Any]:
+        made.append(make())
+        return describe(made[0])
+
+    agree(work)
+    return made[0]
 
 
 def _message(error: Exception) -> str:

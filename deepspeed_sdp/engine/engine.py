@@ -75,6 +75,16 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             self._stopwatch.end_step()
             self._write_figures()
 
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Host time of the last step's phases and of its communication."""
+        return self._stopwatch.last_step_seconds
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank in the last step."""
+        return self._traffic.last_step_bytes
+
     def _write_figures(self) -> None:
         """The step's norm, traffic and communication to DeepSpeed's monitor, beside its own figures."""
         if not self.monitor.enabled or self.global_rank != 0:

@@ -71,44 +71,45 @@ def evaluate_full(
     mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     if subnetwork.masking == "backward":
         with eval_mode(subnetwork.module):
-            total = sum((_loss_sum(subnetwork.module(**batch).loss, batch) for batch in mine), _nothing(device))
-        return _mean_over_ranks(total)
+            total = sum((sum_of_losses(subnetwork.module(**batch).loss, batch) for batch in mine), nothing(device))
+        return mean_over_ranks(total)
     sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
     dist.all_reduce(sweeps, op=dist.ReduceOp.MAX)
-    total = _nothing(device)
+    total = nothing(device)
     with eval_mode(subnetwork.module), access(None):
         for sweep in range(int(sweeps)):
             total += _sweep(
                 subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device, access
             )
-    return _mean_over_ranks(total)
+    return mean_over_ranks(total)
 
 
-def _mean_over_ranks(total: torch.Tensor) -> float:
+def mean_over_ranks(total: torch.Tensor) -> float:
+    """Collective. The mean loss, from every rank's sum of losses and number of predicted tokens, ``[2]``."""
     dist.all_reduce(total)
     if not total[1]:
         raise ValueError("evaluate_full: no rank brought a batch with a predicted token")
     return float(total[0] / total[1])
 
 
-def _nothing(device: torch.device) -> torch.Tensor:
+def nothing(device: torch.device) -> torch.Tensor:
     """Sum of losses and number of predicted tokens, ``[2]`` float64: of no batch."""
     return torch.zeros(2, dtype=torch.float64, device=device)
 
 
-def _loss_sum(loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def sum_of_losses(loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Sum of losses and number of predicted tokens of a batch, ``[2]`` float64."""
     tokens = (batch["labels"][:, 1:] != -100).sum()
-    return torch.stack([loss.double() * tokens, tokens.double()]) if tokens else _nothing(loss.device)
+    return torch.stack([loss.double() * tokens, tokens.double()]) if tokens else nothing(loss.device)
 
 
 def _sweep(
     subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device, access: Access
 ) -> torch.Tensor:
     """Sum of losses and number of predicted tokens, ``[2]`` float64."""
-    total = _nothing(device)
+    total = nothing(device)
     for batch, output in zip(batches, outputs_of(subnetwork, batches, device, access), strict=True):
-        total += _loss_sum(output.loss, batch)
+        total += sum_of_losses(output.loss, batch)
     return total
 
 
@@ -173,6 +174,7 @@ def _swapped_layers(subnetwork: Subnetwork, stand_ins: Sequence[nn.Module]) -> I
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module of ``model`` is in evaluation mode; after it each is as it was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -96,7 +96,7 @@ def initialize(
     build_engine = functools.partial(
         SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
     )
-    with _engine_class(build_engine):
+    with engine_class(build_engine):
         result = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
         )
@@ -277,7 +277,7 @@ def _translate_client(optimizer: Any, subnetwork: Subnetwork) -> Any:
 
 
 @contextmanager
-def _engine_class(factory: Any) -> Iterator[None]:
+def engine_class(factory: Any) -> Iterator[None]:
     """``deepspeed.initialize`` builds the ``DeepSpeedEngine`` it finds in its module: put ours there for one call."""
     original = deepspeed.DeepSpeedEngine
     assert inspect.isclass(original)

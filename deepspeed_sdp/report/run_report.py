@@ -29,7 +29,8 @@ class RunReport:
         ranks: ``sdp_stats()`` of every rank, with the gradients' peak over a step under ``model_state_bytes``.
         dense_state_bytes: the same bytes of the dense model under the same DeepSpeed config, if measured.
         seconds: wall-clock time of training and evaluation.
-        masking: of the SDP block.
+        masking: of the SDP block, or ``"dense"``.
+        run: more about the run, as name -> value; shown as it is.
     """
 
     plan: SubnetworkPlan
@@ -41,6 +42,7 @@ class RunReport:
     dense_state_bytes: list[dict[str, int]] | None = None
     seconds: float = 0.0
     masking: str = "forward"
+    run: dict[str, Any] = field(default_factory=dict)
 
     @property
     def train_loss(self) -> float:
@@ -68,6 +70,7 @@ class RunReport:
         return {
             "steps": steps,
             "tokens": tokens,
+            "run": self.run,
             "trained": "subnetworks" if self.masking == "forward" else "full model",
             "train_loss": self.train_loss,
             "full_model_val_loss": self.val_loss,
@@ -114,7 +117,7 @@ class RunReport:
         lines = [
             f"full model on held-out text: {self.val_loss:.3f} nats per token (unigram: {self.unigram_val_loss:.3f})",
             f"model state, largest rank: {mb(max(rank['total'] for rank in sdp))}" + _against_dense(data),
-            f"sent per step, largest rank: {mb(max(data['bytes_sent_per_step_per_rank']))}",
+            *_traffic_line(data),
             f"model: {folder / 'hf'}   report: {folder / 'report.md'}",
         ]
         return "\n".join(lines)
@@ -128,6 +131,7 @@ def to_markdown(data: dict[str, Any]) -> str:
         "",
         "| | |",
         "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in data.get("run", {}).items()),
         f"| steps, tokens | {data['steps']:,}, {data['tokens']:,} |",
         f"| training loss ({data.get('trained', 'subnetworks')}) | {data['train_loss']:.4f} |",
         f"| validation loss (full model) | {data['full_model_val_loss']:.4f} |",
@@ -146,7 +150,8 @@ def to_markdown(data: dict[str, Any]) -> str:
     state = data["per_rank_model_state_bytes"]
     for rank, sizes in enumerate(state["sdp"]):
         cells = " | ".join(mb(sizes[kind]) for kind in KINDS)
-        sent = mb(data["bytes_sent_per_step_per_rank"][rank])
+        nbytes = data["bytes_sent_per_step_per_rank"][rank]
+        sent = "" if nbytes is None else mb(nbytes)
         lines.append(f"| {rank} | {data['owned_parameters_per_rank'][rank]:,} | {cells} | {sent} |")
     for rank, sizes in enumerate(state["dense"] or []):
         lines.append(f"| {rank}, dense | | " + " | ".join(mb(sizes[kind]) for kind in KINDS) + " | |")
@@ -180,6 +185,11 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list):
         return [_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _traffic_line(data: dict[str, Any]) -> list[str]:
+    sent = [nbytes for nbytes in data["bytes_sent_per_step_per_rank"] if nbytes is not None]
+    return [f"sent per step, largest rank: {mb(max(sent))}"] if sent else []
 
 
 def _against_dense(data: dict[str, Any]) -> str:

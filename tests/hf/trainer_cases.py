@@ -14,7 +14,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from deepspeed_sdp.hf import SDPTrainer
 from tests.support.models import tiny_model
-from tests.support.ranks import ROOT
 
 BLOCK = "subnetwork_data_parallel"
 HALF = {"coverage": 0.5}
@@ -306,12 +305,8 @@ def habits(folder, sdp, which="sdp", stream=False, **values):
 
 def like_the_script(folder, sdp, stage=1, meta=False, masking="forward"):
     """The same model and batches in SDPTrainer, and in the loop of launch/train.py."""
-    import sys
-
     import deepspeed_sdp
-
-    sys.path.insert(0, str(ROOT / "launch"))
-    import train as script
+    from deepspeed_sdp.pretraining.loop import train_step
 
     sdp = {**sdp, "masking": masking}
     trainer = make(folder, sdp, stage=stage, model={"meta": meta}, lr_scheduler_type="constant")
@@ -335,11 +330,9 @@ def like_the_script(folder, sdp, stage=1, meta=False, masking="forward"):
     engine, *_ = deepspeed_sdp.initialize(model=model, model_parameters=groups, config=config, sdp_config=sdp)
     own = []
     for batch in batches[:3]:
-        own.append(
-            script.mean_over_ranks(
-                [script.train_step(engine, iter([{"input_ids": batch["input_ids"], "labels": batch["labels"]}]))]
-            )
-        )
+        loss = train_step(engine, [{"input_ids": batch["input_ids"], "labels": batch["labels"]}])
+        dist.all_reduce(loss)
+        own.append(float(loss) / dist.get_world_size())
     script_full = engine.full_state_dict()
     engine.destroy()
     return losses, own, full, script_full

@@ -87,10 +87,13 @@ class Workplace:
         return run_job([str(script), *arguments, *switches], self.folder, ranks)
 
     def script(self, body):
-        """A script that does something to ``train`` (the module launch/train.py) before its main runs."""
+        """A script that does something to ``loop`` (the module of the training loop) before launch/train.py runs."""
         return self.write(
             "script.py",
-            f"import os, sys\nsys.path.insert(0, {str(TRAIN.parent)!r})\nimport train\n{body}\n"
+            f"import os, sys\nsys.path.insert(0, {str(TRAIN.parent)!r})\nimport train\n"
+            # As main does it, before torch is imported.
+            "from deepspeed_sdp.pretraining.console import quiet\nquiet(False)\n"
+            f"from deepspeed_sdp.pretraining import loop\n{body}\n"
             "train.main(sys.argv[1:])\n",
         )
 

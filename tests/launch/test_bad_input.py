@@ -28,6 +28,7 @@ def test_ranks_with_different_configs(workplace):
     )
 
 
+@pytest.mark.slow
 def test_text_too_short_for_one_batch(workplace):
     text = workplace.write("short.txt", "\n\n\n".join(make_documents(8, words=20)))
     workplace.write("ds.json", json.dumps({**DEEPSPEED, "train_micro_batch_size_per_gpu": 50}))
@@ -42,6 +43,7 @@ def test_output_that_cannot_be_written(workplace):
     assert file.read_text() == "in the way"
 
 
+@pytest.mark.slow
 def test_a_model_that_no_adapter_knows(workplace):
     workplace.write("model.json", json.dumps({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2}))
     job = workplace.launch()
@@ -54,22 +56,17 @@ def test_a_model_that_no_adapter_knows(workplace):
 def test_an_unexpected_error_on_one_rank(workplace, rank, ranks):
     """It breaks in mid-run while the others wait for it in a collective. The rendezvous store ends with rank 0."""
     script = workplace.script(f"""
-step = train.train_step
+step = loop.train_step
 def broken(*args, count=[0]):
     count[0] += 1
     if count[0] == 3 and os.environ["RANK"] == "{rank}":
         raise RuntimeError("boom")
     return step(*args)
-train.train_step = broken
+loop.train_step = broken
 """)
     job = workplace.launch(script=script, ranks=ranks)
     assert_ended_with_one_traceback(job, rank)
     assert "RuntimeError: boom" in job.output
-
-
-def slow_but(quick, cases):
-    """One row for the quick tests, the others for all tests."""
-    return [case if case == quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 BAD_BLOCKS = {
@@ -86,7 +83,7 @@ BAD_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but("coverage without whole K", BAD_BLOCKS))
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) for case in BAD_BLOCKS])
 def test_bad_blocks(workplace, case):
     block, message = BAD_BLOCKS[case]
     workplace.write("sdp.json", json.dumps(block))

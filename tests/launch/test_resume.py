@@ -9,14 +9,14 @@ from tests.launch.jobs import Workplace
 
 STOP_AT_5 = """
 import signal, time
-step = train.train_step
+step = loop.train_step
 def stopping(engine, batches):
     loss = step(engine, batches)
     if engine.global_steps == 5 and engine.global_rank == 1:
         os.kill({}, signal.{})
         time.sleep(1)
     return loss
-train.train_step = stopping
+loop.train_step = stopping
 """
 
 

@@ -64,6 +64,7 @@ def test_the_files_it_leaves(run):
         "data",
         "hf",
         "loss.png",
+        "metrics.jsonl",
         "plan.png",
         "report.json",
         "report.md",

@@ -1,0 +1,1 @@
+"""Pretraining runs: recipes, their length, the loop, and the figures of a run."""

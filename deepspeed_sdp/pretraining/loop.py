@@ -1,0 +1,265 @@
+"""The training loop: steps, evaluations of the full model, checkpoints, a clean stop, the report."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_sdp.engine import Peak, gradient_peak
+from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.failures import on_first_rank
+from deepspeed_sdp.pretraining.console import progress_bar
+from deepspeed_sdp.pretraining.metrics import Metrics
+from deepspeed_sdp.pretraining.text import Batch, Text, heldout_batches
+from deepspeed_sdp.report import RunReport
+from deepspeed_sdp.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What a loop does when.
+
+    Attributes:
+        output: folder of the run.
+        steps: optimizer steps in all.
+        tokens_per_step: over all ranks.
+        flops_per_token: training FLOPs of this rank's worker.
+        peak_flops: FLOPs per second of the device; ``None``: unknown.
+        log_interval, eval_interval, checkpoint_interval: steps between them; 0 checkpoints: only when asked to stop.
+        eval_sequences: held-out sequences of an evaluation in mid-run, 0: all; the last one takes all.
+        restart: begin anew where there is a checkpoint to go on from.
+    """
+
+    output: Path
+    steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None = None
+    log_interval: int = 10
+    eval_interval: int = 50
+    checkpoint_interval: int = 0
+    eval_sequences: int = 128
+    restart: bool = False
+
+
+class Outcome(Enum):
+    """How :meth:`Loop.run` ended."""
+
+    FINISHED = "finished"
+    # Asked to stop: a checkpoint is saved, and the same call goes on from it.
+    STOPPED = "stopped"
+    # Nothing was left to do, and the report is there.
+    WAS_FINISHED = "was finished"
+
+
+class Loop:
+    """One run of an engine of this package, SDP or dense, over a text."""
+
+    def __init__(self, engine: Any, text: Text, report: RunReport, settings: LoopSettings, stop: StopRequest) -> None:
+        self.engine = engine
+        self.text = text
+        self.report = report
+        self.settings = settings
+        self.checkpoints = settings.output / "checkpoints"
+        self.peak = Peak()
+        self._stop = stop
+        stop.note_termination_too()
+
+    def run(self) -> Outcome:
+        """Collective. Train to the end, from the latest checkpoint if there is one.
+
+        Raises:
+            ConfigError: the run has done more steps already.
+            DataError: the checkpoint was made with another text.
+            OutputError: it was asked to stop, and no checkpoint could be written.
+        """
+        settings = self.settings
+        if settings.restart:
+            on_first_rank(self._set_aside)
+        done = self._resume()
+        if done > settings.steps:
+            raise ConfigError(
+                f"--steps: got {settings.steps}; the run in {settings.output} has done {done} already, takes that or "
+                "more, or --restart"
+            )
+        if done == settings.steps and on_every_rank((settings.output / "report.json").exists):
+            return Outcome.WAS_FINISHED
+        try:
+            return self._train(done)
+        finally:
+            self.text.close()
+
+    def _train(self, done: int) -> Outcome:
+        settings, engine, report = self.settings, self.engine, self.report
+        metrics = Metrics(
+            settings.output,
+            engine,
+            settings.tokens_per_step,
+            settings.flops_per_token,
+            settings.peak_flops,
+            first_step=done,
+        )
+        batches = self.text.batches(
+            dist.get_rank(), dist.get_world_size(), engine.train_micro_batch_size_per_gpu(), engine.global_samples
+        )
+        progress = progress_bar(settings.steps, dist.get_rank(), done)
+        began = time.monotonic() - report.seconds
+        for step in range(done + 1, settings.steps + 1):
+            self._one_step(batches, metrics, is_measured=step == min(done + 2, settings.steps))
+            is_asked = self._stop.agreed()
+            is_saved = is_asked or bool(settings.checkpoint_interval and step % settings.checkpoint_interval == 0)
+            # A job that goes on from a checkpoint knows nothing of losses that were not written by then.
+            if step % settings.log_interval == 0 or step == settings.steps or is_saved:
+                line = metrics.write_step(step)
+                report.train_losses.append((step, line["loss"]))
+                progress.set_postfix(
+                    loss=f"{line['loss']:.3f}",
+                    val=f"{report.val_loss:.3f}" if report.val_losses else "-",
+                    tok_s=f"{line['tokens_per_second']:.0f}",
+                    **({"MFU": f"{line['mfu']:.1%}"} if settings.peak_flops else {}),
+                )
+            progress.update()
+            aside = time.perf_counter()
+            if step % settings.eval_interval == 0 and step < settings.steps:
+                self._evaluate(step, settings.eval_sequences, metrics)
+            if is_saved:
+                report.seconds = time.monotonic() - began
+                saved = self._save()
+            metrics.pause(time.perf_counter() - aside)
+            if is_asked and step < settings.steps:
+                progress.close()
+                self._end_early(step, saved)
+                return Outcome.STOPPED
+        self._evaluate(settings.steps, 0, metrics)
+        progress.close()
+        report.seconds = time.monotonic() - began
+        engine.wait_for_checkpoint()
+        return Outcome.FINISHED
+
+    def _one_step(self, batches: Iterator[Batch], metrics: Metrics, is_measured: bool) -> None:
+        began = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(self.engine.gradient_accumulation_steps())]
+        waited = time.perf_counter() - began
+        learning_rate = float(self.engine.get_lr()[0])
+        if is_measured:
+            with gradient_peak(self.engine) as self.peak:
+                loss = train_step(self.engine, micro_batches)
+        else:
+            loss = train_step(self.engine, micro_batches)
+        metrics.add(loss, waited, learning_rate, self.text.skipped())
+
+    def _evaluate(self, step: int, sequences: int, metrics: Metrics) -> None:
+        engine = self.engine
+        batches = heldout_batches(
+            self.text, sequences, dist.get_rank(), dist.get_world_size(), engine.train_micro_batch_size_per_gpu()
+        )
+        loss = engine.evaluate_full(batches)
+        self.report.val_losses.append((step, loss))
+        metrics.write_evaluation(step, loss)
+
+    def _save(self) -> bool:
+        state = {"report": self.report.history(), "text": self.text.state_dict()}
+        return bool(self.engine.save_checkpoint(self.checkpoints, client_state=state))
+
+    def _resume(self) -> int:
+        path, state = self.engine.load_checkpoint(self.checkpoints)
+        if state is None:
+            return 0
+        self.report.set_history(state["report"])
+        self.text.load_state_dict(state.get("text", {}))
+        if dist.get_rank() == 0:
+            print(f"going on from {path}", flush=True)
+        return int(self.engine.global_steps)
+
+    def _set_aside(self) -> None:
+        """Checkpoints of a run that is begun anew: nothing saved is lost, and nobody goes on from them by mistake."""
+        if not self.checkpoints.exists():
+            return
+        names = (self.checkpoints.with_name(f"checkpoints-before-{number}") for number in itertools.count(1))
+        try:
+            os.rename(self.checkpoints, next(name for name in names if not name.exists()))
+        except OSError as error:
+            raise OutputError(f"--restart: cannot rename {self.checkpoints}: {error.strerror or error}") from None
+
+    def _end_early(self, step: int, saved: bool) -> None:
+        if not (self.engine.wait_for_checkpoint() and saved):
+            raise OutputError(f"stopped at step {step}, and no checkpoint could be written to {self.checkpoints}")
+        if dist.get_rank() == 0:
+            print(f"stopped at step {step}; the same command goes on from {self.checkpoints}", flush=True)
+
+
+def train_step(engine: Any, micro_batches: list[Batch]) -> torch.Tensor:
+    """One optimizer step; the mean loss of its micro-batches, a scalar tensor."""
+    total = torch.zeros((), device=engine.device)
+    for batch in micro_batches:
+        loss = engine(**{key: value.to(engine.device) for key, value in batch.items()}).loss
+        engine.backward(loss)
+        engine.step()
+        total = total + loss.detach() / len(micro_batches)
+    return total
+
+
+def conclude(loop: Loop) -> None:
+    """Collective. The model and tokenizer in ``hf/``, and the report."""
+    from deepspeed_sdp.engine import model_state_bytes
+
+    output = loop.settings.output
+    loop.engine.save_hf(output / "hf")
+    state = with_peak(model_state_bytes(loop.engine), loop.peak.nbytes)
+    loop.report.ranks = from_all_ranks({**loop.engine.sdp_stats(), "model_state_bytes": state})
+    on_first_rank(lambda: _write(loop))
+
+
+def _write(loop: Loop) -> None:
+    from deepspeed_sdp.data import load_tokenizer
+
+    output = loop.settings.output
+    try:
+        load_tokenizer(loop.text.tokenizer_folder).save_pretrained(output / "hf")
+        loop.report.write(output)
+    except OSError as error:
+        raise OutputError(f"--output_dir: cannot write {output}: {error.strerror or error}") from None
+
+
+def make_writable(folder: Path) -> None:
+    """Raise OutputError now rather than after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"--output_dir: cannot write {folder}: {error.strerror or error}") from None
+
+
+def with_peak(state: dict[str, int], peak: int) -> dict[str, int]:
+    """Gradients come and go within a step: report their peak (0: no step was measured)."""
+    state = {**state, "gradients": peak or state["gradients"]}
+    return {**state, "total": state["weights"] + state["gradients"] + state["optimizer"]}
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Collective: ``value`` of every rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_every_rank(look: Callable[[], bool]) -> bool:
+    """Collective. What rank 0 sees, on all ranks: a shared folder may show a file to some later than to others."""
+    seen = [look() if dist.get_rank() == 0 else False]
+    dist.broadcast_object_list(seen, src=0)
+    return seen[0]
+
+
+def leave() -> None:
+    """Collective. End this process together with the others."""
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,196 @@
+"""Figures of a run while it goes: to the console, ``metrics.jsonl``, and DeepSpeed's monitor."""
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_sdp.errors import OutputError
+
+PHASES = ("data", "forward", "backward", "step", "communication", "exposed")
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Collects every step, gathers from all ranks at every log interval, writes on rank 0.
+
+    Args:
+        folder: gets ``metrics.jsonl``: an object per line, see docs/recipes.md.
+        engine: a training engine of this package, SDP or dense.
+        tokens_per_step: over all ranks.
+        flops_per_token: of this rank's forward and backward pass.
+        peak_flops: FLOPs per second that the device can do, for the model FLOPs utilisation; ``None``: unknown.
+        first_step: lines of later steps are dropped from a file that an earlier job left.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Any,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        first_step: int,
+    ) -> None:
+        self._file = folder / FILE
+        self._engine = engine
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_step = flops_per_token * tokens_per_step / dist.get_world_size()
+        self._peak_flops = peak_flops
+        self._losses: list[torch.Tensor] = []
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._learning_rate = 0.0
+        self._skipped = 0
+        self._began = time.perf_counter()
+        self._paused = 0.0
+        if dist.get_rank() == 0:
+            self._drop_after(first_step)
+
+    def add(self, loss: torch.Tensor, data_seconds: float, learning_rate: float, skipped: Mapping[str, int]) -> None:
+        """One step: its mean loss (a scalar on the device), how long its batches took to come, what it stepped with.
+
+        ``skipped``: rows and files that this rank's text left out so far, by reason.
+        """
+        self._losses.append(loss)
+        self._learning_rate = learning_rate
+        self._skipped = sum(skipped.values())
+        self._seconds["data"] += data_seconds
+        for phase, seconds in self._engine.phase_seconds.items():
+            self._seconds[phase] += seconds
+
+    def pause(self, seconds: float) -> None:
+        """Time that is not training: an evaluation, a checkpoint."""
+        self._paused += seconds
+
+    def write_step(self, step: int) -> dict[str, Any]:
+        """Collective. Means since the last call, on every rank; rank 0 writes them."""
+        elapsed = time.perf_counter() - self._began - self._paused
+        steps = len(self._losses)
+        engine = self._engine
+        norm = engine.get_global_grad_norm()
+        sent = engine.bytes_sent
+        mine = {
+            "loss": float(torch.stack(self._losses).mean()),
+            "tokens_per_second": steps * self._tokens_per_step / elapsed / dist.get_world_size(),
+            "mfu": steps * self._flops_per_step / elapsed / self._peak_flops if self._peak_flops else math.nan,
+            "memory_bytes": memory_bytes(),
+            "bytes_sent": math.nan if sent is None else sent,
+            "flops": step * self._flops_per_step,
+            "skipped": self._skipped,
+            **{f"seconds/{phase}": self._seconds[phase] / steps for phase in PHASES},
+        }
+        everyone = _from_all_ranks(list(mine.values()), engine.device)
+        ranks = {name: everyone[:, i] for i, name in enumerate(mine)}
+        line = {
+            "step": step,
+            "tokens": step * self._tokens_per_step,
+            "loss": float(ranks["loss"].mean()),
+            "learning_rate": self._learning_rate,
+            "grad_norm": None if norm is None else float(norm),
+            "tokens_per_second": float(ranks["tokens_per_second"].sum()),
+            "tokens_per_second_per_rank": [round(value, 1) for value in ranks["tokens_per_second"].tolist()],
+            "mfu": float(ranks["mfu"].mean()),
+            "memory_bytes_per_rank": [int(value) for value in ranks["memory_bytes"].tolist()],
+            "bytes_sent_per_step": float(ranks["bytes_sent"].max()),
+            "flops": float(ranks["flops"].sum()),
+            "skipped": int(ranks["skipped"].sum()),
+            "seconds_per_step": elapsed / steps,
+            # The slowest rank's: the others wait for it.
+            "seconds": {phase: float(ranks[f"seconds/{phase}"].max()) for phase in PHASES},
+        }
+        self._losses.clear()
+        self._seconds.clear()
+        self._began, self._paused = time.perf_counter(), 0.0
+        return self._write(line)
+
+    def write_evaluation(self, step: int, loss: float) -> dict[str, Any]:
+        """The full model's loss on held-out text, nats per token."""
+        return self._write(
+            {
+                "step": step,
+                "tokens": step * self._tokens_per_step,
+                "full_model_val_loss": loss,
+                "full_model_val_perplexity": math.exp(min(loss, 700.0)),
+            }
+        )
+
+    def _write(self, line: dict[str, Any]) -> dict[str, Any]:
+        if dist.get_rank() == 0:
+            known = {key: _rounded(value) for key, value in line.items()}
+            try:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(known, allow_nan=False) + "\n")
+            except OSError as error:
+                raise OutputError(f"--output_dir: cannot write {self._file}: {error.strerror or error}") from None
+            self._to_monitor(known)
+        return line
+
+    def _to_monitor(self, line: dict[str, Any]) -> None:
+        if not self._engine.monitor.enabled:
+            return
+        samples = self._engine.global_samples
+        figures = {**line, **{f"seconds_{phase}": value for phase, value in line.get("seconds", {}).items()}}
+        if "memory_bytes_per_rank" in figures:
+            figures["memory_bytes_largest_rank"] = max(figures["memory_bytes_per_rank"])
+        self._engine.monitor.write_events(
+            [
+                (f"Train/Samples/{name}", float(value), samples)
+                for name, value in figures.items()
+                if isinstance(value, int | float) and name != "step"
+            ]
+        )
+
+    def _drop_after(self, step: int) -> None:
+        """A job that goes on from a checkpoint does the steps after it again; a half-written line is dropped too."""
+        try:
+            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            staging = self._file.with_suffix(".staging")
+            staging.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(staging, self._file)
+        except OSError as error:
+            raise OutputError(f"--output_dir: cannot write {self._file}: {error.strerror or error}") from None
+
+
+def memory_bytes() -> int:
+    """An accelerator's largest allocation since the start; on a CPU the process's memory now."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        return int(get_accelerator().max_memory_allocated())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _from_all_ranks(values: list[float], device: torch.device) -> torch.Tensor:
+    """``[world_size, len(values)]`` float64 on the CPU."""
+    # Some accelerators have no float64; two float32 hold byte counts and FLOPs well enough.
+    high = torch.tensor(values, dtype=torch.float64)
+    parts = torch.stack([high.float(), (high - high.float().double()).float()]).to(device)
+    gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, parts)
+    return torch.stack(gathered).cpu().double().sum(dim=1)
+
+
+def _rounded(value: Any) -> Any:
+    """Eight digits, as more say nothing; ``None`` for what is not known, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

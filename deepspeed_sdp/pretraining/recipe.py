@@ -1,0 +1,204 @@
+"""A recipe: one DeepSpeed config that says all of a pretraining run, its model and length included."""
+
+import copy
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deepspeed_sdp.config import BLOCK, SDPConfig, read_json
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.presets import model_path
+
+PRETRAINING = "pretraining"
+_AUTO_STEPS = ("total_num_steps", "warmup_num_steps")
+# Top-level keys of a DeepSpeed config (its documentation's, and those of its config classes).
+_DEEPSPEED_KEYS = frozenset(
+    re.findall(
+        r"\w+",
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler "
+        "communication_data_type seq_parallel_communication_data_type prescale_gradients "
+        "gradient_predivide_factor sparse_gradients fp16 bf16 bfloat16 amp torch_autocast gradient_clipping "
+        "zero_optimization zero_force_ds_cpu_optimizer zero_allow_untested_optimizer steps_per_print "
+        "wall_clock_breakdown memory_breakdown dump_state disable_allgather graph_harvesting "
+        "dataloader_drop_last use_data_before_expert_parallelism activation_checkpointing flops_profiler aio "
+        "autotuning elasticity comms_logger tensorboard wandb monitor_config csv_monitor comet "
+        "compression_training data_efficiency data_types checkpoint compile hybrid_engine nebula pipeline "
+        "timers tensor_parallel sparse_attention curriculum_learning eigenvalue progressive_layer_drop "
+        "load_universal_checkpoint ",
+    )
+)
+
+
+class Pretraining(BaseModel):
+    """The block ``"pretraining"`` of a recipe. Every error names the key, what it got and what it takes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    model: str = Field(description="HuggingFace config.json, a folder with one, or a preset")
+    seq_length: int = Field(ge=2, description="tokens of one training sequence")
+    tokens: float = Field(ge=1, description="training tokens of the dense baseline, over all ranks")
+    match: Literal["tokens", "flops"] = Field(
+        "tokens", description="as many tokens as the dense baseline, or as many as its FLOPs allow"
+    )
+    warmup_fraction: float = Field(0.02, ge=0, lt=1, description='share of the steps for "warmup_num_steps": "auto"')
+    document_reset: Literal["none", "positions", "attention"] = Field(
+        "none", description="what begins anew at each document of a sequence, besides the end-of-sequence token before"
+    )
+    seed: int = Field(0, ge=0, description="order of the training sequences")
+    activation_checkpointing: bool = Field(
+        False, description="compute each layer's activations again in the backward pass"
+    )
+    log_interval: int = Field(10, ge=1, description="steps between two lines of metrics")
+    eval_interval: int = Field(200, ge=1, description="steps between evaluations of the full model")
+    eval_sequences: int = Field(256, ge=0, description="held-out sequences of an evaluation in mid-run; 0: all")
+    checkpoint_interval: int = Field(200, ge=0, description="steps between checkpoints; 0: only when asked to stop")
+
+
+class Recipe:
+    """A recipe that has been read.
+
+    Attributes:
+        path: of the file.
+        about: its block ``"pretraining"``.
+        ds_config: the rest, a DeepSpeed config with the SDP block; values may still be ``"auto"``.
+        sdp: the SDP block, validated; ``enabled`` is false for the dense baseline.
+    """
+
+    def __init__(self, path: Path, about: Pretraining, ds_config: dict[str, Any], sdp: SDPConfig) -> None:
+        self.path = path
+        self.about = about
+        self.ds_config = ds_config
+        self.sdp = sdp
+
+    @property
+    def model_file(self) -> Path:
+        """The model's config: a path as it stands or beside the recipe, or a preset.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        beside = self.path.parent / self.about.model
+        return beside if beside.exists() else model_path(self.about.model, f"{PRETRAINING}.model")
+
+    def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What all ranks must have alike; ``options``: of their command lines."""
+        own = {key: value for key, value in options.items() if key != "local_rank"}
+        return {PRETRAINING: self.about.model_dump(), "recipe": self.ds_config, "option": own}
+
+    def micro_batches(self, world_size: int) -> int:
+        """Gradient accumulation steps that ``train_batch_size`` takes on ``world_size`` ranks.
+
+        Raises:
+            ConfigError: it cannot be reached.
+        """
+        batch, micro = (self.ds_config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
+        if batch % (micro * world_size):
+            raise ConfigError(
+                f"train_batch_size: got {batch} with {world_size} ranks and train_micro_batch_size_per_gpu {micro}; "
+                f"takes a multiple of {micro * world_size} (--set train_micro_batch_size_per_gpu=... changes it)"
+            )
+        return int(batch // (micro * world_size))
+
+    def for_steps(self, steps: int) -> dict[str, Any]:
+        """The DeepSpeed config of a run of so many steps: the schedule stretches with them."""
+        config = copy.deepcopy(self.ds_config)
+        params = config.get("scheduler", {}).get("params", {})
+        values = {"total_num_steps": steps, "warmup_num_steps": max(1, round(self.about.warmup_fraction * steps))}
+        params.update({key: values[key] for key in _AUTO_STEPS if params.get(key) == "auto"})
+        return config
+
+
+def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from its file, with ``changes`` such as ``"pretraining.tokens=1e8"`` (``KEY.KEY=JSON``).
+
+    Raises:
+        ConfigError: names the file and key that is missing, unknown or impossible.
+    """
+    data = copy.deepcopy(read_json(path, "--recipe"))
+    for change in changes:
+        _set(data, change)
+    block = data.pop(PRETRAINING, None)
+    if not isinstance(block, Mapping):
+        raise ConfigError(f'--recipe: {path} has no block "{PRETRAINING}"; takes a recipe such as those in ds_configs/')
+    try:
+        about = Pretraining(**{**block, "tokens": _as_float(block.get("tokens"))} if "tokens" in block else block)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+    _check_keys(data)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        if not isinstance(data.get(key), int) or isinstance(data.get(key), bool) or data[key] < 1:
+            raise ConfigError(f"{key}: got {json.dumps(data.get(key))}; takes a whole number from 1 on, in a recipe")
+    sdp_block = data.get(BLOCK)
+    if sdp_block is None:
+        raise ConfigError(f'--recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
+    if isinstance(sdp_block, dict) and "plan_file" not in sdp_block:
+        sdp_block.setdefault("seq_length", about.seq_length)
+    return Recipe(Path(path), about, data, SDPConfig.parse(sdp_block))
+
+
+def _check_keys(data: Mapping[str, Any]) -> None:
+    """DeepSpeed lets keys that it does not know through, so a mistyped one would do nothing."""
+    known = {*_DEEPSPEED_KEYS, BLOCK}
+    for key, value in data.items():
+        if key not in known:
+            inside = [name for name in _inner_names() if name.endswith(f".{key}")]
+            near = inside or difflib.get_close_matches(key, [*known, PRETRAINING], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{key}: got {json.dumps(value)}; takes no such key at the top of a recipe{hint}")
+    if "gradient_accumulation_steps" in data:
+        raise ConfigError(
+            f"gradient_accumulation_steps: got {json.dumps(data['gradient_accumulation_steps'])}; takes none in a "
+            "recipe, it follows from train_batch_size and the number of ranks"
+        )
+    if "scheduler" in data:
+        scheduler = data["scheduler"]
+        if not isinstance(scheduler, Mapping) or not isinstance(scheduler.get("type"), str):
+            raise ConfigError(f'scheduler: got {json.dumps(scheduler)}; takes an object with "type" and "params"')
+        params = scheduler.get("params", {})
+        if not isinstance(params, Mapping):
+            raise ConfigError(f"scheduler.params: got {json.dumps(params)}; takes an object")
+        for key, value in params.items():
+            if value == "auto" and key not in _AUTO_STEPS:
+                raise ConfigError(
+                    f'scheduler.params.{key}: got "auto"; takes that for {" and ".join(_AUTO_STEPS)} alone'
+                )
+
+
+def _inner_names() -> list[str]:
+    return [f"{PRETRAINING}.{key}" for key in Pretraining.model_fields] + [
+        f"{BLOCK}.{key}" for key in SDPConfig.model_fields
+    ]
+
+
+def _set(data: dict[str, Any], change: str) -> None:
+    name, equals, text = change.partition("=")
+    keys = [key.strip() for key in name.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"--set: got {change!r}; takes KEY=VALUE, or BLOCK.KEY=VALUE for a key in a block")
+    for i, key in enumerate(keys[:-1]):
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set: got {change!r}; {'.'.join(keys[: i + 1])} is no block")
+    try:
+        data[keys[-1]] = json.loads(text)
+    except json.JSONDecodeError:
+        data[keys[-1]] = text
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _describe(item: Any) -> str:
+    key = ".".join([PRETRAINING, *(str(part) for part in item["loc"])])
+    got = json.dumps(item.get("input"), default=str)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key, got {got}; takes {', '.join(Pretraining.model_fields)}"
+    if item["type"] == "missing":
+        return f"{key}: got nothing; takes {Pretraining.model_fields[item['loc'][0]].description}"
+    return f"{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,87 @@
+"""Real jobs of launch/pretrain.py: a recipe made small, on parquet files with FineWeb's columns."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from deepspeed_sdp.cli import main
+from tests.data.conftest import make_documents
+from tests.launch.jobs import MODEL, run_job
+from tests.support.ranks import ROOT
+
+PRETRAIN = ROOT / "launch" / "pretrain.py"
+RECIPE = ROOT / "ds_configs" / "fineweb" / "15m" / "forward-neuron-1_2.json"
+SMALL = {
+    "pretraining.seq_length": 32,
+    "pretraining.tokens": 4000,
+    "pretraining.log_interval": 2,
+    "pretraining.eval_interval": 4,
+    "pretraining.eval_sequences": 8,
+    "pretraining.checkpoint_interval": 0,
+    "train_batch_size": 16,
+    "train_micro_batch_size_per_gpu": 2,
+    "subnetwork_data_parallel.num_subnetworks": 2,
+}
+
+
+def write_parquet(folder, count=160):
+    """Two files with FineWeb's columns."""
+    folder.mkdir()
+    rows = [
+        {
+            "text": text,
+            "id": f"<urn:uuid:{number}>",
+            "dump": "CC-MAIN-2024-10",
+            "url": f"https://example.org/{number}",
+            "date": "2024-03-01T00:00:00Z",
+            "file_path": "s3://commoncrawl/segment.warc.gz",
+            "language": "en",
+            "language_score": 0.98,
+            "token_count": len(text) // 4,
+        }
+        for number, text in enumerate(make_documents(count))
+    ]
+    for number in range(2):
+        table = pa.Table.from_pylist(rows[number::2])
+        pyarrow.parquet.write_table(table, folder / f"00{number}_00000.parquet", row_group_size=5)
+    return folder
+
+
+class RecipePlace:
+    """A folder with shards and a small model; ``launch`` runs a recipe on them."""
+
+    def __init__(self, folder, shards=None):
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.output = folder / "out"
+        self.text: list[str] = []
+        (folder / "model.json").write_text(json.dumps(MODEL))
+        self.shards = shards or folder / "shards"
+        if shards is None:
+            source = str(write_parquet(folder / "parquet"))
+            arguments = ["--source", source, "--train_tokenizer", "320", "--heldout_fraction", "0.1", "--quiet"]
+            assert main(["data", str(self.shards), *arguments]) == 0
+
+    def arguments(self, *switches, recipe=RECIPE, script=PRETRAIN, **changes):
+        values = {**SMALL, "pretraining.model": str(self.folder / "model.json"), **changes}
+        if recipe.name == "dense.json":
+            del values["subnetwork_data_parallel.num_subnetworks"]
+        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        text = self.text or ["--data", str(self.shards)]
+        return [str(script), "--recipe", str(recipe), "--output_dir", str(self.output), *text, *sets, *switches]
+
+    def launch(self, *switches, ranks=2, **changes):
+        return run_job(self.arguments(*switches, **changes), self.folder, ranks)
+
+    def lines(self):
+        return [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+
+    def script(self, body):
+        """A script that does something to ``loop`` before launch/pretrain.py runs."""
+        file = self.folder / "script.py"
+        file.write_text(
+            f"import os, sys\nsys.path.insert(0, {str(PRETRAIN.parent)!r})\nimport pretrain\n"
+            f"from deepspeed_sdp.pretraining import loop\n{body}\npretrain.main(sys.argv[1:])\n"
+        )
+        return file

@@ -1,0 +1,207 @@
+"""Recipes from parquet files to an exported model, in real jobs."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from deepspeed_sdp.data import open_shards, separate_documents
+from tests.launch.jobs import assert_ended_badly
+from tests.launch.recipe_jobs import RECIPE, RecipePlace
+
+STOP_AT_5 = """
+import signal, time
+step = loop.train_step
+def stopping(engine, batches):
+    loss = step(engine, batches)
+    if engine.global_steps == 5 and engine.global_rank == 1:
+        os.kill(os.getpid(), signal.{})
+        time.sleep(1)
+    return loss
+loop.train_step = stopping
+"""
+# Restarts of attention at documents reach every layer of the evaluation.
+CHANGES = {"pretraining.document_reset": "attention"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return RecipePlace(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    job = place.launch("--tensorboard", "--peak_tflops", "0.1", **CHANGES)
+    assert job.code == 0, job.output
+    return job
+
+
+def weights(place):
+    return load_file(place.output / "hf" / "model.safetensors")
+
+
+def test_it_says_what_it_will_do(run, place):
+    page = (place.output / "report.md").read_text()
+    for text in (
+        "matched by flops: 12 steps",
+        "SDP, forward masking by neuron, 2 subnetworks",
+        "warm-up 1 steps, to the end of 12",
+    ):
+        assert run.output.count(text) == 1, run.output
+        assert text in page
+
+
+def test_the_figures_of_a_run(run, place):
+    lines = place.lines()
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "full_model_val_loss" in line] == [4, 8, 12]
+    for line in steps:
+        assert line["tokens"] == line["step"] * 16 * 32
+        assert line["tokens_per_second"] == pytest.approx(sum(line["tokens_per_second_per_rank"]), rel=1e-3)
+        assert line["tokens_per_second"] == pytest.approx(16 * 32 / line["seconds_per_step"], rel=0.5)
+        assert line["mfu"] == pytest.approx(line["flops"] / line["step"] / 2 / line["seconds_per_step"] / 1e11, rel=0.5)
+        assert len(line["memory_bytes_per_rank"]) == 2
+        assert min(line["memory_bytes_per_rank"]) > 1e8
+        assert line["bytes_sent_per_step"] > 0
+        assert line["grad_norm"] > 0
+        assert set(line["seconds"]) == {"data", "forward", "backward", "step", "communication", "exposed"}
+        assert 0 < line["seconds"]["backward"] < line["seconds_per_step"] * 1.5
+    assert steps[-1]["learning_rate"] < steps[1]["learning_rate"], "the schedule ends with the run"
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    for line in lines:
+        if "full_model_val_loss" in line:
+            assert line["full_model_val_perplexity"] == pytest.approx(math.exp(line["full_model_val_loss"]), rel=1e-5)
+
+
+def test_tensorboard_has_them_too(run, place):
+    events = EventAccumulator(str(place.output / "tensorboard"))
+    events.Reload()
+    last = place.lines()[-1]
+    assert events.Scalars("Train/Samples/full_model_val_loss")[-1].value == pytest.approx(last["full_model_val_loss"])
+    tags = {tag.removeprefix("Train/Samples/") for tag in events.Tags()["scalars"]}
+    assert {"loss", "mfu", "tokens_per_second", "memory_bytes_largest_rank", "bytes_sent_per_step", "grad_norm",
+            "seconds_backward", "full_model_val_perplexity"} <= tags  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_exported_model_has_the_reported_loss(run, place):
+    model = AutoModelForCausalLM.from_pretrained(place.output / "hf", dtype=torch.float32).eval()
+    assert model.config.use_cache
+    separate_documents(model.config, "attention", 1)
+    heldout = open_shards(place.shards).sequences("heldout", 32, "attention")
+    total = count = 0.0
+    for i in range(len(heldout)):
+        example = {key: value[None] for key, value in heldout[i].items()}
+        predicted = int((example["labels"][:, 1:] != -100).sum())
+        total += float(model(**example).loss) * predicted
+        count += predicted
+    report = json.loads((place.output / "report.json").read_text())
+    assert report["full_model_val_loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["forward-neuron-1_2", "backward-block-1_2", "dense"])
+@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGKILL"])
+def test_killed_and_resumed_it_ends_with_the_same_weights(place, tmp_path, recipe, signal):
+    recipe = RECIPE.with_name(f"{recipe}.json")
+    options = {
+        "recipe": recipe,
+        "pretraining.checkpoint_interval": 3,
+        "pretraining.document_reset": "attention",
+        "pretraining.activation_checkpointing": True,
+    }
+    whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
+    job = whole.launch(**options)
+    assert job.code == 0, job.output
+    marker = cut.folder / "stopped"
+    first = cut.launch("--stop_file", marker, script=cut.script(STOP_AT_5.format(signal)), **options)
+    was_asked = signal == "SIGUSR1"
+    assert ("; the same command goes on" in first.output) == was_asked, first.output
+    assert (first.code == 0) == marker.exists() == was_asked, first.output
+    assert not (cut.output / "hf").exists()
+    second = cut.launch(**options)
+    assert second.code == 0, second.output
+    assert second.output.count("going on from") == 1
+    one, two = weights(whole), weights(cut)
+    assert set(one) == set(two)
+    assert all(one[name].equal(two[name]) for name in one)
+    # Beside the lines of the run, one of the step at which it was asked to stop.
+    steps = [(line["step"], line.get("full_model_val_loss")) for line in cut.lines() if line["step"] not in (5, 7)]
+    assert steps == [(line["step"], line.get("full_model_val_loss")) for line in whole.lines()], "no line twice"
+    again = cut.launch(**options, **{"pretraining.seed": 5})
+    assert_ended_badly(again, "text: the checkpoint was made with another seed (0), this is 5")
+    assert all(two[name].equal(value) for name, value in weights(cut).items())
+    lines = cut.lines()
+    finished = cut.launch("--steps", str(lines[-1]["step"]), **{**options, "pretraining.checkpoint_interval": 0})
+    if lines[-1]["step"] % 3 == 0:
+        assert (finished.code, finished.output.count("finished before:")) == (0, 1), finished.output
+        assert cut.lines() == lines
+        assert_ended_badly(cut.launch("--steps", "4", **options), "--steps: got 4; the run in")
+
+
+@pytest.mark.slow
+def test_it_goes_on_on_another_number_of_ranks(place, tmp_path):
+    """The same samples in the same steps: the weights differ by rounding only."""
+    whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
+    assert whole.launch().code == 0
+    first = cut.launch(script=cut.script(STOP_AT_5.format("SIGUSR1")))
+    assert first.code == 0, first.output
+    second = cut.launch(ranks=4)
+    assert second.code == 0, second.output
+    one, two = weights(whole), weights(cut)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-4
+    assert any(not one[name].equal(two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_the_dense_baseline_starts_from_the_same_weights(place, tmp_path):
+    """Subnetworks that own everything, and plain DeepSpeed, are the same run."""
+    dense = RecipePlace(tmp_path / "dense", place.shards)
+    full = RecipePlace(tmp_path / "full", place.shards)
+    assert dense.launch(recipe=RECIPE.with_name("dense.json")).code == 0
+    assert full.launch(**{"subnetwork_data_parallel.coverage": 1.0}).code == 0
+    one, two = weights(dense), weights(full)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    losses = [[line["loss"] for line in place.lines() if "loss" in line] for place in (dense, full)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("switches", "changes", "message"),
+    [
+        ([], {"pretraining.sequence": 3}, "error: pretraining.sequence: unknown key, got 3"),
+        ([], {"train_batch_size": 15}, "error: train_batch_size: got 15 with 2 ranks"),
+        (["--data", "nowhere"], {}, "error: nowhere"),
+        (["--steps", "0"], {}, "error: --steps: got 0; takes a number from 1 on"),
+        ([], {"subnetwork_data_parallel.coverage": 0.3}, "coverage: got 0.3 with 2 subnetworks"),
+        (["--set", "zero_optimization.stage=7"], {}, "zero_optimization"),
+    ],
+)
+def test_a_wrong_recipe_ends_the_job_with_one_message(place, tmp_path, switches, changes, message):
+    other = RecipePlace(tmp_path / "bad", place.shards)
+    assert_ended_badly(other.launch(*switches, **changes), message)
+
+
+@pytest.mark.slow
+def test_on_the_fly_it_goes_on_on_other_ranks_with_the_same_sequences(place, tmp_path):
+    """Without shards: stopped on two ranks, taken up by four, it ends where an unbroken run ends."""
+    whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
+    source = ["--stream", str(place.folder / "parquet"), "--tokenizer", str(place.shards / "tokenizer")]
+    source += ["--stream_heldout_fraction", "0.1"]
+    for one in (whole, cut):
+        one.text = source
+    job = whole.launch()
+    assert job.code == 0, job.output
+    first = cut.launch(script=cut.script(STOP_AT_5.format("SIGUSR1")))
+    assert first.code == 0, first.output
+    second = cut.launch(ranks=4)
+    assert second.code == 0, second.output
+    one, two = weights(whole), weights(cut)
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-4
+    assert any(not one[name].equal(two[name]) for name in one)
