@@ -14,14 +14,16 @@ export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all checks format clean
+.PHONY: help setup demo test test-all bench-quality bench-quality-quick bench-systems checks format clean
 
 help:
 	@echo "make setup     .venv with pinned dependencies and this package"
 	@echo "make demo      pretrain a small LLaMA with 4 workers on this machine; leaves runs/demo"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
+	@echo "make bench-quality   validation loss of dense training and of SDP's options: about an hour and a half of one core"
 	@echo "make checks    format, lint and types"
+	@echo "make bench-systems  memory, time and traffic beside DDP, FSDP2 and ZeRO, and sweeps; half an hour on two cores"
 
 setup: $(VENV)/.done
 
@@ -45,6 +47,16 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest
 
+# Trainings that stand in the file already are not run again.
+bench-quality: setup
+	$(BIN)/python -m benchmarks.quality.run --output benchmarks/results/quality.jsonl
+	$(BIN)/python -m benchmarks.quality.tables --results benchmarks/results/quality.jsonl \
+	    --summary benchmarks/results/quality.json --plot docs/quality.png
+
+bench-quality-quick: setup
+	$(BIN)/python -m benchmarks.quality.run --quick --output runs/quality/quick.jsonl
+	$(BIN)/python -m benchmarks.quality.tables --size smoke --results runs/quality/quick.jsonl
+
 checks: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,6 +65,19 @@ checks: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# N is the number of ranks, so each takes a start. A trial: make bench-systems BENCH_ARGS=--quick RESULTS=... DOCS=...
+SYSTEMS := $(BIN)/python benchmarks/systems/launch.py --time_limit 3600
+RESULTS ?= benchmarks/results
+DOCS ?= docs
+
+bench-systems: setup
+	$(SYSTEMS) --ranks $(RANKS) benchmarks/systems/run.py --output $(RESULTS)/systems.json $(BENCH_ARGS)
+	$(SYSTEMS) --ranks $(RANKS) benchmarks/systems/sweep.py --axes size coverage sequence micro_batch link workers \
+	    --output $(RESULTS)/sweep.json $(BENCH_ARGS)
+	$(SYSTEMS) --ranks 2 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_2.json $(BENCH_ARGS)
+	$(SYSTEMS) --ranks 8 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_8.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/systems/documents.py --results $(RESULTS) --docs $(DOCS)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

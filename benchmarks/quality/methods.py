@@ -1,0 +1,178 @@
+"""What is compared: one row each. A row without a learning rate of its own takes that of the row it varies."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.training import Method, Phase, Size, with_sdp
+
+SIZES = {
+    # 267 thousand parameters
+    "small": Size(64, 176, 4, 4, 512, 64, 8, 2, 480),
+    # 2.0 million
+    "large": Size(144, 400, 8, 4, 512, 64, 8, 4, 700),
+    "smoke": Size(16, 32, 4, 4, 512, 64, 8, 1, 12),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender.
+
+    Attributes:
+        name: unique.
+        group: what is run together.
+        method: what is trained.
+        like: the row whose tuned learning rate it takes; ``None``: it is tuned itself.
+        equal_tokens: whether it is run at equal tokens as well; others are the same there, or vary a row.
+    """
+
+    name: str
+    group: str
+    method: Method
+    like: str | None = None
+    equal_tokens: bool = False
+
+
+DENSE = Method()
+BLOCK: Mapping[str, Any] = {"granularity": "block"}
+UNITS = ("neurons", "blocks")
+MASKINGS: Mapping[str, Mapping[str, Any]] = {"forward": {}, "backward": {"masking": "backward"}}
+COVERAGES = {"1/2": 0.5, "3/4": 0.75, "1/4": 0.25}
+SCALINGS = {"no scaling": "none", "scaling by 1/sqrt(C)": "inverse_sqrt_coverage", "scaling by 1/C": "inverse_coverage"}
+NEURON = Method({"coverage": 0.5})
+
+
+def _block(masking: str, units: str, coverage: str) -> dict[str, Any]:
+    """Keys of the SDP block. Four layers of two owners each leave workers apart, so at 1/4 blocks are branches."""
+    keys = {"coverage": COVERAGES[coverage], **MASKINGS[masking], **(BLOCK if units == "blocks" else {})}
+    return {**keys, "block_unit": "branch"} if (units, coverage) == ("blocks", "1/4") else keys
+
+
+_NEURON, _BLOCK = "forward, neurons, 1/2", "forward, blocks, 1/2"
+
+
+def _main() -> list[Row]:
+    """What is tuned. Dense training at equal FLOPs is dense training at equal tokens."""
+    halves = {
+        f"{masking}, {units}, 1/2": Method(_block(masking, units, "1/2"))
+        for masking, units in itertools.product(MASKINGS, UNITS)
+    }
+    rows = [Row("dense", "main", DENSE)]
+    rows += [Row(name, "main", method, equal_tokens=True) for name, method in halves.items()]
+    for coverage in ("3/4", "1/4"):
+        method = Method({"coverage": COVERAGES[coverage]})
+        rows.append(Row(f"forward, neurons, {coverage}", "main", method, equal_tokens=True))
+    # What more and smaller steps are worth by themselves.
+    rows.append(Row("dense, half the batch", "main", Method(sequences=1)))
+    rows.append(Row(f"{_NEURON}, half the batch", "main", Method(NEURON.sdp, sequences=1)))
+    rows.append(Row("dense, dropout 0.1", "main", Method(dropout=0.1)))
+    rows.append(Row("dense, stochastic depth 0.2", "main", Method(stochastic_depth=0.2), equal_tokens=True))
+    return rows
+
+
+def _more() -> list[Row]:
+    """The other coverages."""
+    names = [name.split(", ") for name in ("forward, blocks", "backward, neurons", "backward, blocks")]
+    return [
+        Row(
+            f"{masking}, {units}, {coverage}",
+            "more",
+            Method(_block(masking, units, coverage)),
+        )
+        for (masking, units), coverage in itertools.product(names, ("3/4", "1/4"))
+    ]
+
+
+def _product() -> list[Row]:
+    """Everything with everything; without the rows that the defaults of the others are."""
+    rows = []
+    designs = {"balanced": {}, "cyclic": {"design": "cyclic"}, "random": {"design": "random"}, "same split": {}}
+    for (masking, units, coverage), (scaling, value), (design, keys), resampled in itertools.product(
+        itertools.product(MASKINGS, UNITS, COVERAGES), SCALINGS.items(), designs.items(), ("static", "resampled")
+    ):
+        is_default = value == "inverse_sqrt_coverage"
+        if masking == "backward" and not is_default:  # which has no scaling
+            continue
+        if is_default and design == "balanced" and resampled == "static":
+            continue
+        if (units, coverage, design) == ("blocks", "1/4", "random"):  # leaves workers apart, so the package refuses it
+            continue
+        block = {**_block(masking, units, coverage), **keys}
+        if masking == "forward":
+            block["output_scaling"] = value
+        parent = f"{masking}, {units}, {coverage}"
+        name = ", ".join([*([scaling] if masking == "forward" else []), design, resampled])
+        method = Method(block, same_split=design == "same split", resample_interval=int(resampled == "resampled"))
+        rows.append(Row(f"{parent}; {name}", "product", method, like=parent))
+    return rows
+
+
+def _of(group: str, parent: str, **variants: Method) -> list[Row]:
+    return [Row(f"{parent}; {name.replace('_', ' ')}", group, m, like=parent) for name, m in variants.items()]
+
+
+def _defaults() -> list[Row]:
+    block = Method({"coverage": 0.5, **BLOCK})
+    first, last = "model.layers.0", "model.layers.{last}"
+    return [
+        *_of(
+            "defaults",
+            _NEURON,
+            no_scaling=with_sdp(NEURON, output_scaling="none"),
+            scaling_by_inverse_coverage=with_sdp(NEURON, output_scaling="inverse_coverage"),
+            same_split_in_every_layer=Method(NEURON.sdp, same_split=True),
+            random_design=with_sdp(NEURON, design="random"),
+            cyclic_design=with_sdp(NEURON, design="cyclic"),
+            resampled_every_step=Method(NEURON.sdp, resample_interval=1),
+            resampled_every_20_steps=Method(NEURON.sdp, resample_interval=20),
+            MLP_alone=with_sdp(NEURON, partition=["mlp"]),
+            MLP_alone_at_1_4=with_sdp(NEURON, partition=["mlp"], coverage=0.25),
+            first_layer_shared=with_sdp(NEURON, shared_modules=[first]),
+            last_layer_shared=with_sdp(NEURON, shared_modules=[last]),
+            first_and_last_shared_rest_at_1_4=with_sdp(NEURON, shared_modules=[first, last], coverage=0.25),
+        ),
+        *_of(
+            "defaults",
+            _BLOCK,
+            no_scaling=with_sdp(block, output_scaling="none"),
+            scaling_by_inverse_coverage=with_sdp(block, output_scaling="inverse_coverage"),
+            branches_as_units=with_sdp(block, block_unit="branch"),
+            resampled_every_step=Method(block.sdp, resample_interval=1),
+        ),
+    ]
+
+
+def _gap() -> list[Row]:
+    quiet = 0.5**0.5
+
+    def at_end(share: float, coverage: float) -> Method:
+        return Method(NEURON.sdp, last=Phase(share, {"coverage": coverage}))
+
+    return [
+        # What no scaling and a full model scaled by sqrt(C) amount to, and what that does to dense training.
+        *_of("gap", "dense", writes_x_0_71=Method(writes=quiet)),
+        *_of("gap", _NEURON, writes_x_0_71=Method(NEURON.sdp, writes=quiet)),
+        *_of(
+            "gap",
+            _NEURON,
+            last_10_percent_dense=at_end(0.1, 1.0),
+            last_20_percent_dense=at_end(0.2, 1.0),
+            last_5_percent_dense=at_end(0.05, 1.0),
+            first_10_percent_dense=Method(NEURON.sdp, first=Phase(0.1, {"coverage": 1.0})),
+            last_20_percent_at_3_4=at_end(0.2, 0.75),
+            last_3_percent_norms_of_the_dense_model=Method(NEURON.sdp, last=Phase(0.03, {"coverage": 1.0}, True)),
+            rate_of_partitioned_x_0_71=Method(NEURON.sdp, partitioned_lr=0.5**0.5),
+            rate_of_partitioned_x_1_41=Method(NEURON.sdp, partitioned_lr=2**0.5),
+        ),
+        *_of(
+            "gap",
+            _BLOCK,
+            last_10_percent_dense=Method({"coverage": 0.5, **BLOCK}, last=Phase(0.1, {"coverage": 1.0})),
+        ),
+    ]
+
+
+GROUPS = ("main", "defaults", "gap", "more", "product")
+ROWS = {row.name: row for row in (*_main(), *_more(), *_defaults(), *_gap(), *_product())}
