@@ -27,7 +27,8 @@ def test_own_accumulation(ranks4, how, sdp):
     assert_same_weights(results[0]["full"], module.state_dict(), 1e-5)
 
 
-@pytest.mark.parametrize("how", [pytest.param("engine", marks=pytest.mark.slow), "layers"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["engine", "layers"])
 def test_compiled(ranks4, how):
     results = ranks4.run(f"{CASES}:compiled", timeout=180, how=how, stage=2, backend="aot_eager", sdp=HALF)
     assert_owners_equal(results)
