@@ -69,6 +69,11 @@ class GatheredParts:
             self._free(part)
         self._phase = "idle"
 
+    @property
+    def pending_bytes(self) -> int:
+        """Of the buffers in which weights are under way."""
+        return sum(self._pending_bytes[part] for part in self._pending)
+
     def _stays(self, part: int) -> bool:
         return part == 0 and self._is_tied
 

@@ -100,7 +100,7 @@ class EngineStep:
     def _on_gradient(self, name: str, reduces: bool) -> None:
         numel, ledger = self._weights[name].numel, self.ledger
         nbytes = numel * self._width
-        ledger.sample_gradients(nbytes)
+        ledger.sample_gradients(nbytes - (self._gathered.pending_bytes if self._gathered else 0))
         if self._job.accumulate_dtype == self._job.dtype:
             if name not in self._gradients:
                 self._hold(name, nbytes)
