@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _STREAM_OPTIONS = (
     "tokenizer", "stream_config", "stream_revision", "stream_heldout_fraction", "text_column", "on_broken_row",
-    "on_broken_file", "retries",
+    "on_broken_file", "retries", "num_lanes",
 )  # fmt: skip
 
 
@@ -157,6 +157,13 @@ def parse_pretrain_arguments(argv: list[str], description: str | None) -> argpar
     parser.add_argument("--on_broken_file", choices=skip, help="of --stream (default: stop)")
     parser.add_argument("--retries", type=int, metavar="N", help="of a connection that --stream loses (default: 8)")
     parser.add_argument(
+        "--num_lanes",
+        type=int,
+        metavar="N",
+        help="parts in which --stream is read: a multiple of the ranks that divides the global batch; fewer for a "
+        "small source (default: the most up to 64; a run goes on with those it began with)",
+    )
+    parser.add_argument(
         "--output_dir", required=True, metavar="DIR", help="gets hf/, checkpoints/, metrics.jsonl, report.md, loss.png"
     )
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of those that follow from the recipe")
@@ -209,6 +216,7 @@ def check_pretrain_arguments(args: argparse.Namespace) -> None:
         "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
         "stream_heldout_fraction": (0 < heldout_fraction(args) < 1, "a number between 0 and 1"),
         "retries": (args.retries is None or args.retries >= 0, "a number from 0 on"),
+        "num_lanes": (args.num_lanes is None or args.num_lanes >= 1, "a number from 1 on"),
         "peak_tflops": (args.peak_tflops is None or 0 < args.peak_tflops < math.inf, "a positive number"),
     }
     _check(args, takes)

@@ -59,7 +59,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     if args.data:
         text: Text = agreed(lambda: open_text(Path(args.data), recipe), lambda found: found.state_dict())
     else:
-        text = StreamedText(stream_source(args), args.tokenizer, recipe, output, heldout_fraction(args))
+        fraction = heldout_fraction(args)
+        text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
     job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps))
     if dist.get_rank() == 0:
         print("\n".join(f"{name:<12} {value}" for name, value in describe(job).items()), flush=True)

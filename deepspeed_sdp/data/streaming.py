@@ -188,15 +188,24 @@ class StreamedSequences:
         return {"format": _FORMAT, **{key: self._identity[key] for key in keys}, "count": count}
 
     def _set_lanes(self, lanes: int, positions: Mapping[int, Position]) -> None:
-        if lanes < 1 or lanes % self.world_size or self.global_batch % lanes:
-            raise ConfigError(
-                f"--num_lanes: got {lanes}; takes a multiple of the {self.world_size} ranks that divides the global "
-                f"batch of {self.global_batch}"
-            )
+        check_lanes(lanes, self.world_size, self.global_batch)
         self.close()
         self._reader.num_lanes = lanes
         own = range(self.rank, lanes, self.world_size)
         self._positions = {lane: positions.get(lane, Position()) for lane in own}
+
+
+def check_lanes(lanes: int, world_size: int, global_batch: int) -> None:
+    """Refuse a number of lanes that ranks cannot share evenly.
+
+    Raises:
+        ConfigError: it is no multiple of the ranks that divides the global batch.
+    """
+    if lanes < 1 or lanes % world_size or global_batch % lanes:
+        raise ConfigError(
+            f"--num_lanes: got {lanes}; takes a multiple of the {world_size} ranks that divides the global batch of "
+            f"{global_batch}"
+        )
 
 
 def lanes_for(global_batch: int, world_size: int) -> int:

@@ -10,7 +10,7 @@ from deepspeed_sdp.data import unigram_loss, vocab_size
 from deepspeed_sdp.data.faults import Skipped
 from deepspeed_sdp.data.heldout import HeldoutSequences
 from deepspeed_sdp.data.source import SourceSpec
-from deepspeed_sdp.data.streaming import StreamedSequences
+from deepspeed_sdp.data.streaming import StreamedSequences, check_lanes
 from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.engine import agreed
 from deepspeed_sdp.errors import DataError, OutputError
@@ -31,15 +31,27 @@ class StreamedText:
     little too low.
     """
 
-    def __init__(self, spec: SourceSpec, tokenizer: str, recipe: Recipe, output: Path, heldout_fraction: float) -> None:
+    def __init__(
+        self,
+        spec: SourceSpec,
+        tokenizer: str,
+        recipe: Recipe,
+        output: Path,
+        heldout_fraction: float,
+        num_lanes: int | None = None,
+    ) -> None:
         """Collective.
 
         Raises:
+            ConfigError: ``num_lanes`` is no multiple of the ranks that divides the global batch.
             DataError: the source or tokenizer cannot be found, too few documents are held out, or this rank does not
                 see what rank 0 sees.
             OutputError: the tokenizer or the held-out text cannot be saved into ``output``.
         """
         self._spec, self._recipe, self._heldout_fraction = spec, recipe, heldout_fraction
+        self._num_lanes = num_lanes
+        if num_lanes is not None:  # The held-out text is read first, by one rank, for which any number may do.
+            check_lanes(num_lanes, dist.get_world_size(), int(recipe.ds_config["train_batch_size"]))
         self._tokenizer = agreed(lambda: find_tokenizer(tokenizer))
         self.tokenizer_folder = output / "tokenizer"
         on_first_rank(self._save_tokenizer)
@@ -116,6 +128,7 @@ class StreamedText:
             world_size=world_size,
             micro_batch=batch_size,
             global_batch=int(self._recipe.ds_config["train_batch_size"]),
+            num_lanes=self._num_lanes,
             seed=about.seed,
             heldout_fraction=self._heldout_fraction,
             reset=about.document_reset,

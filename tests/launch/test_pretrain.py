@@ -193,7 +193,7 @@ def test_on_the_fly_it_goes_on_on_other_ranks_with_the_same_sequences(place, tmp
     """Without shards: stopped on two ranks, taken up by four, it ends where an unbroken run ends."""
     whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
     source = ["--stream", str(place.folder / "parquet"), "--tokenizer", str(place.shards / "tokenizer")]
-    source += ["--stream_heldout_fraction", "0.1"]
+    source += ["--stream_heldout_fraction", "0.1", "--num_lanes", "4"]
     for one in (whole, cut):
         one.text = source
     job = whole.launch()
