@@ -72,6 +72,12 @@ class SDPConfig(BaseModel):
         "inverse_sqrt_coverage",
         description="factor on what the partitioned units add to the residual stream of a subnetwork",
     )
+    calibration_sequences: int = Field(
+        64,
+        ge=0,
+        description="of the last step, on which launch/ scripts and Trainer calibrate the full model before it is "
+        "evaluated or saved; 0: never",
+    )
     design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
     plan_file: str | None = Field(
         None, description="a plan made before (deepspeed-sdp plan --out), instead of a design"

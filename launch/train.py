@@ -83,6 +83,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,
         eval_sequences=args.eval_sequences,
+        calibration_sequences=sdp.calibration_sequences,
         restart=args.restart,
     )
     loop = Loop(engine, PackedText.of(corpus, args.seed), report, settings, stop)

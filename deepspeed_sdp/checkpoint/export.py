@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from deepspeed_sdp.checkpoint import folder as folders
+from deepspeed_sdp.checkpoint.full_scale import scaling_of
 from deepspeed_sdp.checkpoint.hf_names import saved_names
 from deepspeed_sdp.checkpoint.index import Place, read_index
 from deepspeed_sdp.checkpoint.json_files import read_json
@@ -57,7 +58,10 @@ def export(
     config.architectures = [meta["model_class"]]
     names = saved_names(meta_model(config, META))
     weights = weights_of(checkpoint, lost)
-    if subnetwork is not None:
+    if subnetwork is None:
+        scaled = scaling_of(checkpoint, meta, config)
+        weights = ((name, scaled(f"master.{name}", value)) for name, value in weights)
+    else:
         from deepspeed_sdp.checkpoint.subnetwork_export import carve
 
         weights = carve(checkpoint, meta, config, subnetwork, weights)
@@ -83,7 +87,7 @@ def export(
 
 
 def weights_of(checkpoint: Path, lost: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-    """The full model's weights, one at a time, by their HuggingFace names; fp32 where they are trained.
+    """The full model's weights as they are trained, one at a time, by their HuggingFace names; fp32 where trained.
 
     Args:
         lost: files to do without.

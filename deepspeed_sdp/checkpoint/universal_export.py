@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.export import read_tensor
+from deepspeed_sdp.checkpoint.full_scale import Scaling, scaling_of
 from deepspeed_sdp.checkpoint.index import Place, read_index
 from deepspeed_sdp.checkpoint.json_files import read_json
 from deepspeed_sdp.checkpoint.reading import Checkpoint
@@ -46,7 +47,10 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
         staging = out / f".staging-{os.getpid()}"
         staging.mkdir()
         try:
-            _write_parameters(checkpoint, staging / "zero", lost, state["optimizer_scalars"])
+            from transformers import AutoConfig
+
+            scaled = scaling_of(checkpoint, meta, AutoConfig.for_model(**meta["model_config"]))
+            _write_parameters(checkpoint, staging / "zero", lost, state["optimizer_scalars"], scaled)
             _write_shared(staging, meta, state)
             os.replace(staging, final)
         finally:
@@ -57,7 +61,9 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
     return final
 
 
-def _write_parameters(checkpoint: Path, folder: Path, lost: frozenset[str], scalars: Mapping[str, Any]) -> None:
+def _write_parameters(
+    checkpoint: Path, folder: Path, lost: frozenset[str], scalars: Mapping[str, Any], scaled: Scaling
+) -> None:
     places: dict[MetadataIndex, Place] = {}
     step = _scalar(scalars, "step")
     for logical, tensor in read_index(checkpoint, places, lost).items():
@@ -67,7 +73,7 @@ def _write_parameters(checkpoint: Path, folder: Path, lost: frozenset[str], scal
             file, _, name = name.partition(".")
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        value = read_tensor(checkpoint, logical, tensor, places)
+        value = scaled(logical, read_tensor(checkpoint, logical, tensor, places))
         value = value.float() if value.is_floating_point() else value
         # `param` and `cat_dim` are DeepSpeed's keys.
         torch.save({"param": value, "cat_dim": 0}, target / f"{file}.pt")

@@ -3,7 +3,7 @@
 import copy
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,22 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from deepspeed_sdp.checkpoint import open_checkpoint, write_checkpoint
+from deepspeed_sdp.checkpoint import (
+    FULL_SCALE,
+    Checkpoint,
+    Entry,
+    factor_on,
+    open_checkpoint,
+    parameter_of,
+    write_checkpoint,
+    writes_of,
+)
 from deepspeed_sdp.engine.agreement import agree
 from deepspeed_sdp.engine.optimizer import GROUP_KEY
 from deepspeed_sdp.engine.training_state import TrainingState
 from deepspeed_sdp.engine.universal_folder import open_universal
 from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.subnetwork import Subnetwork
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -92,7 +102,9 @@ def load_checkpoint(
         _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
     state = _state_of(engine)
     keys = checkpoint.meta["optimizer_state"] if with_optimizer else []
-    checkpoint.read(state.to_read(keys))
+    entries = state.to_read(keys)
+    checkpoint.read(entries)
+    _take_full_scale(engine._subnetwork, checkpoint, entries)
     if with_optimizer:
         state.take_state(saved["optimizer_scalars"])
         for group, options in zip(engine.optimizer.param_groups, saved["optimizer_groups"], strict=True):
@@ -112,6 +124,21 @@ def load_checkpoint(
     return str(checkpoint.path), saved["client_state"]
 
 
+def _take_full_scale(subnetwork: Subnetwork, checkpoint: Checkpoint, entries: Sequence[Entry]) -> None:
+    """The full model stays what it was: a job that cannot have its scale beside the weights takes it into them."""
+    scale = float(checkpoint.meta.get(FULL_SCALE, 1.0))
+    subnetwork.full_scale = 1.0
+    if scale == 1.0:
+        return
+    writes = writes_of(checkpoint.path, checkpoint.meta, copy.deepcopy(subnetwork.full_config))
+    if subnetwork.is_louder and writes == subnetwork.writes:
+        subnetwork.full_scale = scale
+        return
+    for entry in entries:
+        if parameter_of(entry.name) in writes:
+            entry.tensor.mul_(factor_on(entry.name, scale))
+
+
 def _state_of(engine: Any) -> TrainingState:
     return TrainingState(engine._subnetwork, engine.optimizer, engine._owner_groups)
 
@@ -127,6 +154,7 @@ def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
         "optimizer": type(engine.basic_optimizer).__name__,
         "optimizer_state": state.state_keys(),
         "plan_hash": engine.plan.hash,
+        FULL_SCALE: subnetwork.full_scale,
         "subnetwork_data_parallel": engine.sdp_config.model_dump(mode="json"),
         "model_class": subnetwork.model_class.__name__,
         "model_config": config.to_dict() if hasattr(config, "to_dict") else {},

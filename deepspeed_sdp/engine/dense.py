@@ -54,6 +54,10 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
     def bytes_sent(self) -> None:
         """Not counted."""
 
+    def calibrate(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
+        """What is trained is the full model: its scale is 1."""
+        return 1.0
+
     @torch.no_grad()
     def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
         """Collective. Mean loss per predicted token over the batches of all ranks, in nats."""

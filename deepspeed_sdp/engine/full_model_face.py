@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.calibration import best_scale
 from deepspeed_sdp.engine.evaluation import evaluate_full
 from deepspeed_sdp.engine.full_model import full_state_dict, save_hf, skeleton_to_save
 from deepspeed_sdp.engine.memory import model_state_bytes
@@ -26,6 +28,7 @@ class FullModelFace:
     device: torch.device
     optimizer: SDPOptimizer
     get_global_grad_norm: Any
+    sdp_config: SDPConfig
     _subnetwork: Subnetwork
     _weights: ShardedWeights | None
     _traffic: Traffic
@@ -61,6 +64,37 @@ class FullModelFace:
         self.optimizer.refresh.settle()
         with nullcontext() if self._weights is None else self._weights.paused():
             return evaluate_full(self._subnetwork, batches, self.device, self.gathered_weights)
+
+    def calibrate(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
+        """Collective. Find the full scale: what the full model's writes are multiplied by from now on.
+
+        Under forward masking, and coverage below 1, the sum of all units is louder than what each subnetwork was
+        trained with. The scale with the least loss on ``batches`` is sought, from the mean of the subnetworks on; it
+        takes four or five evaluations. Training goes on as before; :meth:`evaluate_full`, :meth:`full_model`,
+        :meth:`full_state_dict`, :meth:`save_hf` and ``deepspeed-sdp export`` apply it, and checkpoints keep it.
+
+        Args:
+            batches: as in :meth:`evaluate_full`; of the text that is trained on, as what is held out shall judge.
+
+        Returns:
+            The scale; 1 where there is nothing to find.
+        """
+        subnetwork, sdp = self._subnetwork, self.sdp_config
+        mine = list(batches)
+        if not subnetwork.is_louder:
+            return 1.0
+        power = {"none": 1.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 0.0}[sdp.output_scaling]
+
+        def loss(scale: float) -> float:
+            subnetwork.full_scale = scale
+            return self.evaluate_full(mine)
+
+        before = subnetwork.full_scale
+        try:
+            before = best_scale(loss, self.plan.coverage**power)
+        finally:
+            subnetwork.full_scale = before
+        return before
 
     @contextmanager
     def full_model(self, streamed: bool = False) -> Iterator[torch.nn.Module]:

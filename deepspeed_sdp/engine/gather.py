@@ -59,7 +59,8 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.de
     backward masking every rank holds them already.
 
     Returns:
-        full name -> tensor of the full shape on ``device``, in the dtype of training.
+        full name -> tensor of the full shape on ``device``, in the dtype of training, times ``full_scale`` if it writes
+        to the residual stream.
     """
     parameters = partitioned_by_space(subnetwork.partitioned)[planned.space.name]
     if subnetwork.masking == "backward":
@@ -80,6 +81,10 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, device: torch.de
             fragment = parameter.fragment(chunk.start, chunk.stop, chunk.owner_set)
             part = parameter.part_of(full[parameter.name], fragment)
             part.copy_(piece.view(parameter.fragment_shape(fragment)))
+    if subnetwork.full_scale != 1.0:
+        for parameter in parameters:
+            if parameter.is_write:
+                full[parameter.name].mul_(subnetwork.full_scale)
     return full
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ def evaluation_loop(trainer: Trainer, original: Original, *args: Any, **kwargs: 
     """``evaluate`` and ``predict`` see the full model, which every rank has for as long as they take."""
     engine = sdp_engine(trainer)
     if engine is not None:
+        _calibrate(trainer, engine)
         is_streamed = engine.sdp_config.evaluation == "streamed"
         with engine.full_model(is_streamed) as model, _stands_for(trainer, model):
             return original(*args, **kwargs)
@@ -68,6 +70,7 @@ def save_model(
     if engine is None:
         original(output_dir, _internal_call)
         return
+    _calibrate(trainer, engine)
     weights = engine.full_state_dict()
     if weights is not None:
         skeleton = engine.full_skeleton(next(iter(weights.values())).dtype)
@@ -75,6 +78,31 @@ def save_model(
             trainer._save(output_dir, state_dict=weights)
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+def training_step(trainer: Trainer, original: Original, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the last step was trained on is kept: the full model is calibrated on it."""
+    engine = sdp_engine(trainer)
+    if engine is not None and isinstance(inputs, Mapping):
+        kept = trainer.__dict__.setdefault("_sdp_inputs", deque(maxlen=trainer.args.gradient_accumulation_steps))
+        kept.append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        trainer.__dict__["_sdp_inputs_of"] = engine.global_steps + 1
+    return original(model, inputs, *args, **kwargs)
+
+
+def _calibrate(trainer: Trainer, engine: SDPEngine) -> None:
+    """Once per step, before the full model is seen; without labels there is no loss to go by.
+
+    Not after a checkpoint was loaded, whose model shall be what it was.
+    """
+    inputs = list(trainer.__dict__.get("_sdp_inputs", ()))
+    if trainer.__dict__.get("_sdp_inputs_of") != engine.global_steps:
+        return
+    each = dist.get_world_size() * engine.train_micro_batch_size_per_gpu()
+    inputs = inputs[: -(-engine.sdp_config.calibration_sequences // each)]
+    if inputs and all("labels" in batch for batch in inputs):
+        engine.calibrate(inputs)
+    del trainer.__dict__["_sdp_inputs_of"]
 
 
 def floating_point_ops(trainer: Trainer, original: Original, inputs: dict[str, Any]) -> float:
@@ -161,6 +189,7 @@ def drop_autos(accelerator: Accelerator) -> None:
 METHODS: dict[str, Callable[..., Any]] = {
     "evaluation_loop": evaluation_loop,
     "save_model": save_model,
+    "training_step": training_step,
     "floating_point_ops": floating_point_ops,
     "_finalize_training": finalize_training,
     "_prepare_for_training": prepare_for_training,
@@ -202,6 +231,9 @@ class SDPTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_model(self, super().save_model, output_dir, _internal_call)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return training_step(self, super().training_step, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> Any:
         return floating_point_ops(self, super().floating_point_ops, inputs)

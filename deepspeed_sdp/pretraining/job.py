@@ -133,6 +133,7 @@ def loop_settings(job: Job, engine: Any, output: Path, known_peak: float | None)
         eval_interval=about.eval_interval,
         checkpoint_interval=about.checkpoint_interval,
         eval_sequences=about.eval_sequences,
+        calibration_sequences=job.recipe.sdp.calibration_sequences,
     )
 
 

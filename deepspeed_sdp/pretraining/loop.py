@@ -34,6 +34,7 @@ class LoopSettings:
         peak_flops: FLOPs per second of the device; ``None``: unknown.
         log_interval, eval_interval, checkpoint_interval: steps between them; 0 checkpoints: only when asked to stop.
         eval_sequences: held-out sequences of an evaluation in mid-run, 0: all; the last one takes all.
+        calibration_sequences: of a step's text, on which the full model is calibrated before it is evaluated or saved.
         restart: begin anew where there is a checkpoint to go on from.
     """
 
@@ -46,6 +47,7 @@ class LoopSettings:
     eval_interval: int = 50
     checkpoint_interval: int = 0
     eval_sequences: int = 128
+    calibration_sequences: int = 64
     restart: bool = False
 
 
@@ -112,7 +114,7 @@ class Loop:
         progress = progress_bar(settings.steps, dist.get_rank(), done)
         began = time.monotonic() - report.seconds
         for step in range(done + 1, settings.steps + 1):
-            self._one_step(batches, metrics, is_measured=step == min(done + 2, settings.steps))
+            micro_batches = self._one_step(batches, metrics, is_measured=step == min(done + 2, settings.steps))
             is_asked = self._stop.agreed()
             is_saved = is_asked or bool(settings.checkpoint_interval and step % settings.checkpoint_interval == 0)
             # A job that goes on from a checkpoint knows nothing of losses that were not written by then.
@@ -127,7 +129,10 @@ class Loop:
                 )
             progress.update()
             aside = time.perf_counter()
-            if step % settings.eval_interval == 0 and step < settings.steps:
+            is_evaluated = step % settings.eval_interval == 0 and step < settings.steps
+            if is_evaluated or is_saved or step == settings.steps:
+                self._calibrate(micro_batches)
+            if is_evaluated:
                 self._evaluate(step, settings.eval_sequences, metrics)
             if is_saved:
                 report.seconds = time.monotonic() - began
@@ -143,7 +148,7 @@ class Loop:
         engine.wait_for_checkpoint()
         return Outcome.FINISHED
 
-    def _one_step(self, batches: Iterator[Batch], metrics: Metrics, is_measured: bool) -> None:
+    def _one_step(self, batches: Iterator[Batch], metrics: Metrics, is_measured: bool) -> list[Batch]:
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(self.engine.gradient_accumulation_steps())]
         waited = time.perf_counter() - began
@@ -154,6 +159,14 @@ class Loop:
         else:
             loss = train_step(self.engine, micro_batches)
         metrics.add(loss, waited, learning_rate, self.text.skipped())
+        return micro_batches
+
+    def _calibrate(self, micro_batches: list[Batch]) -> None:
+        """On text of the last step: a run that was stopped finds the same as one that was not."""
+        each = dist.get_world_size() * self.engine.train_micro_batch_size_per_gpu()
+        count = -(-self.settings.calibration_sequences // each)
+        if count:
+            self.engine.calibrate(micro_batches[:count])
 
     def _evaluate(self, step: int, sequences: int, metrics: Metrics) -> None:
         engine = self.engine

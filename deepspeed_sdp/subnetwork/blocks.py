@@ -18,12 +18,15 @@ def cut_block(subnetwork: Subnetwork, block: Block, scale: float) -> None:
     """Keep or remove ``block``; ``scale`` multiplies what an owned one adds to the residual stream."""
     model, space = subnetwork.module, block.space
     names = (space.name, *block.norms)
+    weights = [parameter.name for parameter in subnetwork.by_unit.values() if parameter.is_write]
+    writes = {*weights, *(f"{name.removesuffix('.weight')}.bias" for name in weights)}
     owned = subnetwork.plan.owned(space.name, subnetwork.index)
     for name in names:
         for local, parameter in model.get_submodule(name).named_parameters():
             full_name = f"{name}.{local}"
             # One unit, as wide as the parameter.
-            full = FullParameter(full_name, tuple(parameter.shape), 0, parameter.shape[0], space.name)
+            shape = tuple(parameter.shape)
+            full = FullParameter(full_name, shape, 0, shape[0], space.name, is_write=full_name in writes)
             subnetwork.partitioned[full_name] = full
             if owned:
                 subnetwork.fragments[full_name] = full.fragment(0, 1, owned[0].owner_set)

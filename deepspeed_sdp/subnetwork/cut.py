@@ -164,7 +164,8 @@ def _full_parameters(model: nn.Module, module: PartitionedModule, spec: Partitio
     weight, bias = weight_and_bias(linear)
     width, space = spec.features_per_unit, module.space.name
     dim = 0 if (spec.cut == "out") != is_transposed(linear) else 1
-    parameters = [FullParameter(f"{name}.weight", tuple(weight.shape), dim, width, space, spec.groups)]
+    is_write = spec.cut == "in"
+    parameters = [FullParameter(f"{name}.weight", tuple(weight.shape), dim, width, space, spec.groups, is_write)]
     if bias is not None and spec.cut == "out":
         parameters.append(FullParameter(f"{name}.bias", tuple(bias.shape), 0, width, space, spec.groups))
     return {parameter.name: parameter for parameter in parameters}

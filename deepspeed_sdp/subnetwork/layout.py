@@ -39,6 +39,7 @@ class FullParameter:
         features_per_unit: width of one unit along ``dim``.
         space: name of its unit space.
         groups: ``dim`` is so many equal parts, each with features of all units.
+        is_write: whether its product is added to the residual stream, and nothing else is.
     """
 
     name: str
@@ -47,6 +48,7 @@ class FullParameter:
     features_per_unit: int
     space: str
     groups: int = 1
+    is_write: bool = False
 
     @property
     def unit_shape(self) -> tuple[int, ...]:

@@ -39,6 +39,8 @@ class Subnetwork:
         views: for backward masking, parameters of ``module`` that are views of another one: name -> name of the other.
         frozen: for backward masking, names of parameters of ``module`` that are held, and not trained, by this worker:
             those not owned, and the full weights of which only views are trained.
+        full_scale: what the full model's writes are multiplied by when it is put together, under forward masking; see
+            :mod:`deepspeed_sdp.engine.calibration`.
     """
 
     module: nn.Module
@@ -60,9 +62,20 @@ class Subnetwork:
     masking: Literal["forward", "backward"] = "forward"
     views: dict[str, str] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    full_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.first_ranks = self.first_ranks or tuple(range(self.plan.num_subnetworks))
+
+    @property
+    def is_louder(self) -> bool:
+        """Whether the full model adds more to the residual stream than the subnetworks that were trained."""
+        return self.masking == "forward" and self.plan.coverage < 1.0
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """Names of the partitioned parameters whose products are added to the residual stream."""
+        return frozenset(name for name, parameter in self.partitioned.items() if parameter.is_write)
 
     @property
     def owned_numel(self) -> int:
