@@ -70,6 +70,11 @@ format: setup
 SYSTEMS := $(BIN)/python benchmarks/systems/launch.py --time_limit 3600
 RESULTS ?= benchmarks/results
 DOCS ?= docs
+# The 134M preset's shape, one worker of eight with its peers faked: memory alone.
+LARGER := --fake_peers 8 --precision bf16 --hidden_size 768 --layers 12 --head_size 64 --vocab_size 32000 \
+    --sequence 512 --micro_batch 2 --quick --contenders DDP FSDP2 'DeepSpeed ZeRO-1' 'DeepSpeed ZeRO-3' \
+    'SDP forward neuron 1/2 ZeRO-1' 'SDP forward neuron 1/2 ZeRO-3' 'SDP forward neuron 1/4 ZeRO-1' \
+    'SDP forward block 1/2 ZeRO-1' 'SDP backward neuron 1/2 ZeRO-1'
 
 bench-systems: setup
 	$(SYSTEMS) --ranks $(RANKS) benchmarks/systems/run.py --output $(RESULTS)/systems.json $(BENCH_ARGS)
@@ -77,6 +82,7 @@ bench-systems: setup
 	    --output $(RESULTS)/sweep.json $(BENCH_ARGS)
 	$(SYSTEMS) --ranks 2 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_2.json $(BENCH_ARGS)
 	$(SYSTEMS) --ranks 8 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_8.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/systems/run.py $(LARGER) --output $(RESULTS)/systems_134m.json
 	$(BIN)/python benchmarks/systems/documents.py --results $(RESULTS) --docs $(DOCS)
 
 clean:

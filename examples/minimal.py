@@ -25,5 +25,6 @@ for _ in range(10):
     engine.backward(loss)
     engine.step()
 
+engine.calibrate([{"input_ids": ids, "labels": ids}])  # the full model, on text that was trained on
 print(f"rank {engine.global_rank}: loss {engine.evaluate_full([{'input_ids': ids, 'labels': ids}]):.3f}")
 engine.save_hf("runs/minimal")  # the full model, an ordinary HuggingFace folder

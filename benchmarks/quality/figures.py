@@ -64,7 +64,6 @@ def _options(axes: Axes, rows: list[dict[str, Any]]) -> None:
         change, error = row["equal_flops_beside_parent"]
         color = "C2" if change < 0 else "C3"
         axes.errorbar(change, at, xerr=error, marker="o", ms=4, capsize=3, color=color)
-        axes.plot(row["calibrated_beside_parent"][0], at, marker="o", ms=7, mfc="none", mec="grey")
     axes.set_yticks(range(len(mine)), [row["name"].removeprefix(f"{_SHOWN_PARENT}; ") for row in mine], fontsize=8)
     axes.axvline(0.0, color="grey", lw=0.8)
-    axes.set_xlabel(f"change of the loss of '{_SHOWN_PARENT}' at equal FLOPs,\nnats; circles: after calibration")
+    axes.set_xlabel(f"change of the loss of '{_SHOWN_PARENT}' at equal FLOPs, nats")

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.quality.training import Method, Phase, Size, with_sdp
@@ -10,6 +10,12 @@ from benchmarks.quality.training import Method, Phase, Size, with_sdp
 SIZES = {
     # 267 thousand parameters
     "small": Size(64, 176, 4, 4, 512, 64, 8, 2, 480),
+    # The same on four times the budget: 7 tokens of a dense training per parameter instead of 2
+    "long": Size(64, 176, 4, 4, 512, 64, 8, 2, 1920),
+    # 83 thousand parameters and 47 tokens of a dense training for each: the end of a training rather than its start
+    "narrow": Size(32, 88, 4, 4, 512, 64, 8, 2, 3840),
+    # 0.93 million, twice as wide; 5 tokens per parameter
+    "wide": Size(128, 352, 4, 8, 512, 64, 8, 2, 4800),
     # 2.0 million
     "large": Size(144, 400, 8, 4, 512, 64, 8, 4, 700),
     "smoke": Size(16, 32, 4, 4, 512, 64, 8, 1, 12),
@@ -67,6 +73,8 @@ def _main() -> list[Row]:
     # What more and smaller steps are worth by themselves.
     rows.append(Row("dense, half the batch", "main", Method(sequences=1)))
     rows.append(Row(f"{_NEURON}, half the batch", "main", Method(NEURON.sdp, sequences=1)))
+    # A model as small as a subnetwork: what SDP must beat to be worth its while.
+    rows.append(Row("dense, half the units", "main", Method(share=0.5), equal_tokens=True))
     rows.append(Row("dense, dropout 0.1", "main", Method(dropout=0.1)))
     rows.append(Row("dense, stochastic depth 0.2", "main", Method(stochastic_depth=0.2), equal_tokens=True))
     return rows
@@ -144,6 +152,23 @@ def _defaults() -> list[Row]:
     ]
 
 
+def averaged(method: Method) -> Method:
+    """Subnetworks that compute as a model of their size would, and the full model with the mean of what they add."""
+    return replace(with_sdp(method, output_scaling="inverse_coverage"), writes=method.sdp["coverage"])
+
+
+def _averaged() -> list[Row]:
+    """What calibration amounts to, in initial values and learning rates: nothing is left to calibrate."""
+    name, method = f"{_NEURON}; scaling by inverse coverage and writes x 0 5", averaged(NEURON)
+    backward = {"masking": "backward", "output_scaling": "none"}
+    return [
+        Row(name, "main", method),
+        Row(f"{name} then last 10 percent dense", "gap", replace(method, last=Phase(0.1, {"coverage": 1.0})), name),
+        Row(f"{name} then last 20 percent dense", "gap", replace(method, last=Phase(0.2, {"coverage": 1.0})), name),
+        Row(f"{name} then last 20 percent backward masking", "gap", replace(method, last=Phase(0.2, backward)), name),
+    ]
+
+
 def _gap() -> list[Row]:
     quiet = 0.5**0.5
 
@@ -152,7 +177,8 @@ def _gap() -> list[Row]:
 
     return [
         # What no scaling and a full model scaled by sqrt(C) amount to, and what that does to dense training.
-        *_of("gap", "dense", writes_x_0_71=Method(writes=quiet)),
+        *_of("gap", "dense", writes_x_0_71=Method(writes=quiet), writes_x_0_5=Method(writes=0.5)),
+        *_of("gap", "dense, half the batch", writes_x_0_71=Method(sequences=1, writes=quiet)),
         *_of("gap", _NEURON, writes_x_0_71=Method(NEURON.sdp, writes=quiet)),
         *_of(
             "gap",
@@ -162,17 +188,32 @@ def _gap() -> list[Row]:
             last_5_percent_dense=at_end(0.05, 1.0),
             first_10_percent_dense=Method(NEURON.sdp, first=Phase(0.1, {"coverage": 1.0})),
             last_20_percent_at_3_4=at_end(0.2, 0.75),
+            last_20_percent_backward_masking=Method(
+                NEURON.sdp, last=Phase(0.2, {"masking": "backward", "output_scaling": "none"})
+            ),
             last_3_percent_norms_of_the_dense_model=Method(NEURON.sdp, last=Phase(0.03, {"coverage": 1.0}, True)),
             rate_of_partitioned_x_0_71=Method(NEURON.sdp, partitioned_lr=0.5**0.5),
+            rate_of_partitioned_x_0_5=Method(NEURON.sdp, partitioned_lr=0.5),
             rate_of_partitioned_x_1_41=Method(NEURON.sdp, partitioned_lr=2**0.5),
         ),
         *_of(
             "gap",
             _BLOCK,
             last_10_percent_dense=Method({"coverage": 0.5, **BLOCK}, last=Phase(0.1, {"coverage": 1.0})),
+            scaling_by_inverse_coverage_and_writes_x_0_5=averaged(Method({"coverage": 0.5, **BLOCK})),
+        ),
+        *_of(
+            "gap",
+            "forward, neurons, 1/4",
+            scaling_by_inverse_coverage_and_writes_x_0_25=averaged(Method({"coverage": 0.25})),
+        ),
+        *_of(
+            "gap",
+            "forward, neurons, 3/4",
+            scaling_by_inverse_coverage_and_writes_x_0_75=averaged(Method({"coverage": 0.75})),
         ),
     ]
 
 
 GROUPS = ("main", "defaults", "gap", "more", "product")
-ROWS = {row.name: row for row in (*_main(), *_more(), *_defaults(), *_gap(), *_product())}
+ROWS = {row.name: row for row in (*_main(), *_averaged(), *_more(), *_defaults(), *_gap(), *_product())}

@@ -43,6 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each row, with seeds from 0 on")
     parser.add_argument("--equal", nargs="+", choices=("flops", "tokens"), default=["flops", "tokens"])
     parser.add_argument("--lr", type=float, default=4e-3, help="where tuning begins")
+    parser.add_argument("--no_tuning", action="store_true", help="every row with --lr: for what is too large to tune")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/quality.jsonl"))
     parser.add_argument("--data", type=Path, default=Path("runs/quality/data"), help="where the prepared text lies")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
@@ -91,7 +92,7 @@ class Sweep:
     def tuned_lr(self, row: Row) -> float:
         """The best of a grid with factor 2 around ``--lr``, inside it."""
         best, step = self.args.lr, 2.0
-        if self.args.quick:
+        if self.args.quick or self.args.no_tuning:
             return float(best)
         losses = {best: self.loss(row, best)}
         if self.loss(row, best / step) < losses[best]:
@@ -103,7 +104,7 @@ class Sweep:
             best = following
 
     def loss(self, row: Row, lr: float) -> float:
-        found = float(self.result(row, "flops", lr, 0)["loss"])
+        found = float(self.result(row, "flops", lr, 0)["loss_calibrated"])
         return found if found == found else float("inf")
 
     def result(self, row: Row, equal: str, lr: float, seed: int) -> Result:
@@ -113,6 +114,7 @@ class Sweep:
         job["text"] = self.text
         job["method"] = json.loads(json.dumps(asdict(method)))
         for done in read_results(self.args.output):
+            done["method"] = {**asdict(Method()), **done["method"]}  # of before an attribute was added
             if all(done.get(key) == value for key, value in job.items() if key != "group"):
                 return done
         heldout = self.corpus.heldout[::_HELDOUT_STRIDE]

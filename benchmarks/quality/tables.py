@@ -3,7 +3,8 @@
     python -m benchmarks.quality.tables --results benchmarks/results/quality.jsonl \
         --summary benchmarks/results/quality.json --plot docs/quality.png
 
-Differences are paired: trainings of one seed have the same initial weights and order of the text. Prints markdown.
+Losses are those of the calibrated full model, for dense training too; "not calibrated" is beside them. Differences are
+paired: trainings of one seed have the same initial weights and order of the text. Prints markdown.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     rows = [summary for row in ROWS if (summary := results.summary(row))]
     options = [options_table(rows, parent) for parent in parents(rows)]
-    print(results.tuning(), main_table(rows), *options, calibration_table(rows), sep="\n\n")
+    print(results.tuning(), main_table(rows), *options, sep="\n\n")
     if args.summary:
         write_summary(args.summary, args, results, rows)
     if args.plot:
@@ -59,7 +60,7 @@ class Results:
         mine = [r for r in results if r["size"] == asdict(self.size)]
         self.rows = [r for r in mine if r["text"] == mine[-1]["text"]]
 
-    def losses(self, name: str, equal: str, key: str = "loss") -> Losses:
+    def losses(self, name: str, equal: str, key: str = "loss_calibrated") -> Losses:
         """By seed, at the tuned learning rate."""
         lr = self.lr(name)
         mine = [r for r in self.rows if (r["name"], r["lr"]) == (name, lr)]
@@ -68,7 +69,7 @@ class Results:
 
     def lr(self, name: str) -> float | None:
         """The best at seed 0; a row that varies another takes the other's."""
-        found = {r["lr"]: r["loss"] for r in self.rows if self._is_tuning(r, ROWS[name].like or name)}
+        found = {r["lr"]: r["loss_calibrated"] for r in self.rows if self._is_tuning(r, ROWS[name].like or name)}
         return min(found, key=lambda lr: found[lr]) if found else None
 
     def tuning(self) -> str:
@@ -80,7 +81,7 @@ class Results:
             "|---" * (len(rates) + 1) + "|",
         ]
         for name in tuned:
-            found = {r["lr"]: r["loss"] for r in self.rows if self._is_tuning(r, name)}
+            found = {r["lr"]: r["loss_calibrated"] for r in self.rows if self._is_tuning(r, name)}
             lines.append(f"| {name} | " + " | ".join(f"{found[lr]:.3f}" if lr in found else "" for lr in rates) + " |")
         return "\n".join(lines)
 
@@ -95,7 +96,7 @@ class Results:
         first = next(r for r in self.rows if r["name"] == name and r["equal"] == "flops" and r["lr"] == self.lr(name))
         memory, dense = self.memory(name), self.memory(DENSE)
         parent = ROWS[name].like
-        calibrated = self.losses(name, "flops", "loss_calibrated")
+        as_trained = self.losses(name, "flops", "loss")
         return {
             "name": name,
             "parent": parent,
@@ -112,31 +113,31 @@ class Results:
             "equal_flops_beside_parent": _paired(flops, self.losses(parent, "flops")) if parent else None,
             "equal_tokens": _mean(self.losses(name, "tokens")) if not parent else None,
             "equal_tokens_beside_dense": _paired(self.losses(name, "tokens"), self.losses(DENSE, "tokens")),
-            "calibrated": _mean(calibrated),
-            "calibrated_beside_itself": _paired(calibrated, flops),
-            "calibrated_beside_dense": _paired(calibrated, self.losses(DENSE, "flops")),
-            "calibrated_beside_parent": _paired(calibrated, self.losses(parent, "flops")) if parent else None,
+            "as_trained": _mean(as_trained),
+            "calibration_changes": _paired(flops, as_trained),
             "calibration": sorted(self.losses(name, "flops", "calibration").values()),
             "state": memory.state,
             "activations": memory.activations,
             "state_ratio": {stage: memory.state[stage] / dense.state[stage] for stage in memory.state},
             "activation_ratio": memory.activations / dense.activations,
-            "preset_state_ratio": _preset_ratio(json.dumps(first["method"]["sdp"]), self.size.workers),
+            "preset_state_ratio": _preset_ratio(json.dumps(first["method"]["sdp"]), self.size.workers)
+            if ROWS[name].method.share == 1.0
+            else None,
             "seconds": mean_and_error([r["seconds"] for r in self.rows if r["name"] == name])[0],
         }
 
     def memory(self, name: str) -> Memory:
         """Of a rank, outside of phases with another coverage."""
         method = fill(ROWS[name].method, self.size)
-        return _memory(self.size_name, json.dumps(method.sdp), method.same_split)
+        return _memory(self.size_name, json.dumps(method.sdp), method.same_split, method.share)
 
 
 @cache
-def _memory(size_name: str, block: str, same_split: bool) -> Memory:
+def _memory(size_name: str, block: str, same_split: bool, share: float) -> Memory:
     size = SIZES[size_name]
     sdp = parse_sdp({**json.loads(block), "seq_length": size.length})
     ids = torch.zeros(size.sequences, size.length, dtype=torch.long)
-    return memory_of(size.build(0), sdp, size.workers, ids, same_split)
+    return memory_of(size.build(0, share), sdp, size.workers, ids, same_split)
 
 
 @cache
@@ -171,9 +172,9 @@ def parents(rows: Iterable[dict[str, Any]]) -> list[str]:
 def main_table(rows: list[dict[str, Any]]) -> str:
     """Loss and memory of what is tuned."""
     lines = [
-        "| | FLOPs per token | loss, equal FLOPs (seeds) | beside dense | loss, equal tokens (seeds) | beside dense | "
-        f"state, ZeRO 0 | state, ZeRO 1 | activations | {PRESET}: state, ZeRO 0 | ZeRO 1 |",
-        "|---" * 11 + "|",
+        "| | FLOPs per token | loss, equal FLOPs (seeds) | beside dense | not calibrated | loss, equal tokens "
+        f"(seeds) | beside dense | state, ZeRO 0 | state, ZeRO 1 | activations | {PRESET}: state, ZeRO 0 | ZeRO 1 |",
+        "|---" * 12 + "|",
     ]
     for row in rows:
         if row["parent"]:
@@ -183,6 +184,7 @@ def main_table(rows: list[dict[str, Any]]) -> str:
             f"{row['flop_ratio']:.3f}",
             f"{_value(row['equal_flops'])} ({row['seeds']})",
             _difference(row["equal_flops_beside_dense"]),
+            _value(row["as_trained"]),
             f"{_value(row['equal_tokens'])} ({row['seeds_at_equal_tokens']})" if row["equal_tokens"] else "",
             _difference(row["equal_tokens_beside_dense"]),
             *_percent(row["state_ratio"]),
@@ -194,11 +196,11 @@ def main_table(rows: list[dict[str, Any]]) -> str:
 
 
 def options_table(rows: list[dict[str, Any]], parent: str) -> str:
-    """What an option changes, beside the row it varies, as trained and after calibration; better ones first."""
+    """What an option changes, beside the row it varies; better ones first."""
     lines = [
-        f"| {parent} | seeds | FLOPs per token | loss, equal FLOPs | change | beside dense | calibrated | change | "
-        "beside dense | state, ZeRO 0 |",
-        "|---" * 10 + "|",
+        f"| {parent} | seeds | FLOPs per token | loss, equal FLOPs | change | beside dense | not calibrated | "
+        "factors | state, ZeRO 0 |",
+        "|---" * 9 + "|",
     ]
     mine = [row for row in rows if parent in (row["name"], row["parent"])]
     for row in sorted(mine, key=lambda row: (row["equal_flops_beside_parent"] or (0.0,))[0]):
@@ -209,21 +211,11 @@ def options_table(rows: list[dict[str, Any]], parent: str) -> str:
             _value(row["equal_flops"]),
             _difference(row["equal_flops_beside_parent"]),
             _difference(row["equal_flops_beside_dense"]),
-            _value(row["calibrated"]),
-            _difference(row["calibrated_beside_parent"] or row["calibrated_beside_itself"]),
-            _difference(row["calibrated_beside_dense"]),
+            _value(row["as_trained"]),
+            ", ".join(f"{factor:g}" for factor in row["calibration"]),
             _percent(row["state_ratio"])[0],
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def calibration_table(rows: list[dict[str, Any]]) -> str:
-    """What the best factor on all branches of the finished model changes."""
-    lines = ["| | factors found | change of the loss |", "|---|---|---|"]
-    for row in rows:
-        factors = ", ".join(f"{factor:g}" for factor in row["calibration"])
-        lines.append(f"| {row['name']} | {factors} | {_difference(row['calibrated_beside_itself'])} |")
     return "\n".join(lines)
 
 

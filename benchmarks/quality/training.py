@@ -46,17 +46,18 @@ class Size:
         """Of all workers."""
         return self.workers * self.sequences * self.length
 
-    def build(self, seed: int) -> LlamaForCausalLM:
-        """The full model with initial weights of ``seed``."""
+    def build(self, seed: int, share: float = 1.0) -> LlamaForCausalLM:
+        """The full model with initial weights of ``seed``, or one with a ``share`` of its heads and MLP neurons."""
         torch.manual_seed(seed)
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=self.vocab,
                 hidden_size=self.hidden,
-                intermediate_size=self.intermediate,
+                intermediate_size=round(self.intermediate * share),
                 num_hidden_layers=self.layers,
-                num_attention_heads=self.heads,
-                num_key_value_heads=self.heads,
+                num_attention_heads=round(self.heads * share),
+                num_key_value_heads=round(self.heads * share),
+                head_dim=self.hidden // self.heads,
                 max_position_embeddings=self.length,
                 rms_norm_eps=1e-5,
                 tie_word_embeddings=False,
@@ -87,6 +88,7 @@ class Method:
         first, last: phases at the start and at the end.
         partitioned_lr: factor on the learning rate of partitioned parameters.
         sequences: of a worker in a step; 0: the size's.
+        share: of the heads and MLP neurons that the model has at all: a smaller dense model.
         writes: factor on the initial values and the learning rate of linears that write to the residual stream.
     """
 
@@ -100,6 +102,7 @@ class Method:
     partitioned_lr: float = 1.0
     sequences: int = 0
     writes: float = 1.0
+    share: float = 1.0
 
     def phases(self) -> list[Phase]:
         """All of them in order; shares add up to 1."""
@@ -196,10 +199,10 @@ def train(
         A row of figures, JSON-able. Losses are the full model's on ``heldout``, nats per token.
     """
     began, cpu = time.perf_counter(), time.process_time()
-    model = size.build(seed)
+    model = size.build(seed, method.share)
     simulation = SimulatedLlama(model)
     calibration, train_text = train_text[-_EVALUATION_BATCH:], train_text[:-_EVALUATION_BATCH]
-    dense = _Owners(model, Method(), Phase(1.0), size, seed)
+    dense = _Owners(size.build(seed), Method(), Phase(1.0), size, seed)
     budget = size.dense_steps * size.sequences * size.length
     size = replace(size, sequences=method.sequences or size.sequences)
     per_step = size.sequences * size.length

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from figure import plot
 from sweep_tables import fastest_on_links, link_table, sweep_table
-from tables import Results, contender_table, settings_note, summary_table
+from tables import Results, contender_table, memory_table, settings_note, summary_table
 
 from deepspeed_sdp.errors import DataError, OutputError, SDPError
 
@@ -45,6 +45,7 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
     """
     systems = _read(results / "systems.json")
     accelerator = _read(results / "systems_gpu.json")
+    larger = _read(results / "systems_134m.json")
     sweeps = [found for name in ("sweep", "sweep_2", "sweep_8") if (found := _read(results / f"{name}.json"))]
     if systems is None and accelerator is None and not sweeps:
         raise DataError(f"--results: got {results} without systems.json or sweep.json; make bench-systems writes them")
@@ -58,6 +59,8 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
         tables["when"] = summary_table(systems)
     if accelerator is not None:
         tables["systems on a GPU"] = f"{settings_note(accelerator)}\n\n{contender_table(accelerator)}"
+    if larger is not None:
+        tables["larger"] = f"{settings_note(larger)}\n\n{memory_table(larger)}"
     if sweeps:
         if swept := sweep_table(sweeps):
             tables["sweep"] = f"{settings_note(sweeps[0])}\n\n{swept}"
@@ -65,7 +68,10 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
             table = next(filter(None, map(make, sweeps)), "")
             if table:
                 tables[name] = table
-    places = {"benchmarks.md": ("systems", "systems on a GPU", "sweep", "link"), "when.md": ("when", "when on a link")}
+    places = {
+        "benchmarks.md": ("systems", "larger", "systems on a GPU", "sweep", "link"),
+        "when.md": ("when", "when on a link"),
+    }
     for name, keys in places.items():
         fill(docs / name, {key: tables[key] for key in keys if key in tables})
         written.append(docs / name)

@@ -23,6 +23,16 @@ SUMMARY = (
     "SDP backward neuron 1/2 ZeRO-1",
 )
 
+_OF_MEMORY = (
+    "peak MB",
+    "weights",
+    "optimizer",
+    "largest gradients",
+    "largest activations",
+    "rest at the peak",
+    "GFLOP",
+)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -98,6 +108,22 @@ def contender_table(results: Results) -> str:
         else:
             lines.append(_line([row["contender"], *[_cell(column, row, best[column.title]) for column in shown]]))
     return "\n".join([*lines, "", loss_note(results)])
+
+
+def memory_table(results: Results) -> str:
+    """Memory and FLOPs alone, beside DDP and DeepSpeed's ZeRO-1, for runs too short for times."""
+    rows = measured(results)
+    peaks = {row["contender"]: row["memory"]["peak"] for row in rows}
+
+    def beside(name: str) -> Callable[[Row], float | None]:
+        return lambda row: row["memory"]["peak"] / peaks[name] if name in peaks else None
+
+    kept = [column for column in columns(results) if column.title in _OF_MEMORY]
+    shown = [*kept, *[Column(f"peak / {name}", beside(name), 2) for name in ("DDP", "DeepSpeed ZeRO-1")]]
+    best = {column.title: _best(column, rows) for column in shown}
+    lines = [_line(["", *[column.title for column in shown]]), "|---" * (len(shown) + 1) + "|"]
+    lines += [_line([row["contender"], *[_cell(c, row, best[c.title]) for c in shown]]) for row in rows]
+    return "\n".join(lines)
 
 
 def summary_table(results: Results) -> str:

@@ -95,10 +95,13 @@ def place(tmp_path):
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
     docs.mkdir()
-    rows = {"systems": CONTENDERS, "sweep": [*sweep_rows(), *link_rows()]}
+    rows = {"systems": CONTENDERS, "systems_134m": CONTENDERS, "sweep": [*sweep_rows(), *link_rows()]}
     for name, of_file in rows.items():
         (results / f"{name}.json").write_text(json.dumps({"settings": SETTINGS, "rows": of_file}))
-    for name, keys in {"benchmarks": ("systems", "sweep", "link"), "when": ("when", "when on a link")}.items():
+    for name, keys in {
+        "benchmarks": ("systems", "larger", "sweep", "link"),
+        "when": ("when", "when on a link"),
+    }.items():
         places = "\n".join(f"before {key}\n<!-- begin {key} -->\nold\n<!-- end {key} -->\nafter" for key in keys)
         (docs / f"{name}.md").write_text(places)
     return results, docs
@@ -109,7 +112,10 @@ def test_documents_get_the_measured_figures(documents, place):
     documents.write_documents(results, docs)
     text = (docs / "benchmarks.md").read_text()
     assert "old" not in text
-    assert text.count("before") == text.count("after") == 3
+    assert text.count("before") == text.count("after") == 4
+    larger = text.partition("<!-- begin larger -->")[2].partition("<!-- end larger -->")[0]
+    assert "| peak / DDP |" in larger
+    assert "s/step" not in larger
     ddp = next(line for line in text.splitlines() if line.startswith("| DDP |"))
     assert "1.100 (1.050 to 1.150)" in ddp
     half = next(line for line in text.splitlines() if line.startswith("| SDP forward neuron 1/2 ZeRO-1 | **10.0**"))
