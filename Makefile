@@ -21,7 +21,7 @@ help:
 	@echo "make demo      pretrain a small LLaMA with 4 workers on this machine; leaves runs/demo"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
-	@echo "make bench-quality   validation loss of dense training and of SDP's options: about an hour and a half of one core"
+	@echo "make bench-quality   validation loss of dense training and of SDP's options: many hours of one core; it can be stopped and goes on"
 	@echo "make checks    format, lint and types"
 	@echo "make bench-systems  memory, time and traffic beside DDP, FSDP2 and ZeRO, and sweeps; half an hour on two cores"
 
@@ -48,10 +48,17 @@ test-all: setup
 	$(BIN)/python -m pytest
 
 # Trainings that stand in the file already are not run again.
+QUALITY := $(BIN)/python -m benchmarks.quality
+QUALITY_RESULTS := benchmarks/results/quality.jsonl
+
 bench-quality: setup
-	$(BIN)/python -m benchmarks.quality.run --output benchmarks/results/quality.jsonl
-	$(BIN)/python -m benchmarks.quality.tables --results benchmarks/results/quality.jsonl \
-	    --summary benchmarks/results/quality.json --plot docs/quality.png
+	$(QUALITY).run --output $(QUALITY_RESULTS)
+	$(QUALITY).run --output $(QUALITY_RESULTS) --size long --groups main defaults gap --equal flops
+	$(QUALITY).run --output $(QUALITY_RESULTS) --size narrow --groups main --equal flops
+	$(QUALITY).run --output $(QUALITY_RESULTS) --size wide --rows dense "forward, neurons, 1/2" --equal flops --seeds 1
+	$(QUALITY).tables --results $(QUALITY_RESULTS) --summary benchmarks/results/quality.json --plot docs/quality.png
+	for size in long narrow wide; do $(QUALITY).tables --results $(QUALITY_RESULTS) --size $$size \
+	    --summary benchmarks/results/quality_$$size.json --plot docs/quality_$$size.png || exit 1; done
 
 bench-quality-quick: setup
 	$(BIN)/python -m benchmarks.quality.run --quick --output runs/quality/quick.jsonl

@@ -28,8 +28,16 @@ from deepspeed_sdp.errors import CheckpointError
 
 LATEST = "latest_universal"
 
+
 # Plain data; the names are DeepSpeed's.
-_SAFE: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum]
+def _stage(enum: Any, name: str) -> ZeroStageEnum:
+    """What ``getattr`` is in a pickle of Python 3.11.0 to 3.11.3, which wrote members of enumerations by name."""
+    if enum is not ZeroStageEnum:
+        raise TypeError(f"takes a member of ZeroStageEnum, got {name!r} of {enum!r}")
+    return ZeroStageEnum[name]
+
+
+_SAFE: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, (_stage, "builtins.getattr")]
 
 
 # What DeepSpeed itself writes beside the client's state.

@@ -5,9 +5,13 @@ import sys
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from deepspeed_sdp.checkpoint.summary import locate
 from deepspeed_sdp.cli import main
+from deepspeed_sdp.engine.universal_folder import _load
+from deepspeed_sdp.errors import CheckpointError
 from tests.engine.test_checkpoints import BACKWARD, CASES, HALF, tensors_of
 
 DENSE_CASES = "tests.engine.dense_cases"
@@ -104,3 +108,26 @@ def test_a_hostile_universal_checkpoint_is_refused(ranks4, tmp_path):
     for message in ranks4.run(f"{CASES}:load_error", timeout=60, folder=str(tmp_path / "u"), **values):
         assert f"{file} is refused" in message
     assert not (tmp_path / "owned").exists()
+
+
+class ByName:
+    """Pickled as ``getattr(owner, name)``."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return (getattr, (self.owner, self.name))
+
+
+def test_members_by_name_are_read_and_nothing_else_is(tmp_path):
+    """As some versions of Python pickle DeepSpeed's stage."""
+    file = tmp_path / "optimizer_state.pt"
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "weights")}, file)
+    assert _load(file) == {"zero_stage": ZeroStageEnum.weights}
+    torch.save({"zero_stage": ByName(ZeroStageEnum, "mro")}, file)
+    with pytest.raises(CheckpointError, match="is refused"):
+        _load(file)
+    torch.save({"zero_stage": ByName(LossScaler, "__init__")}, file)
+    with pytest.raises(CheckpointError, match="is refused"):
+        _load(file)
