@@ -124,7 +124,9 @@ def _of(group: str, parent: str, **variants: Method) -> list[Row]:
 def _defaults() -> list[Row]:
     block = Method({"coverage": 0.5, **BLOCK})
     first, last = "model.layers.0", "model.layers.{last}"
+    ends_shared = with_sdp(NEURON, shared_modules=[first, last], coverage=0.25)
     return [
+        Row(f"{_NEURON}; first and last shared rest at 1 4", "main", ends_shared),
         *_of(
             "defaults",
             _NEURON,
@@ -139,7 +141,6 @@ def _defaults() -> list[Row]:
             MLP_alone_at_1_4=with_sdp(NEURON, partition=["mlp"], coverage=0.25),
             first_layer_shared=with_sdp(NEURON, shared_modules=[first]),
             last_layer_shared=with_sdp(NEURON, shared_modules=[last]),
-            first_and_last_shared_rest_at_1_4=with_sdp(NEURON, shared_modules=[first, last], coverage=0.25),
         ),
         *_of(
             "defaults",
