@@ -38,6 +38,8 @@ THINNED = {
     "test_a_forward_pass_around_the_engine": (2, 2),
     "test_fp16_scales_the_loss_on_all_ranks_alike": (2, 2),
     "test_training_from_meta_equals_the_simulation": (2, 2),
+    "test_the_full_model_is_scaled_and_training_is_not": (1, 2),
+    "test_a_checkpoint_keeps_the_full_model": (1, 2),
 }
 
 
