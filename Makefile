@@ -55,9 +55,10 @@ bench-quality: setup
 	$(QUALITY).run --output $(QUALITY_RESULTS)
 	$(QUALITY).run --output $(QUALITY_RESULTS) --size long --groups main defaults gap --equal flops
 	$(QUALITY).run --output $(QUALITY_RESULTS) --size narrow --groups main --equal flops
+	$(QUALITY).run --output $(QUALITY_RESULTS) --size deep --groups main --equal flops
 	$(QUALITY).run --output $(QUALITY_RESULTS) --size wide --rows dense "forward, neurons, 1/2" --equal flops --seeds 1
 	$(QUALITY).tables --results $(QUALITY_RESULTS) --summary benchmarks/results/quality.json --plot docs/quality.png
-	for size in long narrow wide; do $(QUALITY).tables --results $(QUALITY_RESULTS) --size $$size \
+	for size in long narrow deep wide; do $(QUALITY).tables --results $(QUALITY_RESULTS) --size $$size \
 	    --summary benchmarks/results/quality_$$size.json --plot docs/quality_$$size.png || exit 1; done
 
 bench-quality-quick: setup

@@ -14,6 +14,8 @@ SIZES = {
     "long": Size(64, 176, 4, 4, 512, 64, 8, 2, 1920),
     # 83 thousand parameters and 47 tokens of a dense training for each: the end of a training rather than its start
     "narrow": Size(32, 88, 4, 4, 512, 64, 8, 2, 3840),
+    # 183 thousand in three times as many layers, 8 tokens per parameter
+    "deep": Size(32, 88, 12, 4, 512, 64, 8, 2, 1440),
     # 0.93 million, twice as wide; 5 tokens per parameter
     "wide": Size(128, 352, 4, 8, 512, 64, 8, 2, 4800),
     # 2.0 million
