@@ -39,7 +39,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     import deepspeed_sdp
     from deepspeed_sdp.config import SDPConfig
     from deepspeed_sdp.data import load_corpus
-    from deepspeed_sdp.engine import check_job, start_communication
+    from deepspeed_sdp.engine import check_job, from_first_rank, start_communication
     from deepspeed_sdp.estimate.flops import flops_per_token
     from deepspeed_sdp.pretraining.loop import Loop, LoopSettings, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.text import PackedText
@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     if sdp.plan_file is None:
         block.setdefault("seq_length", args.seq_length)
     sdp = SDPConfig.parse(block)
-    plan = plan_for(model, sdp, dist.get_world_size())
+    plan = from_first_rank(lambda: plan_for(model, sdp, dist.get_world_size()))
     flops = flops_per_token(model, args.seq_length, sdp, plan)
     engine, *_ = deepspeed_sdp.initialize(args=args, config=dense_config(args), model=model, sdp_config=block)
     tokens_per_step = engine.train_batch_size() * args.seq_length

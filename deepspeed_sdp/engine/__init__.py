@@ -1,6 +1,6 @@
 """The DeepSpeed extension. Everything that knows DeepSpeed from inside lives here."""
 
-from deepspeed_sdp.engine.agreement import agreed
+from deepspeed_sdp.engine.agreement import agreed, from_first_rank
 from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.dense import DenseEngine, initialize_dense
 from deepspeed_sdp.engine.engine import SDPEngine
@@ -13,6 +13,7 @@ __all__ = [
     "SDPEngine",
     "agreed",
     "check_job",
+    "from_first_rank",
     "gradient_peak",
     "initialize",
     "initialize_dense",

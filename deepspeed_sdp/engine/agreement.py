@@ -59,6 +59,29 @@ def agreed(make: Callable[[], T], describe: Callable[[T], Mapping[str, Any]] = l
     return made[0]
 
 
+def from_first_rank(make: Callable[[], T]) -> T:
+    """Collective. What ``make`` returns on rank 0, on every rank: computed once, by one rank, and sent.
+
+    Raises:
+        SDPError: what ``make`` raised on rank 0, on every rank; any other error as a ConfigError on the others.
+    """
+    sent: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            sent = [make(), None]
+        except Exception as raised:  # the other ranks wait for word of it, whatever it is
+            sent = [None, raised]
+    made, error = sent
+    is_foreign = error is not None and not isinstance(error, SDPError)
+    carried = [made, ConfigError(f"rank 0: {_message(error)}") if is_foreign else error]
+    dist.broadcast_object_list(carried, src=0)
+    if dist.get_rank() != 0:
+        made, error = carried
+    if error is not None:
+        raise error
+    return made  # type: ignore[no-any-return]
+
+
 def _message(error: Exception) -> str:
     return str(error) if isinstance(error, SDPError) else f"{type(error).__name__}: {error}"
 

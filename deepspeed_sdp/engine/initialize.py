@@ -17,8 +17,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.config import BLOCK, SDPConfig, read_json, split_block
-from deepspeed_sdp.engine.agreement import agree
+from deepspeed_sdp.engine.agreement import agree, from_first_rank
 from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.groups import OwnerGroups
@@ -27,7 +28,7 @@ from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, transl
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
-from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for
+from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for, unit_spaces
 
 
 def initialize(
@@ -134,13 +135,20 @@ def _agree_on_job(
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
-            job.plan = plan_for(model, job.sdp, dist.get_world_size())
-            _check_copies(job)
-            job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
+            job.model = model
         return {**_description(job, model), **client.describe(model)}
 
     agree(describe)
+    if job.sdp.enabled:
+        job.plan, job.workers = from_first_rank(lambda: _plan(job))
+        agree(lambda: {"plan_hash": job.plan.hash, "subnetwork_of_ranks": job.workers})
     return job
+
+
+def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...]]:
+    plan = plan_for(job.model, job.sdp, dist.get_world_size())
+    _check_copies(job.sdp, plan)
+    return plan, place_workers(plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
 
 
 @dataclass(frozen=True)
@@ -165,8 +173,11 @@ class _Client:
 
 def _summary(groups: list[list[str]]) -> str:
     """Sizes and a digest: the lists are as long as the model."""
-    digest = hashlib.sha256(repr(groups).encode()).hexdigest()[:8]
-    return f"{', '.join(str(len(group)) for group in groups)} parameters (digest {digest})"
+    return f"{', '.join(str(len(group)) for group in groups)} parameters (digest {_digest(groups)})"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 class _Job:
@@ -175,6 +186,7 @@ class _Job:
     args: Any
     ds_config: dict[str, Any]
     sdp: SDPConfig
+    model: nn.Module
     plan: SubnetworkPlan
     workers: tuple[int, ...]
 
@@ -191,12 +203,11 @@ def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
         job.args.deepspeed_config = None
 
 
-def _check_copies(job: _Job) -> None:
-    fewest = min(map(len, job.plan.owner_sets))
-    if job.sdp.checkpoint_copies > fewest:
+def _check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
+    fewest = min(map(len, plan.owner_sets))
+    if sdp.checkpoint_copies > fewest:
         raise ConfigError(
-            f"{BLOCK}.checkpoint_copies: got {job.sdp.checkpoint_copies} with {fewest} owners per unit; "
-            f"takes 1 to {fewest}"
+            f"{BLOCK}.checkpoint_copies: got {sdp.checkpoint_copies} with {fewest} owners per unit; takes 1 to {fewest}"
         )
 
 
@@ -209,9 +220,17 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
         "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
         "model_on_meta_device": model is not None and is_meta(model),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "plan_hash": job.plan.hash if job.sdp.enabled else "",
-        "subnetwork_of_ranks": job.workers if job.sdp.enabled else (),
+        **(_described_units(job) if job.sdp.enabled else {}),
     }
+
+
+def _described_units(job: _Job) -> dict[str, Any]:
+    """What the plan is made of besides the configuration: rank 0's plan is all ranks' then."""
+    units = unit_spaces(job.model, job.sdp, find_adapter(job.model))
+    described: dict[str, Any] = {"units": f"{len(units)} spaces (digest {_digest(units)})"}
+    if job.sdp.rank_order != "round_robin":
+        described["ranks_per_node"] = _ranks_per_node()
+    return described
 
 
 def _ranks_per_node() -> int:

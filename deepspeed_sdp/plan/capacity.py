@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from math import gcd, isfinite
 from random import Random
 
+import numpy as np
+
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.plan.classes import OwnerSet
-from deepspeed_sdp.plan.mixing import shared_mass, spectral_gap
+from deepspeed_sdp.plan.mixing import spectral_gap
 
 # Orders of the workers drawn for every arrangement; the one that mixes best is taken.
 _DRAWS = 12
@@ -96,16 +98,16 @@ def arrange(shares: Sequence[float], order: Sequence[int]) -> Arrangement:
     marks = sorted({0.0} | {end % 1.0 for _, _, end in arcs})
     starts = [m for i, m in enumerate(marks) if m < 1.0 - _SHORTEST and (i == 0 or m - marks[i - 1] > _SHORTEST)]
     borders = [*starts[1:], 1.0]
+    workers, first, end = np.array([w for w, _, _ in arcs]), *np.array([arc[1:] for arc in arcs]).T
+    turn = np.floor(first)
     owners = []
     for start, stop in zip(starts, borders, strict=True):
         middle = (start + stop) / 2
-        owners.append(tuple(sorted(w for w, first, end in arcs if _covers(first, end, middle))))
+        covers = ((first <= middle + turn) & (middle + turn < end)) | (
+            (first <= middle + turn + 1) & (middle + turn + 1 < end)
+        )
+        owners.append(tuple(sorted(workers[covers].tolist())))
     return Arrangement(tuple(borders), tuple(owners))
-
-
-def _covers(first: float, end: float, position: float) -> bool:
-    turn = int(first)
-    return any(first <= position + t < end for t in (turn, turn + 1))
 
 
 def arrangements(shares: Sequence[float], max_owner_sets: int, most: int, seed: int) -> list[Arrangement]:
@@ -124,7 +126,7 @@ def arrangements(shares: Sequence[float], max_owner_sets: int, most: int, seed: 
             drawn = arrange(shares, sorted(range(n), key=lambda _: rng.random()))
             if len(used | set(drawn.owners)) > max_owner_sets:
                 continue
-            gap = round(spectral_gap(shared_mass(_masses([*found, drawn]), n)), _DIGITS)
+            gap = round(spectral_gap(_masses([*found, drawn]), n), _DIGITS)
             if best is None or gap > best[0]:
                 best = gap, drawn
         if best is None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd
 
-import numpy as np
-from numpy.typing import NDArray
-
 OwnerSet = tuple[int, ...]
 """The workers that own a unit, ascending."""
 
@@ -44,8 +41,8 @@ def window_class(order: Sequence[int], size: int, stride: int, first: int = 0) -
 
 def complement_class(parallel_class: ParallelClass, num_workers: int) -> ParallelClass:
     """The workers outside each set. Pairs then meet as evenly as before, since each meets `m - 2r` times more."""
-    everyone = range(num_workers)
-    return tuple(tuple(w for w in everyone if w not in owners) for owners in parallel_class)
+    everyone = frozenset(range(num_workers))
+    return tuple(tuple(sorted(everyone.difference(owners))) for owners in parallel_class)
 
 
 def covers_evenly(parallel_class: ParallelClass, num_workers: int) -> bool:
@@ -54,12 +51,3 @@ def covers_evenly(parallel_class: ParallelClass, num_workers: int) -> bool:
     So it is for teams, in which everyone is once, and for their complements, in which everyone is missing once.
     """
     return sets_per_worker(parallel_class, num_workers) in (1, len(parallel_class) - 1)
-
-
-def pair_counts(parallel_class: ParallelClass, num_workers: int) -> NDArray[np.int64]:
-    """`[N, N]`: how many sets of the class hold both workers; on the diagonal, how many hold the one."""
-    member = np.zeros((len(parallel_class), num_workers), dtype=np.int64)
-    for row, owners in enumerate(parallel_class):
-        member[row, list(owners)] = 1
-    counts: NDArray[np.int64] = member.T @ member
-    return counts

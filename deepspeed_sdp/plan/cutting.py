@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from deepspeed_sdp.plan.capacity import Arrangement
 from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, covers_evenly, rings, sets_per_worker
@@ -158,24 +161,19 @@ def _enlarged(parallel_class: ParallelClass, count: int, tally: Tally) -> list[i
     if covers_evenly(parallel_class, num_workers):
         order = sorted(range(len(parallel_class)), key=lambda i: (tally.rank(parallel_class[i]), i))
         return order[:count]
-    runs = [(ring[first:] + ring[:first]) for ring in rings(len(parallel_class), step) for first in range(len(ring))]
-    if all(_lie_end_to_end(parallel_class, run) for run in runs):
+    if _runs_lie_end_to_end(parallel_class, num_workers):
         return _least_loaded_run(parallel_class, count, step, tally)
+    rank = [tally.rank(owners) for owners in parallel_class]
+    workers = np.array(parallel_class)
+    covered = np.zeros(num_workers, dtype=np.int64)
+    left = list(range(len(parallel_class)))
     chosen: list[int] = []
-    covered = [0] * num_workers
     for _ in range(count):
-        left = (i for i in range(len(parallel_class)) if i not in chosen)
-        pick = min(
-            left,
-            key=lambda i: (
-                sum(covered[w] ** 2 + 2 * covered[w] for w in parallel_class[i]),
-                tally.rank(parallel_class[i]),
-                i,
-            ),
-        )
+        cost = (covered[workers] ** 2 + 2 * covered[workers]).sum(axis=1).tolist()
+        pick = min(left, key=lambda i: (cost[i], rank[i], i))
+        left.remove(pick)
         chosen.append(pick)
-        for w in parallel_class[pick]:
-            covered[w] += 1
+        covered[workers[pick]] += 1
     return chosen
 
 
@@ -188,15 +186,17 @@ def coverage_spread(parallel_class: ParallelClass, count: int, num_workers: int)
     return max(covered) - min(covered)
 
 
-def _lie_end_to_end(parallel_class: ParallelClass, ring: Sequence[int]) -> bool:
-    """Whether any run of the ring's sets covers all workers equally often, within one."""
-    num_workers = 1 + max(max(owners) for owners in parallel_class)
-    covered = [0] * num_workers
-    for i in ring:
-        for w in parallel_class[i]:
-            covered[w] += 1
-        if max(covered) - min(covered) > 1:
-            return False
+@lru_cache(maxsize=256)
+def _runs_lie_end_to_end(parallel_class: ParallelClass, num_workers: int) -> bool:
+    """Whether any run of sets of any ring of the class covers all workers equally often, within one."""
+    member = np.zeros((len(parallel_class), num_workers), dtype=np.int64)
+    for row, owners in enumerate(parallel_class):
+        member[row, list(owners)] = 1
+    for ring in rings(len(parallel_class), sets_per_worker(parallel_class, num_workers)):
+        for first in range(len(ring)):
+            covered = member[ring[first:] + ring[:first]].cumsum(axis=0)
+            if np.any(covered.max(axis=1) - covered.min(axis=1) > 1):
+                return False
     return True
 
 

@@ -9,7 +9,7 @@ from random import Random
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, complement_class, team_class, window_class
 from deepspeed_sdp.plan.developed import NEARLY_OPTIMAL, developed_classes
-from deepspeed_sdp.plan.mixing import components, shared_mass, spectral_gap, spectral_gap_bound
+from deepspeed_sdp.plan.mixing import components, spectral_gap, spectral_gap_bound
 from deepspeed_sdp.plan.resolvable import resolvable_classes
 from deepspeed_sdp.plan.weighted import weighted_classes
 
@@ -48,7 +48,7 @@ class Design:
     def spectral_gap(self) -> float:
         """`1 - λ₂(W)` of a model whose unit spaces are equally large and use every turn equally often."""
         owned = [(owners, 1.0 / len(c)) for c in self.classes for owners in c]
-        return spectral_gap(shared_mass(owned, self.num_subnetworks))
+        return spectral_gap(owned, self.num_subnetworks)
 
 
 def make_design(

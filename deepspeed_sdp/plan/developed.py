@@ -8,6 +8,7 @@ nearly equally often, some exactly (the planes of 7 and 13 points, the biplane o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, islice, product
 from math import comb, gcd
 from random import Random
@@ -16,14 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepspeed_sdp.plan.classes import ParallelClass
-from deepspeed_sdp.plan.mixing import spectral_gap_bound
+from deepspeed_sdp.plan.mixing import spectral_gap, spectral_gap_bound
 
 Real = NDArray[np.float64]
 Block = tuple[int, ...]
+# From chosen base blocks to what should be small: `[blocks]`, with each of them besides.
+Cost = Callable[[list[int]], Real]
 
 # All base blocks are looked at up to this number, a sample beyond.
 _MAX_BLOCKS = 8192
 _SAMPLE = 1000
+# Of larger designs fewer are drawn: their pair counts are so many numbers at most.
+_MAX_COUNTS = 2_097_152
 # Base blocks the choice is made from: those that mix best alone.
 _SHORTLIST = 400
 # Starting points of the choice, and rounds of exchanging one base block for a better one.
@@ -74,20 +79,20 @@ def _search(n: int, k: int, stride: int, limit: int, seed: int) -> tuple[float, 
     alone = flat[first].astype(np.float64)
     order = first[np.argsort(np.var(alone, axis=1).round(_DIGITS), kind="stable")][:_SHORTLIST]
     counts, blocks = counts[order], [blocks[i] for i in order]
-    # With stride 1 the eigenvalues of W are the Fourier transform of the counts, elsewhere their spread must do.
-    features = _spectra(counts) if stride == 1 else counts.reshape(len(blocks), -1).astype(np.float64)
+    classes = [develop(block, n, stride) for block in blocks]
+    cost = _largest_eigenvalue(counts) if stride == 1 else _spread(counts)
     found: list[tuple[float, list[int]]] = []
     bound = spectral_gap_bound(n, k)
     for size in range(1, limit + 1):
-        chosen = [_choose(features, size, start, stride) for start in range(min(_STARTS, len(blocks)))]
-        gaps = [_gap(counts[c].sum(axis=0), n, k, stride, size) for c in chosen]
+        chosen = [_choose(cost, size, start) for start in range(min(_STARTS, len(blocks)))]
+        gaps = [_gap([classes[i] for i in c], n) for c in chosen]
         pick = int(np.argmax(gaps))
         found.append((gaps[pick], chosen[pick]))
         if gaps[pick] >= round(bound, _DIGITS):
             break
     wanted = enough_gap(max(gap for gap, _ in found), bound)
     gap, picked = next(entry for entry in found if entry[0] >= wanted)
-    return gap, [develop(blocks[i], n, stride) for i in picked]
+    return gap, [classes[i] for i in picked]
 
 
 def develop(block: Block, num_workers: int, stride: int) -> ParallelClass:
@@ -104,7 +109,7 @@ def _base_blocks(n: int, k: int, stride: int, rng: Random) -> list[Block]:
         parts = product(*choices)
         return [_interleave(part, stride) for part in parts]
     blocks = [tuple(range(k))]
-    for _ in range(_SAMPLE):
+    for _ in range(min(_SAMPLE, _MAX_COUNTS // (n * stride))):
         drawn = [sorted(range(ring), key=lambda _: rng.random())[:per_residue] for _ in range(stride)]
         blocks.append(_interleave(drawn, stride))
     return blocks
@@ -124,30 +129,31 @@ def _pair_counts(blocks: list[Block], n: int, stride: int) -> NDArray[np.int64]:
     )
 
 
-def _spectra(counts: NDArray[np.int64]) -> Real:
-    """`[blocks, N/2]`: eigenvalues of the pair counts of developed blocks, without that of the ones vector."""
+def _largest_eigenvalue(counts: NDArray[np.int64]) -> Cost:
+    """With stride 1 the eigenvalues of W are the Fourier transform of the counts, without that of the ones vector."""
     n = counts.shape[1]
     angles = 2.0 * np.pi * np.outer(np.arange(n), np.arange(1, n // 2 + 1)) / n
     spectra: Real = counts[:, :, 0, 0] @ np.cos(angles)
-    return spectra
+    return lambda chosen: (spectra + spectra[chosen].sum(axis=0)).max(axis=-1).round(_DIGITS)
 
 
-def _cost(features: Real, stride: int) -> NDArray[np.float64]:
-    """What to make small, along the last axis: the largest eigenvalue, or the spread of the pair counts."""
-    worst: Real = features.max(axis=-1) if stride == 1 else (features**2).sum(axis=-1)
-    return worst.round(_DIGITS)
+def _spread(counts: NDArray[np.int64]) -> Cost:
+    """Elsewhere the sum of the squared pair counts must do, here from the products of those of two blocks each."""
+    flat = counts.reshape(len(counts), -1).astype(np.float64)
+    products: Real = flat @ flat.T
+    alone = np.diag(products)
+    return lambda chosen: alone + 2.0 * products[:, chosen].sum(axis=1) + products[np.ix_(chosen, chosen)].sum()
 
 
-def _choose(features: Real, size: int, start: int, stride: int) -> list[int]:
+def _choose(cost: Cost, size: int, start: int) -> list[int]:
     """`size` base blocks, greedily from one of them, then exchanged one by one while that helps."""
     chosen = [start]
     while len(chosen) < size:
-        chosen.append(int(_cost(features + features[chosen].sum(axis=0), stride).argmin()))
+        chosen.append(int(cost(chosen).argmin()))
     for _ in islice(range(_ROUNDS), _ROUNDS if size > 1 else 0):
         before = list(chosen)
         for i in range(size):
-            rest = features[chosen[:i] + chosen[i + 1 :]].sum(axis=0)
-            costs = _cost(features + rest, stride)
+            costs = cost(chosen[:i] + chosen[i + 1 :])
             best = int(costs.argmin())
             if costs[best] < costs[chosen[i]]:
                 chosen[i] = best
@@ -156,10 +162,6 @@ def _choose(features: Real, size: int, start: int, stride: int) -> list[int]:
     return chosen
 
 
-def _gap(counts: NDArray[np.int64], n: int, k: int, stride: int, size: int) -> float:
-    workers = np.arange(n)
-    ring = n // stride
-    apart = (workers[None, :] // stride - workers[:, None] // stride) % ring
-    total = counts[apart, workers[:, None] % stride, workers[None, :] % stride]
-    mixing = total / (size * (k // stride) * k)
-    return round(float(1.0 - np.linalg.eigvalsh(mixing)[-2]), _DIGITS)
+def _gap(classes: list[ParallelClass], num_workers: int) -> float:
+    owned = [(owners, 1.0) for parallel_class in classes for owners in parallel_class]
+    return round(spectral_gap(owned, num_workers), _DIGITS)

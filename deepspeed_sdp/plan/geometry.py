@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations, islice, product
 from math import gcd
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,32 @@ def crossing_pairs(n: int) -> list[ParallelClass]:
     """
     half = n // 2
     return [tuple((i, half + (i + r) % half) for i in range(half)) for r in range(half)]
+
+
+def digit_classes(num_workers: int, team_size: int, seed: int) -> list[ParallelClass]:
+    """Partitions for any `K` that divides `N`: a worker's team is a sum over its digits to the base `N/K`, modulo it.
+
+    The last digit counts once, so teams are equally large; each of the others has a factor, and the factors make a
+    class. Teams of two classes meet equally often where their factors at some place differ by what has no common
+    divisor with the base, but for what `N` lacks to a power of it. A first digit of few values is mixed by the seed.
+    """
+    base = num_workers // team_size
+    workers = np.arange(num_workers)
+    places = [base]
+    while places[-1] * base < num_workers:
+        places.append(places[-1] * base)
+    digits = [workers // place % base for place in places]
+    rng = Random(seed)
+    classes = []
+    for number in range(min(_MAX_CLASSES, num_workers)):
+        label = workers.copy()
+        for place, digit in zip(places, digits, strict=True):
+            if place is places[-1] and digit[-1] < base - 1:
+                label += np.array(sorted(range(base), key=lambda _: rng.random()))[digit]
+            else:
+                label += number * base // place % base * digit
+        classes.append(team_class(np.argsort(label % base, kind="stable").tolist(), team_size))
+    return list(dict.fromkeys(classes))
 
 
 def _affine(p: int, m: int, j: int) -> list[ParallelClass]:

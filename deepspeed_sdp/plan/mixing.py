@@ -34,19 +34,33 @@ def row_stochastic(mass: Matrix) -> Matrix:
     return mixing
 
 
-def spectral_gap(mass: Matrix) -> float:
-    """`1 - λ₂(W)` in [0, 1]; 1 for a single worker.
+def spectral_gap(owned: Iterable[tuple[tuple[int, ...], float]], num_workers: int) -> float:
+    """`1 - λ₂(W)` in [0, 1] of the pairs `(S, mass)` of `owned`; 1 for a single worker.
 
-    `D^-1/2 M D^-1/2` has the eigenvalues of `W = D^-1 M` and is symmetric, so they come out real and accurate.
+    `D^-1/2 M D^-1/2` has the eigenvalues of `W = D^-1 M` and is symmetric, so they come out real and accurate. It is
+    `B Bᵀ` with a column for each owner set, and `Bᵀ B` has the same eigenvalues but for zeros. The smaller of both is
+    taken: few sets own what hundreds of workers hold.
     """
-    if len(mass) == 1:
+    pairs = list(owned)
+    if num_workers == 1:
         return 1.0
-    degree = mass.sum(axis=1)
-    idle = degree == 0
-    scale = 1.0 / np.sqrt(np.where(idle, 1.0, degree))
-    symmetric = mass * scale[:, None] * scale[None, :]
-    symmetric[idle, idle] = 1.0
-    return float(min(1.0, max(0.0, 1.0 - np.linalg.eigvalsh(symmetric)[-2])))
+    columns = np.zeros((num_workers, len(pairs)), dtype=np.float64)
+    for column, (owners, weight) in enumerate(pairs):
+        columns[list(owners), column] = np.sqrt(weight / len(owners))
+    degree = columns**2 @ np.array([float(len(owners)) for owners, _ in pairs])
+    if not degree.all():
+        # A worker that owns nothing keeps what it has.
+        return 0.0
+    columns /= np.sqrt(degree)[:, None]
+    mixing = columns.T @ columns if len(pairs) < num_workers else columns @ columns.T
+    return 1.0 - second_eigenvalues(mixing[None])[0]
+
+
+def second_eigenvalues(symmetric: Matrix) -> list[float]:
+    """Of each of `[B, M, M]` symmetric matrices with eigenvalues in [0, 1] the second largest; 0 where `M` is 1."""
+    if symmetric.shape[-1] == 1:
+        return [0.0] * len(symmetric)
+    return np.clip(np.linalg.eigvalsh(symmetric)[:, -2], 0.0, 1.0).tolist()  # type: ignore[no-any-return]
 
 
 def spectral_gap_bound(num_workers: int, owners_per_unit: float) -> float:

@@ -73,11 +73,14 @@ def _pick(
 ) -> list[int]:
     """`count` workers of the least rank, the urgent ones first, then those that have met the chosen ones least."""
     chosen: list[int] = []
-    left = list(range(len(rank)))
+    left = np.arange(len(rank))
+    ranks, waits = np.asarray(rank), ~np.asarray(urgent, dtype=bool)
     met = np.zeros(len(rank), dtype=np.int64)
     for _ in range(count):
-        worker = min(left, key=lambda w: (rank[w], not urgent[w], int(met[w]), rng.random()))
-        left.remove(worker)
+        draws = np.array([rng.random() for _ in range(len(left))])
+        pick = np.lexsort((draws, met[left], waits[left], ranks[left]))[0]
+        worker = int(left[pick])
+        left = np.delete(left, pick)
         chosen.append(worker)
         met += together[worker]
     return chosen
@@ -106,10 +109,9 @@ def repeated_sequence(
 
 def longest_absence(spaces: Sequence[Sequence[OwnerSet]], num_workers: int) -> int:
     """In how many spaces in a row a worker owns nothing, at most."""
-    longest = 0
-    for worker in range(num_workers):
-        run = 0
-        for sets in spaces:
-            run = 0 if any(worker in owners for owners in sets) else run + 1
-            longest = max(longest, run)
+    longest, absent = 0, [0] * num_workers
+    for sets in spaces:
+        present = {worker for owners in sets for worker in owners}
+        absent = [0 if worker in present else run + 1 for worker, run in enumerate(absent)]
+        longest = max(longest, *absent)
     return longest

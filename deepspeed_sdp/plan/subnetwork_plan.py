@@ -150,12 +150,12 @@ class SubnetworkPlan:
         Units count by their parameters: a KV head with its query heads is thousands of times an MLP neuron, and what is
         averaged between two workers is parameters. A worker that owns nothing has the row of the identity.
         """
-        return mixing.row_stochastic(self._shared_mass)
+        return mixing.row_stochastic(mixing.shared_mass(self._owned_masses(), self.num_subnetworks))
 
     @cached_property
     def spectral_gap(self) -> float:
         """`1 - λ₂(W)` in [0, 1]: 1 is data parallelism, 0 workers with nothing in common (arXiv 2507.09029)."""
-        return mixing.spectral_gap(self._shared_mass)
+        return mixing.spectral_gap(self._owned_masses(), self.num_subnetworks)
 
     @property
     def spectral_gap_bound(self) -> float:
@@ -259,10 +259,6 @@ class SubnetworkPlan:
             for worker, share in enumerate(self.shares(kind)):
                 due[worker] += share * total
         return due
-
-    @cached_property
-    def _shared_mass(self) -> mixing.Matrix:
-        return mixing.shared_mass(self._owned_masses(), self.num_subnetworks)
 
     def _owned_masses(self) -> Iterator[tuple[OwnerSet, int]]:
         """Each owner set in use with the parameters it owns."""

@@ -31,7 +31,7 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     if sdp.plan_file is not None:
         return read_plan(sdp, spaces, world_size)
     num_subnetworks = sdp.subnetworks(world_size)
-    plan = make_plan(
+    return make_plan(
         spaces,
         num_subnetworks,
         owners_per_unit=sdp.owners(num_subnetworks),
@@ -42,8 +42,6 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
         shared_flops=shared,
         worker_capacity=sdp.capacity(num_subnetworks),
     )
-    plan.validate()
-    return plan
 
 
 def read_plan(sdp: SDPConfig, spaces: Sequence[UnitSpace], world_size: int) -> SubnetworkPlan:
