@@ -52,7 +52,7 @@ def writes_of(checkpoint: Path, meta: Mapping[str, Any], config: Any) -> frozens
     """
     block = meta["subnetwork_data_parallel"]
     unit: Any = (block.get("block_unit") or "layer") if block["granularity"] == "block" else None
-    plan = SubnetworkPlan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+    plan = SubnetworkPlan.read(checkpoint / PLAN)
     return cut_model(meta_model(config, META), plan, 0, block_unit=unit).writes
 
 

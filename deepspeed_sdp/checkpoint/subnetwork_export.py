@@ -28,7 +28,7 @@ def carve(
         CheckpointError: no such worker; it was not trained as a model of its own (backward masking); or a config of the
             family has no words for it.
     """
-    plan = SubnetworkPlan.from_json((checkpoint / PLAN).read_text(encoding="utf-8"))
+    plan = SubnetworkPlan.read(checkpoint / PLAN)
     block = meta["subnetwork_data_parallel"]
     if not 0 <= worker < plan.num_subnetworks:
         raise CheckpointError(f"--subnetwork: got {worker}; takes 0 to {plan.num_subnetworks - 1}")

@@ -147,7 +147,7 @@ def _agree_on_job(
 
 def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...]]:
     plan = plan_for(job.model, job.sdp, dist.get_world_size())
-    _check_copies(job.sdp, plan)
+    check_copies(job.sdp, plan)
     return plan, place_workers(plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
 
 
@@ -203,7 +203,12 @@ def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
         job.args.deepspeed_config = None
 
 
-def _check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
+def check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
+    """Whether every unit has owners enough to write all copies of a checkpoint.
+
+    Raises:
+        ConfigError: it has not.
+    """
     fewest = min(map(len, plan.owner_sets))
     if sdp.checkpoint_copies > fewest:
         raise ConfigError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from deepspeed_sdp.errors import PlanError
+from deepspeed_sdp.json_text import shown
 from deepspeed_sdp.plan.capacity import check_capacity
 from deepspeed_sdp.plan.coverage import resolve_owners
 from deepspeed_sdp.plan.designs import check_at_least_one
@@ -62,13 +64,17 @@ def check_non_negative(key: str, value: object) -> None:
 
 
 def _check_owner_sets(plan: SubnetworkPlan, numbers: set[int]) -> None:
-    everyone = tuple(range(plan.num_subnetworks))
-    if not plan.owner_sets or plan.owner_sets[0] != everyone:
-        raise PlanError(f"owner_sets: the first must hold all workers 0 to {plan.num_subnetworks - 1}")
+    # First the length: a plan that says it has a billion workers has to list them.
+    n = plan.num_subnetworks
+    if not plan.owner_sets or len(plan.owner_sets[0]) != n or plan.owner_sets[0] != tuple(range(n)):
+        raise PlanError(f"owner_sets: the first must hold all workers 0 to {n - 1}")
     for owners in plan.owner_sets[1:]:
-        if len(owners) not in numbers or tuple(sorted(set(owners) & set(everyone))) != owners:
+        ascending = all(left < right for left, right in itertools.pairwise(owners))
+        if len(owners) not in numbers or not ascending or owners[0] < 0 or owners[-1] >= n:
             takes = " or ".join(map(str, sorted(numbers)))
-            raise PlanError(f"owner_sets: got {list(owners)}, takes {takes} different workers in ascending order")
+            raise PlanError(
+                f"owner_sets: got {shown(owners)}, takes {takes} different workers in ascending order, 0 to {n - 1}"
+            )
     if any(left >= right for left, right in zip(plan.owner_sets[1:], plan.owner_sets[2:], strict=False)):
         raise PlanError("owner_sets: those after the first must differ and stand in lexicographic order")
 
@@ -125,10 +131,13 @@ def _check_blocks(plan: SubnetworkPlan) -> None:
 
 
 def _owned_units(plan: SubnetworkPlan, planned: PlannedSpace) -> list[int]:
-    owned = [0] * plan.num_subnetworks
+    units: dict[int, int] = {}
     for chunk in planned.chunks:
-        for worker in plan.owner_sets[chunk.owner_set]:
-            owned[worker] += chunk.stop - chunk.start
+        units[chunk.owner_set] = units.get(chunk.owner_set, 0) + chunk.stop - chunk.start
+    owned = [0] * plan.num_subnetworks
+    for owner_set, number in units.items():
+        for worker in plan.owner_sets[owner_set]:
+            owned[worker] += number
     return owned
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepspeed_sdp.errors import PlanError
+from deepspeed_sdp.json_text import parse_json, shown
 from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
 from deepspeed_sdp.plan.units import UnitSpace
 
@@ -15,24 +18,44 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-_PLAN_KEYS: dict[str, type | tuple[type, ...]] = {
-    "version": int,
-    "num_subnetworks": int,
-    "owners_per_unit": (int, dict),
-    "design": str,
-    "seed": int,
-    "chunk_multiple": int,
-    "owner_sets": list,
-    "spaces": list,
-}
-_SPACE_KEYS: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "kind": str,
-    "layer": int,
-    "num_units": int,
-    "unit_numel": int,
-    "chunks": list,
-}
+# Bounds of what a file may say. Far above any use, so that nothing made from the numbers grows out of hand.
+MAX_WORKERS = 2**14
+_Name = Annotated[str, Field(min_length=1, max_length=500)]
+_Index = Annotated[int, Field(ge=0, le=2**40)]
+_Count = Annotated[int, Field(ge=1, le=2**40)]
+_Worker = Annotated[int, Field(ge=0, lt=MAX_WORKERS)]
+_Owners = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
+_Flops = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+_Capacity = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Space(_Form):
+    name: _Name
+    kind: _Name
+    layer: _Index
+    num_units: _Count
+    unit_numel: _Count
+    unit_flops: _Flops = 0.0
+    chunks: list[Annotated[list[_Index], Field(min_length=3, max_length=3)]] = Field(min_length=1)
+
+
+class _Plan(_Form):
+    version: int
+    num_subnetworks: _Owners
+    owners_per_unit: _Owners | dict[_Name, _Owners]
+    design: _Name
+    seed: int = Field(ge=-(2**63), lt=2**63)
+    chunk_multiple: _Count
+    owner_sets: list[Annotated[list[_Worker], Field(min_length=1, max_length=MAX_WORKERS)]] = Field(min_length=1)
+    spaces: list[_Space] = Field(min_length=1, max_length=4096)
+    shared_flops: _Flops = 0.0
+    worker_capacity: Annotated[list[_Capacity], Field(max_length=MAX_WORKERS)] | None = None
+
+
 # Left out where they have these values, so that a plan that does not use them keeps its form and hash.
 _OPTIONAL_PLAN_KEYS: dict[str, object] = {"shared_flops": 0.0, "worker_capacity": None}
 _OPTIONAL_SPACE_KEYS: dict[str, object] = {"unit_flops": 0.0}
@@ -69,76 +92,43 @@ def parse(text: str) -> dict[str, Any]:
     """The fields of `SubnetworkPlan` from what `dump` wrote. Their form is checked, the guarantees of a plan are not.
 
     Raises:
-        PlanError: for malformed JSON, another version, missing or unknown keys, and values of a wrong type.
+        PlanError: for malformed JSON, another version, missing or unknown keys, and values of a wrong type or size.
     """
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
-        raise PlanError(f"plan: not JSON: {error}") from error
+        raise PlanError(f"plan: {error}") from None
     if not isinstance(document, dict):
         raise PlanError(f"plan: got a JSON {type(document).__name__}, takes an object")
     version = document.get("version")
-    if version != FORMAT_VERSION:
-        raise PlanError(f"plan version: got {version!r}, takes {FORMAT_VERSION}")
-    fields = _read(document, _PLAN_KEYS, "plan", _OPTIONAL_PLAN_KEYS)
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise PlanError(f"plan version: got {shown(version)}, takes {FORMAT_VERSION}")
+    try:
+        form = _Plan.model_validate(document)
+    except ValidationError as error:
+        raise PlanError(_describe(error.errors(include_url=False)[0])) from None
+    fields = dict(form) | {
+        "owner_sets": tuple(map(tuple, form.owner_sets)),
+        "worker_capacity": None if form.worker_capacity is None else tuple(form.worker_capacity),
+        "spaces": tuple(
+            PlannedSpace(UnitSpace(**{k: v for k, v in space if k != "chunks"}), tuple(Chunk(*c) for c in space.chunks))
+            for space in form.spaces
+        ),
+    }
     del fields["version"]
-    if isinstance(fields["owners_per_unit"], dict):
-        fields["owners_per_unit"] = _read(
-            fields["owners_per_unit"], dict.fromkeys(fields["owners_per_unit"], int), "plan owners_per_unit"
-        )
-    if fields.get("worker_capacity") is not None:
-        if not isinstance(fields["worker_capacity"], list):
-            raise PlanError(f"plan worker_capacity: got {fields['worker_capacity']!r}, takes a list of numbers")
-        fields["worker_capacity"] = tuple(_number(value, "plan worker_capacity") for value in fields["worker_capacity"])
-    if "shared_flops" in fields:
-        fields["shared_flops"] = _number(fields["shared_flops"], "plan shared_flops")
-    fields["owner_sets"] = tuple(_integers(owners, "plan owner_sets") for owners in fields["owner_sets"])
-    spaces = []
-    for index, entry in enumerate(fields["spaces"]):
-        space = _read(entry, _SPACE_KEYS, f"plan spaces[{index}]", _OPTIONAL_SPACE_KEYS)
-        if "unit_flops" in space:
-            space["unit_flops"] = _number(space["unit_flops"], f"plan unit_flops of {space['name']!r}")
-        chunks = [_integers(chunk, f"plan chunk of {space['name']!r}", 3) for chunk in space.pop("chunks")]
-        spaces.append(PlannedSpace(UnitSpace(**space), tuple(Chunk(*chunk) for chunk in chunks)))
-    fields["spaces"] = tuple(spaces)
     return fields
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    where = "plan"
+    for part in error["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f" {shown(part)[1:-1]}"
+    if error["type"] == "missing":
+        return f"{where}: this key is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    return f"{where}: got {shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _used(optional: Mapping[str, object], source: object) -> dict[str, object]:
     return {key: getattr(source, key) for key, default in optional.items() if getattr(source, key) != default}
-
-
-def _read(
-    entry: object,
-    keys: Mapping[str, type | tuple[type, ...]],
-    where: str,
-    optional: Mapping[str, object] | None = None,
-) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise PlanError(f"{where}: got {entry!r}, takes an object")
-    for key, kind in keys.items():
-        if key not in entry:
-            raise PlanError(f"{where}: the key {key!r} is missing")
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        # bool is a subclass of int, and `true` is no number of workers.
-        if type(entry[key]) not in kinds:
-            takes = " or ".join(k.__name__ for k in kinds)
-            raise PlanError(f"{where}: {key!r} got {entry[key]!r}, takes {takes}")
-    unknown = sorted(set(entry) - set(keys) - set(optional or ()))
-    if unknown:
-        raise PlanError(f"{where}: unknown key {unknown[0]!r}, takes {', '.join(keys)}")
-    return dict(entry)
-
-
-def _number(value: object, where: str) -> float:
-    if type(value) not in (int, float):
-        raise PlanError(f"{where}: got {value!r}, takes a number")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _integers(value: object, where: str, length: int | None = None) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise PlanError(f"{where}: got {value!r}, takes a list of integers")
-    if length is not None and len(value) != length:
-        raise PlanError(f"{where}: got {value!r}, takes {length} integers")
-    return tuple(value)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 
 from deepspeed_sdp.errors import PlanError
+from deepspeed_sdp.json_text import read_json_text
 from deepspeed_sdp.plan import guarantees, mixing, plan_json
 from deepspeed_sdp.plan.capacity import capacity_shares
 from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
@@ -204,6 +206,20 @@ class SubnetworkPlan:
         plan = cls(**plan_json.parse(text))
         plan.validate()
         return plan
+
+    @classmethod
+    def read(cls, path: Path) -> SubnetworkPlan:
+        """The plan in a file.
+
+        Raises:
+            PlanError: naming the file: it cannot be read, or see `from_json`.
+        """
+        try:
+            return cls.from_json(read_json_text(path))
+        except OSError as error:
+            raise PlanError(f"cannot read {path}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise PlanError(f"{path}: {error}") from None
 
     @cached_property
     def hash(self) -> str:

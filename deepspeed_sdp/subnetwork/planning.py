@@ -11,7 +11,7 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 
 
@@ -48,16 +48,14 @@ def read_plan(sdp: SDPConfig, spaces: Sequence[UnitSpace], world_size: int) -> S
     """The plan of ``sdp.plan_file``.
 
     Raises:
-        ConfigError: the file cannot be read, or it was made for another model or number of workers.
-        PlanError: it holds no valid plan.
+        ConfigError: it was made for another model or number of workers.
+        PlanError: the file cannot be read, or holds no valid plan.
     """
     key = "subnetwork_data_parallel.plan_file"
     try:
-        text = Path(str(sdp.plan_file)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not a text file"
-        raise ConfigError(f"{key}: cannot read {sdp.plan_file}: {reason}") from None
-    plan = SubnetworkPlan.from_json(text)
+        plan = SubnetworkPlan.read(Path(str(sdp.plan_file)))
+    except PlanError as error:
+        raise PlanError(f"{key}: {error}") from None
     planned = [space.space for space in plan.spaces]
     if [_identity(space) for space in planned] != [_identity(space) for space in spaces]:
         mine, theirs = _first_difference(spaces, planned)
