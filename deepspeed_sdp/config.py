@@ -7,11 +7,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.json_text import parse_json, read_json_text, shown
 
 BLOCK = "subnetwork_data_parallel"
+_MAX_MESSAGES = 10
+_LONGEST_KEY = 100
+_SHOWN_FRACTIONS = 16
 
 DEFAULT_COVERAGE = 0.5
 
@@ -23,9 +27,14 @@ _NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
 
 
 Kind = Literal["mlp", "attention"]
+# Bounds far above any use: what is made from a number must not grow out of hand, or out of what libraries can take.
+MAX_WORKERS = 2**14
+_MAX_OWNER_SETS = 1024
+_MAX_COUNT = 2**40
+
 Coverage = Annotated[float, Field(gt=0, le=1)]
-Owners = Annotated[int, Field(ge=1)]
-Capacity = Annotated[float, Field(gt=0)]
+Owners = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
+Capacity = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 # What a plan file settles.
@@ -56,7 +65,9 @@ class SDPConfig(BaseModel):
     overlap_refresh: bool = Field(
         False, description="backward masking: copies may arrive during the next forward pass, which waits for them"
     )
-    num_subnetworks: int | None = Field(None, ge=1, description="N; divides the world size, which is the default")
+    num_subnetworks: int | None = Field(
+        None, ge=1, le=MAX_WORKERS, description="N; divides the world size, which is the default"
+    )
     coverage: Coverage | dict[Kind, Coverage] | None = Field(
         None, description="K/N, the share of the units that one worker holds; or one for each kind"
     )
@@ -67,7 +78,9 @@ class SDPConfig(BaseModel):
     partition: tuple[Literal["mlp", "attention"], ...] = Field(
         ("mlp", "attention"), min_length=1, description="kinds of units that are partitioned"
     )
-    shared_modules: tuple[str, ...] = Field((), description="name patterns of modules that all workers own")
+    shared_modules: tuple[str, ...] = Field(
+        (), max_length=_MAX_NAMES, description="name patterns of modules that all workers own"
+    )
     output_scaling: Literal["none", "inverse_sqrt_coverage", "inverse_coverage"] = Field(
         "inverse_sqrt_coverage",
         description="factor on what the partitioned units add to the residual stream of a subnetwork",
@@ -75,6 +88,7 @@ class SDPConfig(BaseModel):
     calibration_sequences: int = Field(
         64,
         ge=0,
+        le=_MAX_COUNT,
         description="of the last step, on which launch/ scripts and Trainer calibrate the full model before it is "
         "evaluated or saved; 0: never",
     )
@@ -85,10 +99,14 @@ class SDPConfig(BaseModel):
     rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
         "round_robin", description="which rank trains which subnetwork"
     )
-    max_owner_sets: int = Field(64, ge=1, description="upper bound of the number of process groups")
-    seq_length: int = Field(2048, ge=1, description="sequence length at which the workers' FLOPs are balanced")
-    chunk_multiple: int = Field(64, ge=1, description="chunk borders are multiples of this where sizes allow")
-    seed: int = Field(0, ge=0, description="seed of the plan and of the unit-wise initialisation")
+    max_owner_sets: int = Field(64, ge=1, le=_MAX_OWNER_SETS, description="upper bound of the number of process groups")
+    seq_length: int = Field(
+        2048, ge=1, le=_MAX_COUNT, description="sequence length at which the workers' FLOPs are balanced"
+    )
+    chunk_multiple: int = Field(
+        64, ge=1, le=_MAX_COUNT, description="chunk borders are multiples of this where sizes allow"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the plan and of the unit-wise initialisation")
     transport: Literal["auto", "owner_sets", "all_to_all"] = Field(
         "auto", description="how gradients and weights cross the network; auto: what is faster on the backend"
     )
@@ -97,7 +115,7 @@ class SDPConfig(BaseModel):
     )
     on_nonfinite: Literal["skip", "stop"] = Field("skip", description="what a step with NaN or Inf gradients does")
     consistency_check_interval: int = Field(
-        0, ge=0, description="steps between two comparisons of the owners' weights, 0: never"
+        0, ge=0, le=_MAX_COUNT, description="steps between two comparisons of the owners' weights, 0: never"
     )
     evaluation: Literal["gathered", "streamed"] = Field(
         "gathered",
@@ -105,20 +123,30 @@ class SDPConfig(BaseModel):
     )
     checkpoint_async: bool = Field(False, description="write checkpoints beside the training, from a copy on the CPU")
     checkpoint_copies: int = Field(
-        1, ge=1, description="owners that write each element; a checkpoint survives the loss of one worker's files less"
+        1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="owners that write each element; a checkpoint survives the loss of one worker's files less",
     )
     checkpoint_on_error: Literal["stop", "continue"] = Field(
         "stop", description="what the job does when a checkpoint cannot be written"
     )
-    checkpoint_keep_last: int = Field(0, ge=0, description="checkpoints kept in a folder, 0: all")
-    checkpoint_keep_every: int = Field(0, ge=0, description="older ones of multiples of so many steps are kept too")
-    resample_interval: int = Field(0, ge=0, description="steps between two plans, 0: never")
-    sync_interval: int = Field(1, ge=1, description="steps between two synchronisations")
+    checkpoint_keep_last: int = Field(0, ge=0, le=_MAX_COUNT, description="checkpoints kept in a folder, 0: all")
+    checkpoint_keep_every: int = Field(
+        0, ge=0, le=_MAX_COUNT, description="older ones of multiples of so many steps are kept too"
+    )
+    resample_interval: int = Field(0, ge=0, le=_MAX_COUNT, description="steps between two plans, 0: never")
+    sync_interval: int = Field(1, ge=1, le=_MAX_COUNT, description="steps between two synchronisations")
 
     @field_validator("partition", "shared_modules", "worker_capacity", mode="before")
     @classmethod
-    def _list_to_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    def _list_to_tuple(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        # Before every item is looked at.
+        if len(value) > MAX_WORKERS:
+            raise ConfigError(f"{BLOCK}.{info.field_name}: got {len(value)} values; takes at most {MAX_WORKERS}")
+        return tuple(value)
 
     @model_validator(mode="after")
     def _one_of_coverage_and_owners(self) -> Self:
@@ -177,10 +205,14 @@ class SDPConfig(BaseModel):
         # In a DeepSpeed config "auto" leaves a value to others: here, to the default.
         block = {key: value for key, value in block.items() if value != "auto"}
         try:
-            config = cls(**block)
+            config = cls.model_validate(block)
         except ValidationError as error:
             # A union reports once per member, so messages can repeat.
-            messages = dict.fromkeys(_describe(item, block) for item in error.errors())
+            messages: dict[str, None] = {}
+            for item in error.errors(include_url=False):
+                messages[_describe(item, block)] = None
+                if len(messages) == _MAX_MESSAGES:
+                    break
             raise ConfigError("\n".join(messages)) from None
         for key, built, feature in _NOT_BUILT:
             if getattr(config, key) not in built:
@@ -253,10 +285,12 @@ def _whole_owners(key: str, value: float, workers: int, note: str = "") -> int:
     # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
     owners = round(value * workers)
     if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
-        takes = ", ".join(_fraction(k, workers) for k in range(1, workers + 1))
+        # The nearest ones where there are many.
+        first = max(1, min(owners - _SHOWN_FRACTIONS // 2, workers - _SHOWN_FRACTIONS + 1))
+        takes = ", ".join(_fraction(k, workers) for k in range(first, min(workers, first + _SHOWN_FRACTIONS - 1) + 1))
         raise ConfigError(
             f"{key}: got {value:g}{note} with {workers} subnetworks, which gives {value * workers:g} owners per unit; "
-            f"takes a whole number of owners: {takes}"
+            f"takes a whole number of owners: {takes}" + (", ..." if workers > _SHOWN_FRACTIONS else "")
         )
     return owners
 
@@ -286,16 +320,14 @@ def read_json(path: str | Path, key: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ConfigError: names ``key`` and the file when it is missing, unreadable, or holds no JSON object.
+        ConfigError: names ``key`` and the file when it is missing, unreadable, too large, or holds no JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(read_json_text(Path(path)))
     except OSError as error:
         raise ConfigError(f"{key}: cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{key}: {path} is not a text file") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{key}: {path} is not valid JSON: line {error.lineno}: {error.msg}") from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {path} {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{key}: {path} holds a {type(value).__name__}; takes a JSON object")
     return value
@@ -318,9 +350,9 @@ def _describe(item: Any, block: Mapping[str, Any]) -> str:
         return str(raised)
     name = str(item["loc"][0]) if item["loc"] else ""
     if name in _UNIONS:
-        return f"{BLOCK}.{name}: got {json.dumps(block[name], default=str)}; takes {_UNIONS[name]}"
-    key = ".".join(str(part) for part in item["loc"])
-    got = json.dumps(item.get("input"), default=str)
+        return f"{BLOCK}.{name}: got {shown(block[name])}; takes {_UNIONS[name]}"
+    key = ".".join(str(part)[:_LONGEST_KEY] for part in item["loc"])
+    got = shown(item.get("input"))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, SDPConfig.model_fields, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
