@@ -16,6 +16,8 @@ from deepspeed_sdp.errors import (
     OutputError,
     PlanError,
     SDPError,
+    StateError,
+    WaitError,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ __all__ = [
     "SDPConfig",
     "SDPEngine",
     "SDPError",
+    "StateError",
     "SubnetworkPlan",
+    "WaitError",
     "initialize",
 ]
 

@@ -35,3 +35,11 @@ class ConsistencyError(SDPError, RuntimeError):
 
 class CheckpointError(SDPError, RuntimeError):
     """A checkpoint is missing, incomplete, damaged, or does not fit the model."""
+
+
+class StateError(SDPError, RuntimeError):
+    """Something is used at a time when it cannot be: weights that are freed, an engine that is destroyed."""
+
+
+class WaitError(SDPError, RuntimeError):
+    """Other ranks did not come to a collective in time, or are gone."""

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from deepspeed_sdp.errors import SDPError
 
@@ -50,16 +50,18 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
     """
     import torch.distributed as dist
 
+    from deepspeed_sdp.ranks import object_of_first
+
     result: T | None = None
-    failure: list[Any] = [None]
+    failure: SDPError | None = None
     if dist.get_rank() == 0:
         try:
             result = work()
         except SDPError as error:
-            failure = [error]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
+            failure = error
+    failure = object_of_first(failure, "the first rank's work")
+    if failure is not None:
+        raise failure
     return result
 
 

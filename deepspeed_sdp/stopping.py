@@ -14,7 +14,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.is_asked = False
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
         signal.signal(signal.SIGUSR1, self._note)
+
+    def close(self) -> None:
+        """Signals mean again what they meant before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def note_termination_too(self) -> None:
         """From here on ``SIGTERM``, a scheduler's last warning, asks to stop too.
@@ -31,9 +37,7 @@ class StopRequest:
     def agreed(self) -> bool:
         """Collective. Whether any rank was asked to stop; the same on all ranks."""
         import torch
-        import torch.distributed as dist
-        from deepspeed.accelerator import get_accelerator
 
-        asked = torch.tensor(int(self.is_asked), device=get_accelerator().current_device_name())
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+        from deepspeed_sdp.ranks import reduce_numbers
+
+        return bool(reduce_numbers(torch.tensor(int(self.is_asked)), "asking who was told to stop"))

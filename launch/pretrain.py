@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from arguments import check_pretrain_arguments, heldout_fraction, parse_pretrain_arguments, stream_source
@@ -18,8 +19,7 @@ from deepspeed_sdp.stopping import StopRequest
 
 def main(argv: list[str]) -> None:
     args = parse_pretrain_arguments(argv, __doc__)
-    stop = StopRequest()
-    with one_report():
+    with closing(StopRequest()) as stop, one_report():
         check_pretrain_arguments(args)
         pretrain(args, stop)
 

@@ -8,6 +8,7 @@
 import argparse
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv, __doc__)
-    stop = StopRequest()
-    with one_report():
+    with closing(StopRequest()) as stop, one_report():
         check_arguments(args)
         train(args, stop)
 

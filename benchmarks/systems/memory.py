@@ -28,6 +28,8 @@ from systems import System
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspeed_sdp.engine.freed_weight import FreedWeight
+
 # Operators between two walks over all gradients, which take as long as an operator.
 _WALK_EVERY = 4
 KINDS = ("weights", "gradients", "optimizer", "activations", "rest")
@@ -160,9 +162,10 @@ class _Activations:
             self.nbytes -= self.sizes.pop(address)
 
     def _weights(self) -> set[int]:
-        # As they are now: sharded weights are gathered into other storages.
+        # As they are now: sharded weights are gathered into other storages, or freed.
         tensors = (*self.module.parameters(), *self.module.buffers())
-        return {t.untyped_storage().data_ptr() for t in tensors if not hasattr(t, "to_local")}
+        there = (t for t in tensors if not hasattr(t, "to_local") and not isinstance(t, FreedWeight))
+        return {t.untyped_storage().data_ptr() for t in there}
 
 
 class _Samples(TorchDispatchMode):

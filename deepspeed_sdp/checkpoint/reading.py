@@ -20,6 +20,8 @@ from deepspeed_sdp.checkpoint.region import Entry
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.checkpoint.writing import META, STATE
 from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.ranks import control_group, gather_objects, meet
+from deepspeed_sdp.waits import waiting
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Checkpoint:
         name = f"rank-{rank:05d}.pt"
         return None if name in self.damage else self._load(name)
 
-    def read(self, entries: Sequence[Entry], group: dist.ProcessGroup | None = None) -> None:
+    def read(self, entries: Sequence[Entry]) -> None:
         """Collective. Fill the tensors of ``entries``.
 
         Raises:
@@ -65,12 +67,11 @@ class Checkpoint:
             reader.read_metadata()
         except CheckpointError as error:
             problem = str(error)
-        problems: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(problems, problem, group=group)
-        for message in filter(None, problems):
+        for message in filter(None, gather_objects(problem, "reading a checkpoint")):
             raise CheckpointError(message)
         try:
-            load({}, storage_reader=reader, planner=EntryLoadPlanner(entries), process_group=group)
+            with waiting("reading a checkpoint", range(dist.get_world_size())):
+                load({}, storage_reader=reader, planner=EntryLoadPlanner(entries), process_group=control_group())
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"rank {rank}: {reason}") from None
@@ -83,7 +84,7 @@ class Checkpoint:
         return loaded
 
 
-def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
+def open_checkpoint(folder: Path, tag: str | None) -> Checkpoint | None:
     """Collective. The checkpoint ``tag`` below ``folder``, or the latest; ``None`` where nothing was saved.
 
     Every rank compares its share of the files with the manifest; it does without files of which other owners wrote
@@ -96,12 +97,12 @@ def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | No
     # A folder of HuggingFace's Trainer is both.
     if tag is None and is_hf_folder(folder) and not (folder / folders.LATEST).is_file():
         return Checkpoint(folder, {}, HFFolderReader)
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank, world = dist.get_rank(), dist.get_world_size()
     problem, found, mine = None, None, {}
     if rank == 0 and folder.is_dir():
         with suppress(OSError, CheckpointError):  # a folder that cannot be written can still be read
             folders.recover(folder)
-    dist.barrier(group)
+    meet("repairing a folder of checkpoints")
     try:
         found = folders.check_tag(tag) if tag is not None else folders.latest(folder)
         if found is not None:
@@ -110,8 +111,7 @@ def open_checkpoint(folder: Path, tag: str | None, group: dist.ProcessGroup | No
             mine = folders.damage(checkpoint, files, sorted(files)[rank::world])
     except CheckpointError as error:
         problem = str(error)
-    outcomes: list[Any] = [None] * world
-    dist.all_gather_object(outcomes, (found, problem, mine), group=group)
+    outcomes = gather_objects((found, problem, mine), "verifying a checkpoint")
     for _, message, _ in outcomes:
         if message is not None:
             raise CheckpointError(message)

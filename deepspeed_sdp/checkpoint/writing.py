@@ -17,6 +17,8 @@ from deepspeed_sdp.checkpoint.planners import EntrySavePlanner
 from deepspeed_sdp.checkpoint.region import Entry
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileWriter
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
+from deepspeed_sdp.ranks import control_group, gather_objects
+from deepspeed_sdp.waits import waiting
 
 META = "meta.json"
 PLAN = "plan.json"
@@ -45,7 +47,7 @@ def write_checkpoint(
         plan_json: of the plan; rank 0's counts.
         state: what ``torch.load(weights_only=True)`` can load; rank 0's counts.
         rank_state: the same, of every rank.
-        group: of all ranks.
+        group: of all ranks; default: the package's own. A thread beside the training has another.
         keep_last: older checkpoints than so many are removed, 0 for none;
         keep_every: but for those whose step is a multiple of this.
 
@@ -53,7 +55,7 @@ def write_checkpoint(
         OutputError: something cannot be written; on every rank, and nothing has changed for a reader.
         CheckpointError: ``state`` holds what cannot be loaded safely, or entries do not cover the model.
     """
-    rank = dist.get_rank(group)
+    rank = dist.get_rank()
     staging = folders.staging_of(folder, tag)
     _together(lambda: folders.begin(folder, tag) if rank == 0 else None, group)
 
@@ -94,12 +96,13 @@ def _step_of(checkpoint: Path) -> int:
 
 def _write_tensors(staging: Path, entries: Sequence[Entry], rank: int, group: dist.ProcessGroup | None) -> None:
     try:
-        save(
-            {},
-            storage_writer=TensorFileWriter(staging, rank),
-            planner=EntrySavePlanner(entries),
-            process_group=group,
-        )
+        with waiting("writing a checkpoint", range(dist.get_world_size())):
+            save(
+                {},
+                storage_writer=TensorFileWriter(staging, rank),
+                planner=EntrySavePlanner(entries),
+                process_group=group or control_group(),
+            )
     except CheckpointException as error:
         failed, (reason, _) = next(iter(error.failures.items()))
         if isinstance(reason, OSError) or "I/O" in str(reason):
@@ -139,8 +142,7 @@ def _together(work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[
         outcome = (None, f"cannot write the checkpoint: {error}", True)
     except Exception as error:  # the others wait for word of this rank, whatever it is
         outcome = (None, f"{type(error).__name__}: {error}", False)
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
+    outcomes = gather_objects(outcome, "writing a checkpoint", group)
     for rank, (_, message, is_output) in enumerate(outcomes):
         if message is not None:
             raise (OutputError if is_output else CheckpointError)(f"rank {rank}: {message}")

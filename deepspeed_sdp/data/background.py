@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
+from deepspeed_sdp.errors import DataError
+from deepspeed_sdp.waits import seconds_to_wait
+
 _Item = TypeVar("_Item")
 
 # How long the end of the process waits for a thread that hangs in a read, all of them together.
@@ -65,8 +68,16 @@ class Ahead(Generic[_Item]):
         weakref.finalize(owner, self._stop.set)
 
     def take(self) -> _Item:
-        """The next item, or the error that the thread met."""
-        item = self._ready.get()
+        """The next item, or the error that the thread met.
+
+        Raises:
+            DataError: nothing came within the job's time limit: a read hangs.
+        """
+        limit = seconds_to_wait()
+        try:
+            item = self._ready.get(timeout=limit)
+        except queue.Empty:
+            raise DataError(f"the source: gave no text for {limit:.0f} s; a read of it hangs") from None
         if isinstance(item, BaseException):
             # Met again by whoever asks again.
             self._ready.put(item)
@@ -74,9 +85,9 @@ class Ahead(Generic[_Item]):
         return item
 
     def close(self) -> None:
-        """End the thread: after the document or block of rows that it is at."""
+        """End the thread: after the document or block of rows that it is at, if the read of that does not hang."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_EXIT_SECONDS)
 
 
 _running: "weakref.WeakKeyDictionary[threading.Thread, threading.Event]" = weakref.WeakKeyDictionary()

@@ -1,9 +1,9 @@
 """One block of documents, read, checked, held out and tokenised: in a worker process, or in this one."""
 
+import multiprocessing
 import os
 import signal
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,16 +109,18 @@ def start_worker(*arguments: Any) -> None:
     global _worker
     # The process that hands out the work ends it, also where an interrupt reaches the whole group of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One worker per core is faster than workers of several threads.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = ShardWorker(*arguments)
 
 
-def _end_with(parent: int) -> None:
-    # A killed parent leaves its workers waiting for tasks.
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with_parent() -> None:
+    # A killed parent leaves its workers waiting for tasks. Theirs is the process that made the pool, and not the server
+    # that they were forked from, which lives as long as they do.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

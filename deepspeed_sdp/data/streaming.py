@@ -143,14 +143,14 @@ class StreamedSequences:
         return {"format": _FORMAT, **self._identity, "num_lanes": self.num_lanes, "lanes": lanes}
 
     def gather_state(self) -> dict[str, Any]:
-        """Collective over the default process group: the merged state of all ranks, the same on each of them."""
+        """Collective: the merged state of all ranks, the same on each of them."""
         import torch.distributed as dist
 
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return merge_states([self.state_dict()])
-        states: list[dict[str, Any]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(states, self.state_dict())
-        return merge_states(states)
+        from deepspeed_sdp.ranks import gather_objects
+
+        return merge_states(gather_objects(self.state_dict(), "collecting the places in the stream"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the ranks of a merged state stood, on any number of ranks that divides its lanes.

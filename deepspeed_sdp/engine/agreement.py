@@ -4,9 +4,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from deepspeed_sdp.errors import ConfigError, SDPError
+from deepspeed_sdp.ranks import gather_objects
 
 T = TypeVar("T")
 
@@ -24,8 +23,7 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
         mine = flatten(describe())
     except Exception as raised:  # the other ranks wait for word of this one, whatever it is
         error = raised
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (mine, None if error is None else _message(error)))
+    reports = gather_objects((mine, None if error is None else _message(error)), "agreeing on the job")
     failures = {rank: message for rank, (_, message) in enumerate(reports) if message is not None}
     is_everywhere = len(failures) == len(reports) and len(set(failures.values())) == 1
     if error is not None and (is_everywhere or not isinstance(error, SDPError)):

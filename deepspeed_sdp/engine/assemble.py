@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.exchange import Exchange
-from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.groups import Group, OwnerGroups
 from deepspeed_sdp.engine.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
@@ -45,11 +44,11 @@ def assemble(
     """
     sdp: SDPConfig = engine.sdp_config
     zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
-    backend = dist.get_backend(groups.for_gradients)
+    backend = groups.for_gradients.backend
     dtype, accumulate = engine.get_data_types()
     reduce = _DTYPES[sdp.reduction_dtype] if sdp.reduction_dtype else engine.communication_data_type
 
-    def transport(payload: Any, group: dist.ProcessGroup, of: torch.dtype) -> Transport:
+    def transport(payload: Any, group: Group, of: torch.dtype) -> Transport:
         if resolve_transport(sdp.transport, backend, stage, payload) == "all_to_all":
             return AllToAllTransport(group, engine.device, of, traffic, stopwatch)
         return OwnerSetTransport(traffic, stopwatch)

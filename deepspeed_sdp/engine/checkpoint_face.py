@@ -10,6 +10,7 @@ from deepspeed.utils import logger
 from deepspeed_sdp.checkpoint import BackgroundWriter
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.checkpointing import load_checkpoint, save_checkpoint
+from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.errors import ConfigError, OutputError
 
@@ -22,6 +23,7 @@ class CheckpointFace:
     _checkpoint_writer: BackgroundWriter
     _stopwatch: Stopwatch
 
+    @while_alive
     def save_checkpoint(
         self,
         save_dir: str | Path,
@@ -51,6 +53,7 @@ class CheckpointFace:
         self._stopwatch.checkpoint_stall = time.perf_counter() - began
         return saved and before
 
+    @while_alive
     def load_checkpoint(
         self,
         load_dir: str | Path,

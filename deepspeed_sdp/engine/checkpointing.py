@@ -74,7 +74,7 @@ def save_checkpoint(
         keep_every=sdp.checkpoint_keep_every,
     )
     if sdp.checkpoint_async:
-        engine._checkpoint_writer.start(functools.partial(write, group=engine._owner_groups.for_checkpoints()))
+        engine._checkpoint_writer.start(functools.partial(write, group=engine._owner_groups.for_checkpoints().handle))
     else:
         write()
 

@@ -3,12 +3,18 @@
 import fcntl
 import logging
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
+
+_SECONDS_BETWEEN_LOOKS = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +26,32 @@ def start_communication(distributed_port: int = 29500, dist_init_required: bool 
     """``deepspeed.init_distributed`` with the accelerator's backend.
 
     On CPU, DeepSpeed loads a compiled op here. torch guards it by a file that a killed process leaves behind, and for
-    which every later process waits without end; such a file is removed first.
+    which every other process waits without end; such a file is removed, before and meanwhile.
     """
     if not deepspeed.comm.is_initialized():
         clear_stale_locks()
-    deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
+    with _clearing_locks():
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(),
+            distributed_port=distributed_port,
+            dist_init_required=dist_init_required,
+        )
+
+
+@contextmanager
+def _clearing_locks() -> Iterator[None]:
+    """Inside, this process may wait for one that compiles: for as long as that one lives."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SECONDS_BETWEEN_LOOKS):
+            clear_stale_locks()
+
+    threading.Thread(target=watch, name="compile locks", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def clear_stale_locks(patience: float = 300.0) -> list[Path]:
@@ -43,12 +66,25 @@ def clear_stale_locks(patience: float = 300.0) -> list[Path]:
         for lock in (*root.glob(f"{op}/lock"), *root.glob(f"*/{op}/lock")):
             # One process at a time decides: else one could remove the lock another has just taken.
             with Path(lock.parent, ".lock-check").open("w") as check:
-                fcntl.flock(check, fcntl.LOCK_EX)
-                if _abandoned(lock, patience):
+                if not _lock(check, patience + _SECONDS_BETWEEN_LOOKS):
+                    log.warning("%s: another process has looked at it for long; it is left to that one", lock)
+                elif _abandoned(lock, patience):
                     log.warning("removing %s: the process that made it is gone", lock)
                     lock.unlink(missing_ok=True)
                     removed.append(lock)
     return removed
+
+
+def _lock(file: IO[str], seconds: float) -> bool:
+    """Whether ``file`` could be locked within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
 
 
 def _abandoned(lock: Path, patience: float) -> bool:

@@ -4,9 +4,9 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from deepspeed_sdp.errors import ConsistencyError
+from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Fragment, Subnetwork
 
 _PIECE = 1 << 20
@@ -27,22 +27,20 @@ def check_owners(subnetwork: Subnetwork, step: int) -> None:
     parameters = [(name, p) for name, p in subnetwork.module.named_parameters() if name not in subnetwork.views]
     mine = {subnetwork.fragments[name]: p for name, p in parameters}
     sums = torch.stack([_checksum(p) for p in mine.values()]).tolist()
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, dict(zip(mine, sums, strict=True)))
+    reports = gather_objects(dict(zip(mine, sums, strict=True)), "comparing the owners' weights")
     different = _differing(reports)
     if not different:
         return
     # The first in forward order; equal on all ranks, as is everything it is chosen from.
     order = {name: place for place, name in enumerate(subnetwork.full_order)}
     worst = min(different, key=lambda fragment: (order[fragment.full_name], fragment.start))
-    by_unit: list[Any] = [None] * dist.get_world_size()
     units = None
     if worst in mine:
         value = mine[worst].detach()
         if worst.dim is not None:
             value = value.reshape(subnetwork.partitioned[worst.full_name].fragment_shape(worst))
         units = _checksums(value, worst.dim).tolist()
-    dist.all_gather_object(by_unit, units)
+    by_unit = gather_objects(units, "comparing the owners' weights")
     raise ConsistencyError(_describe(subnetwork, worst, by_unit, step, len(different)))
 
 

@@ -20,6 +20,7 @@ from deepspeed_sdp.engine.memory import model_state_bytes
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError
 from deepspeed_sdp.failures import on_first_rank
+from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import cut_model, materialize, plan_for
 
 
@@ -109,9 +110,7 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
             CheckpointError: the ranks are more or fewer, a file is missing, or it is an SDP engine's; on every rank.
         """
         # Rank 0's view counts: a shared folder may show a file to some later than to others.
-        found = [Path(load_dir, "latest").is_file()]
-        dist.broadcast_object_list(found, src=0)
-        if not found[0]:
+        if not object_of_first(Path(load_dir, "latest").is_file(), "finding the latest checkpoint"):
             return None, None
 
         def load() -> tuple[str | None, Any]:

@@ -1,5 +1,6 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,8 @@ from deepspeed_sdp.engine.assemble import assemble
 from deepspeed_sdp.engine.checkpoint_face import CheckpointFace
 from deepspeed_sdp.engine.consistency import check_owners
 from deepspeed_sdp.engine.full_model_face import FullModelFace
-from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.groups import Group, OwnerGroups
+from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.param_groups import as_groups, translate_groups
 from deepspeed_sdp.engine.stopwatch import Stopwatch
@@ -45,16 +47,19 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _traffic=Traffic(),
             _stopwatch=Stopwatch(),
             _weights=None,
+            _is_destroyed=False,
             _checkpoint_writer=BackgroundWriter(),
         )
         super().__init__(*args, **kwargs)
 
     # -- time -------------------------------------------------------------------------------------------------------
 
+    @while_alive
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         with self._stopwatch.phase("forward"):
             return super().forward(*inputs, **kwargs)
 
+    @while_alive
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         # Also where the forward pass went around this engine's.
         self._tell_boundary()
@@ -65,6 +70,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             self.optimizer.fail(error)
             raise
 
+    @while_alive
     def step(self, *args: Any, **kwargs: Any) -> None:
         steps = self.global_steps
         with self._stopwatch.phase("step"):
@@ -109,11 +115,23 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             check_owners(self._subnetwork, step)
 
     def destroy(self) -> None:
-        try:
+        """Let go of all that the engine holds; its model is a plain module again. A second call does nothing.
+
+        Afterwards the engine takes no calls. At ZeRO stage 3 the weights are gone with it: save them before.
+        """
+        # Python's end of an engine that was never built comes here too.
+        if self.__dict__.get("_is_destroyed", True):
+            return
+        self.__dict__["_is_destroyed"] = True
+        with ExitStack() as stack:
+            stack.callback(self._owner_groups.destroy)
+            if self._weights is not None:
+                stack.callback(self._weights.close)
+            for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+                if self.__dict__.get(hook) is not None:
+                    stack.callback(self.__dict__.pop(hook).remove)
+            stack.callback(super().destroy)
             self.wait_for_checkpoint()
-        finally:
-            super().destroy()
-            self._owner_groups.destroy()
 
     # -- what DeepSpeed's engine asks for ----------------------------------------------------------------------------
 
@@ -124,17 +142,15 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         """
         if self._agreed_weights:
             return
+        everyone = self._owner_groups.for_weights
         for name, parameter in _in_total_order(self._subnetwork):
             if self._subnetwork.masking == "backward":
                 if name not in self._subnetwork.views:
-                    dist.broadcast(parameter.data, src=0)
-                continue
-            ranks = self._owner_groups.ranks(self._subnetwork.owner_set(name))
-            if len(ranks) > 1:
-                group = self._owner_groups.group(self._subnetwork.owner_set(name))
-                dist.broadcast(parameter.data, src=ranks[0], group=group)
+                    _from_first(parameter.data, everyone)
+            else:
+                _from_first(parameter.data, self._owner_groups.group(self._subnetwork.owner_set(name)))
         for _, buffer in self._subnetwork.module.named_buffers():
-            dist.broadcast(buffer, src=0)
+            _from_first(buffer, everyone)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         if self.zero_optimization():
@@ -208,6 +224,12 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ConfigError("save_16bit_model: would write one subnetwork; save_hf() writes the full model")
+
+
+def _from_first(value: torch.Tensor, group: Group) -> None:
+    if len(group.ranks) > 1:
+        with group.waiting("the initial weights") as process_group:
+            dist.broadcast(value, src=group.ranks[0], group=process_group)
 
 
 def _in_total_order(subnetwork: Subnetwork) -> list[tuple[str, torch.nn.Parameter]]:

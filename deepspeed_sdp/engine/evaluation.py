@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.engine.gather import Access, gather_space, layers_name, shared_parameters
+from deepspeed_sdp.ranks import gather_objects, reduce_numbers
 from deepspeed_sdp.subnetwork import Subnetwork
 
 # Batches whose hidden states are held at a time.
@@ -64,29 +64,26 @@ _Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 @torch.no_grad()
-def evaluate_full(
-    subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device, access: Access
-) -> float:
+def evaluate_full(subnetwork: Subnetwork, batches: Iterable[Mapping[str, torch.Tensor]], access: Access) -> float:
     """Collective; see :meth:`SDPEngine.evaluate_full`. Batches are what the model takes, with ``labels`` ``[B, T]``."""
-    mine = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    mine = [{name: value.to(access.device) for name, value in batch.items()} for batch in batches]
     if subnetwork.masking == "backward":
         with eval_mode(subnetwork.module):
-            total = sum((sum_of_losses(subnetwork.module(**batch).loss, batch) for batch in mine), nothing(device))
-        return mean_over_ranks(total)
-    sweeps = torch.tensor(-(-len(mine) // BATCHES_PER_SWEEP), device=device)
-    dist.all_reduce(sweeps, op=dist.ReduceOp.MAX)
-    total = nothing(device)
-    with eval_mode(subnetwork.module), access(None):
-        for sweep in range(int(sweeps)):
-            total += _sweep(
-                subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], device, access
+            total = sum(
+                (sum_of_losses(subnetwork.module(**batch).loss, batch) for batch in mine), nothing(access.device)
             )
+        return mean_over_ranks(total)
+    sweeps = max(gather_objects(-(-len(mine) // BATCHES_PER_SWEEP), "agreeing on batches to evaluate"))
+    total = nothing(access.device)
+    with eval_mode(subnetwork.module), access.readable(None):
+        for sweep in range(sweeps):
+            total += _sweep(subnetwork, mine[sweep * BATCHES_PER_SWEEP : (sweep + 1) * BATCHES_PER_SWEEP], access)
     return mean_over_ranks(total)
 
 
 def mean_over_ranks(total: torch.Tensor) -> float:
     """Collective. The mean loss, from every rank's sum of losses and number of predicted tokens, ``[2]``."""
-    dist.all_reduce(total)
+    total = reduce_numbers(total, "adding up losses")
     if not total[1]:
         raise ValueError("evaluate_full: no rank brought a batch with a predicted token")
     return float(total[0] / total[1])
@@ -103,26 +100,22 @@ def sum_of_losses(loss: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torc
     return torch.stack([loss.double() * tokens, tokens.double()]) if tokens else nothing(loss.device)
 
 
-def _sweep(
-    subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device, access: Access
-) -> torch.Tensor:
+def _sweep(subnetwork: Subnetwork, batches: Sequence[Mapping[str, torch.Tensor]], access: Access) -> torch.Tensor:
     """Sum of losses and number of predicted tokens, ``[2]`` float64."""
-    total = nothing(device)
-    for batch, output in zip(batches, outputs_of(subnetwork, batches, device, access), strict=True):
+    total = nothing(access.device)
+    for batch, output in zip(batches, outputs_of(subnetwork, batches, access), strict=True):
         total += sum_of_losses(output.loss, batch)
     return total
 
 
-def outputs_of(
-    subnetwork: Subnetwork, batches: Sequence[Mapping[str, Any]], device: torch.device, access: Access
-) -> Iterator[Any]:
-    """Collective, inside ``access(None)``. What the full model returns for each batch."""
+def outputs_of(subnetwork: Subnetwork, batches: Sequence[Mapping[str, Any]], access: Access) -> Iterator[Any]:
+    """Collective, inside ``access.readable(None)``. What the full model returns for each batch."""
     calls = [_record(subnetwork, batch) for batch in batches]
     hidden = [call[0][0] for call in calls]
     skeleton = subnetwork.full_skeleton().eval()
     for index, layer in enumerate(subnetwork.adapter.layers(skeleton)):
-        with access(index):
-            weights = _gather_layer(subnetwork, index, device)
+        with access.readable(index):
+            weights = _gather_layer(subnetwork, index, access)
             for i, call in enumerate(calls):
                 _, args, kwargs = call[index]
                 output = torch.func.functional_call(layer, weights, (hidden[i], *args), kwargs)
@@ -149,12 +142,12 @@ def _replays(subnetwork: Subnetwork, output: torch.Tensor) -> list[_Replay]:
     return [_Replay(layer, output if layer is layers[-1] else None) for layer in layers]
 
 
-def _gather_layer(subnetwork: Subnetwork, index: int, device: torch.device) -> dict[str, torch.Tensor]:
+def _gather_layer(subnetwork: Subnetwork, index: int, access: Access) -> dict[str, torch.Tensor]:
     prefix = f"{layers_name(subnetwork)}.{index}."
     weights = shared_parameters(subnetwork, index)
     for planned in subnetwork.plan.spaces:
         if planned.space.layer == index:
-            weights.update(gather_space(subnetwork, planned, device))
+            weights.update(gather_space(subnetwork, planned, access))
     weights.update((n, b) for n, b in subnetwork.module.named_buffers() if n.startswith(prefix))
     return {name.removeprefix(prefix): value for name, value in weights.items()}
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
+from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
@@ -57,21 +58,21 @@ class Exchange:
     other shards too. One message for each call, whatever the number of buckets.
 
     Args:
-        process_group: of the whole world; all ranks issue what runs on it in the same order.
+        group: of the whole world; all ranks issue what runs on it in the same order.
         is_sharded: see :class:`OwnerBucket`.
         device, dtype: of the weights.
     """
 
     def __init__(
         self,
-        process_group: ProcessGroup,
+        group: Group,
         is_sharded: bool,
         device: torch.device,
         dtype: torch.dtype,
         traffic: Traffic,
         stopwatch: Stopwatch,
     ) -> None:
-        self._group: ProcessGroup | None = process_group
+        self._group = group
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._is_sharded = is_sharded
         self._device, self._dtype = device, dtype
@@ -102,10 +103,6 @@ class Exchange:
             self._count(share.numel * len(receivers), share.bucket.bucket.owner_set)
         return self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
 
-    def close(self) -> None:
-        """Let go of the process group."""
-        self._group = None
-
     def _all_gather(self, route: Route) -> Pending:
         numel = route.all_gather_numel
         send = torch.empty(numel, dtype=self._dtype, device=self._device)
@@ -117,7 +114,7 @@ class Exchange:
         received = torch.empty(self._world * numel, dtype=self._dtype, device=self._device)
         work = start_all_gather(received, send, self._group)
         pieces = torch.split(received, numel)
-        return Pending([self._stopwatch.timed(work)], lambda: _write(route, pieces), _nbytes(received) + _nbytes(send))
+        return self._pending(work, route, pieces, _nbytes(received) + _nbytes(send))
 
     def _all_to_all(self, route: Route) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
@@ -130,9 +127,13 @@ class Exchange:
         send = torch.cat(sent) if sent else torch.empty(0, dtype=self._dtype, device=self._device)
         expected = [sum(share.numel for share in of_rank) for of_rank in route.received]
         received = torch.empty(sum(expected), dtype=self._dtype, device=self._device)
-        work = dist.all_to_all_single(received, send, expected, sizes, group=self._group, async_op=True)
+        work = dist.all_to_all_single(received, send, expected, sizes, group=self._group.handle, async_op=True)
         result = torch.split(received, expected)
-        return Pending([self._stopwatch.timed(work)], lambda: _write(route, result), _nbytes(received) + _nbytes(send))
+        return self._pending(work, route, result, _nbytes(received) + _nbytes(send))
+
+    def _pending(self, work: Any, route: Route, pieces: Sequence[torch.Tensor], nbytes: int) -> Pending:
+        timed = self._stopwatch.timed(work, "refreshing weights", self._group)
+        return Pending([timed], lambda: _write(route, pieces), nbytes)
 
     def _lacks(self, bucket: OwnerBucket, rank: int, sender: int) -> bool:
         return sender != rank and (self._is_sharded or rank not in bucket.ranks)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 
+from deepspeed_sdp.engine.freed_weight import FreedWeight, nothing_of
+from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.rounds import Bucket
 
@@ -29,12 +30,14 @@ class FlatBucket(OwnerBucket):
         parameters: Sequence[nn.Parameter],
         ranks: tuple[int, ...],
         rank: int,
-        process_group: ProcessGroup | None,
+        group: Group,
         is_sharded: bool,
     ) -> None:
-        super().__init__(bucket, parameters, ranks, rank, process_group, is_sharded)
+        super().__init__(bucket, parameters, ranks, rank, group, is_sharded)
         self._is_resident = True
-        self.flat = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
+        self._parameters = tuple(parameters)
+        self._nothing: tuple[torch.Tensor, ...] = ()
+        self.flat = self._kept = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
         for parameter, view in zip(parameters, self.split(self.flat), strict=True):
             view.copy_(parameter.data.reshape(-1))
             parameter.data = view.view(parameter.shape)
@@ -61,19 +64,40 @@ class FlatBucket(OwnerBucket):
     def keep_shard_only(self, device: torch.device) -> None:
         """Give the shard memory of its own on ``device`` and free the rest."""
         self.shard = self.shard.to(device, copy=True)
+        self._nothing = tuple(map(nothing_of, self._parameters))
         self.free()
 
     def free(self) -> None:
-        """Give the flat tensor's memory back. Parameters stay what they are, without data."""
+        """Give the flat tensor's memory back. Parameters stay the objects that they are, without values."""
+        for parameter, nothing in zip(self._parameters, self._nothing, strict=True):
+            parameter.data = nothing
+            if type(parameter) is nn.Parameter:
+                parameter.__class__ = FreedWeight
+        self.flat = self._kept
         self.flat.untyped_storage().resize_(0)
         self._is_resident = False
 
-    def allocate(self) -> None:
-        """Give the flat tensor memory again, for the transport to fill."""
-        self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+    def allocate(self, is_kept: bool = True) -> None:
+        """Give the flat tensor memory, for the transport to fill; parameters have values again after :meth:`show`.
+
+        Args:
+            is_kept: fill what autograd saved of the weights before; else take new memory, which is never taken away
+                from who holds a view of it.
+        """
+        if is_kept:
+            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+        else:
+            self.flat = torch.empty(self.padded_numel, dtype=self.dtype, device=self.device)
+
+    def show(self) -> None:
+        """The flat tensor is filled: let the parameters have their values."""
+        for parameter, view in zip(self._parameters, self.split(self.flat), strict=True):
+            if isinstance(parameter, FreedWeight):
+                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            parameter.data = view.view(parameter.shape)
         self._is_resident = True
 
     @property
     def is_resident(self) -> bool:
-        """Whether the flat tensor has memory."""
+        """Whether the parameters have values."""
         return self._is_resident

@@ -13,18 +13,19 @@ from transformers import PreTrainedModel
 
 from deepspeed_sdp.engine.gather import Access, full_parameters
 from deepspeed_sdp.errors import OutputError
+from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
 @torch.no_grad()
 def full_state_dict(
-    subnetwork: Subnetwork, device: torch.device, access: Access, dtype: torch.dtype | None = None
+    subnetwork: Subnetwork, access: Access, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor] | None:
     """Collective; see :meth:`SDPEngine.full_state_dict`. Other ranks than 0 never hold more than one unit space."""
     is_writer = dist.get_rank() == 0
     weights: dict[str, torch.Tensor] = {}
 
-    for parameters in full_parameters(subnetwork, device, access):
+    for parameters in full_parameters(subnetwork, access):
         if is_writer:
             for name, value in parameters.items():
                 weights[name] = value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
@@ -40,18 +41,15 @@ def full_state_dict(
     return {name: weights[owner] for name, owner in names.items()}
 
 
-def save_hf(
-    subnetwork: Subnetwork, folder: Path, device: torch.device, access: Access, dtype: torch.dtype | None = None
-) -> None:
+def save_hf(subnetwork: Subnetwork, folder: Path, access: Access, dtype: torch.dtype | None = None) -> None:
     """Collective; see :meth:`SDPEngine.save_hf`.
 
     Files are written aside and moved into the folder one by one, so that a failed save leaves an older one whole.
     """
-    weights = full_state_dict(subnetwork, device, access, dtype)
-    failure = [_write(subnetwork, folder, weights) if weights is not None else None]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise OutputError(failure[0])
+    weights = full_state_dict(subnetwork, access, dtype)
+    failure = object_of_first(_write(subnetwork, folder, weights) if weights is not None else None, "save_hf")
+    if failure is not None:
+        raise OutputError(failure)
 
 
 def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedModel:

@@ -12,6 +12,9 @@ from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.calibration import best_scale
 from deepspeed_sdp.engine.evaluation import evaluate_full
 from deepspeed_sdp.engine.full_model import full_state_dict, save_hf, skeleton_to_save
+from deepspeed_sdp.engine.gather import Access
+from deepspeed_sdp.engine.groups import OwnerGroups
+from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.memory import model_state_bytes
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.sharded_weights import ShardedWeights
@@ -29,6 +32,7 @@ class FullModelFace:
     optimizer: SDPOptimizer
     get_global_grad_norm: Any
     sdp_config: SDPConfig
+    _owner_groups: OwnerGroups
     _subnetwork: Subnetwork
     _weights: ShardedWeights | None
     _traffic: Traffic
@@ -44,16 +48,22 @@ class FullModelFace:
         """``w``: the subnetwork that this rank trains."""
         return self._subnetwork.index
 
+    @property
+    def _access(self) -> Access:
+        return Access(self.device, self._owner_groups.for_weights, self.gathered_weights)
+
     # -- the full model ----------------------------------------------------------------------------------------------
 
+    @while_alive
     def full_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor] | None:
         """Collective. On rank 0 the full model's weights on the CPU under their HuggingFace names, elsewhere ``None``.
 
         Args:
             dtype: cast floating-point weights; ``None`` keeps the dtype they are trained in.
         """
-        return full_state_dict(self._subnetwork, self.device, self.gathered_weights, dtype)
+        return full_state_dict(self._subnetwork, self._access, dtype)
 
+    @while_alive
     def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
         """Collective. Mean loss per predicted token of the *full* model over the batches of all ranks, in nats.
 
@@ -63,8 +73,9 @@ class FullModelFace:
         """
         self.optimizer.refresh.settle()
         with nullcontext() if self._weights is None else self._weights.paused():
-            return evaluate_full(self._subnetwork, batches, self.device, self.gathered_weights)
+            return evaluate_full(self._subnetwork, batches, self._access)
 
+    @while_alive
     def calibrate(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
         """Collective. Find the full scale: what the full model's writes are multiplied by from now on.
 
@@ -96,6 +107,7 @@ class FullModelFace:
             subnetwork.full_scale = before
         return before
 
+    @while_alive
     @contextmanager
     def full_model(self, streamed: bool = False) -> Iterator[torch.nn.Module]:
         """Collective, between steps. Inside, the full model in evaluation mode: to evaluate, to generate, to look at.
@@ -110,20 +122,20 @@ class FullModelFace:
         self.optimizer.refresh.settle()
         is_sharded = self._weights is not None
         with nullcontext() if self._weights is None else self._weights.paused():
-            model = whole_model(
-                self._subnetwork, self.device, self.gathered_weights, is_streamed=streamed, is_sharded=is_sharded
-            )
+            model = whole_model(self._subnetwork, self._access, is_streamed=streamed, is_sharded=is_sharded)
             with model as full:
                 yield full
 
+    @while_alive
     def save_hf(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Collective. Write the full model as a HuggingFace folder, which needs nothing of this package to load.
 
         Raises:
             OutputError: the folder cannot be written; on every rank.
         """
-        save_hf(self._subnetwork, Path(folder), self.device, self.gathered_weights, dtype)
+        save_hf(self._subnetwork, Path(folder), self._access, dtype)
 
+    @while_alive
     @contextmanager
     def gathered_weights(self, layer: int | None = None) -> Iterator[None]:
         """Collective, between steps. Inside, this rank's weights of one decoder layer can be read, at any ZeRO stage.
@@ -150,6 +162,7 @@ class FullModelFace:
         """Parameters outside of embeddings that this rank's forward pass uses, and of them those that it trains."""
         return self._subnetwork.worked_numel
 
+    @while_alive
     def sdp_stats(self) -> dict[str, Any]:
         """Figures of the last step on this rank.
 

@@ -5,8 +5,8 @@ from itertools import accumulate
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 
+from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.rounds import Bucket
 
@@ -27,10 +27,10 @@ class InPlaceBucket(OwnerBucket):
         views: Sequence[torch.Tensor],
         ranks: tuple[int, ...],
         rank: int,
-        process_group: ProcessGroup | None,
+        group: Group,
         is_sharded: bool,
     ) -> None:
-        super().__init__(bucket, views, ranks, rank, process_group, is_sharded)
+        super().__init__(bucket, views, ranks, rank, group, is_sharded)
         self._views = tuple(view.detach() for view in views)
         self._starts = (0, *accumulate(bucket.numels))
 

@@ -99,9 +99,9 @@ def make_layout(
     def build(bucket: Bucket, weights: Sequence[torch.Tensor]) -> OwnerBucket:
         kind = InPlaceBucket if bucket.in_place else FlatBucket
         ranks = groups.ranks(bucket.owner_set)
-        process_group = groups.group(bucket.owner_set) if groups.rank in ranks else None
+        group = groups.group(bucket.owner_set)
         of_items = [weights[index] for index in bucket.items]
-        return kind(bucket, of_items, ranks, groups.rank, process_group, is_sharded=stage > 0)  # type: ignore[arg-type]
+        return kind(bucket, of_items, ranks, groups.rank, group, is_sharded=stage > 0)  # type: ignore[arg-type]
 
     parameters = [parameter for _, parameter in trained]
     return Layout(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from deepspeed_sdp.engine.freed_weight import FreedWeight
+
 
 def model_state_bytes(engine: Any) -> dict[str, int]:
     """Bytes that this rank holds now: ``weights``, ``gradients``, ``optimizer``, ``total``.
@@ -17,7 +19,8 @@ def model_state_bytes(engine: Any) -> dict[str, int]:
     held: list[torch.Tensor] = getattr(engine.optimizer, "weight_tensors", list)()
     # DeepSpeed's own ZeRO-3 keeps a parameter's shard beside it.
     held += [p.ds_tensor for p in engine.module.parameters() if hasattr(p, "ds_tensor")]
-    weights = _storages([*engine.module.parameters(), *engine.module.buffers(), *held])
+    there = [p for p in engine.module.parameters() if not isinstance(p, FreedWeight)]
+    weights = _storages([*there, *engine.module.buffers(), *held])
     optimizer = {k: v for k, v in _storages(_optimizer_tensors(engine)).items() if k not in weights}
     sizes = {
         "weights": sum(weights.values()),

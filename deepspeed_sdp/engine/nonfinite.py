@@ -9,6 +9,7 @@ from deepspeed.utils import logger
 
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.errors import NonFiniteError
+from deepspeed_sdp.ranks import gather_objects
 
 # Steps skipped in a row (without a loss scale that could fall) after which nothing will change any more.
 _HOPELESS = 100
@@ -48,8 +49,7 @@ class NonFiniteGradients:
         Raises:
             NonFiniteError: on every rank, if the action is ``"stop"`` or no finite step came for long.
         """
-        reports: list[tuple[str, float] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, self._first())
+        reports: list[tuple[str, float] | None] = gather_objects(self._first(), "finding NaN and Inf in gradients")
         self._norms.clear()
         self._step += 1
         self._skipped += 1

@@ -24,6 +24,7 @@ from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.engine.local_gradients import LocalGradients
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
@@ -60,7 +61,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         refresh: moves weights after the step.
         stage: of ZeRO.
         transport: of gradients.
-        world: process group of all ranks, for the norm.
+        world: of all ranks, for the norm.
         device: of weights and gradients.
         precision: see :class:`Precision`.
         loss_scaler: DeepSpeed's.
@@ -80,7 +81,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         *,
         stage: int,
         transport: Transport,
-        world: dist.ProcessGroup,
+        world: Group,
         device: torch.device,
         precision: Precision,
         loss_scaler: Any,
@@ -102,7 +103,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.torch_autocast_gradscaler = None
         self.overflow = False
         self.synchronize_gradients = True
-        self.dp_process_group: dist.ProcessGroup | None = world
+        self._world = world
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.device = device
         self.refresh = refresh
@@ -196,7 +197,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
                 squares.append(torch.linalg.vector_norm(bucket.average, dtype=torch.float32).double() ** 2)
         total = torch.stack(squares).sum()
         self._traffic.add("norm_all_reduce", all_reduce_bytes(8, dist.get_world_size()))
-        dist.all_reduce(total, group=self.dp_process_group)
+        with self._world.waiting("the norm of the gradient") as group:
+            dist.all_reduce(total, group=group)
         return total.sqrt()
 
     def step(self, closure: Any = None) -> None:
@@ -250,6 +252,11 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             bucket.store(self._masters[bucket].data)
 
     # -- what DeepSpeed's engine and its users ask for ----------------------------------------------------------------
+
+    @property
+    def dp_process_group(self) -> dist.ProcessGroup:
+        """Of all ranks; DeepSpeed's name for it."""
+        return self._world.handle
 
     @property
     def parameters(self) -> Mapping[int, nn.Parameter]:
@@ -308,18 +315,12 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.refresh.fail(error)
 
     def destroy(self) -> None:
-        """Let go of parameters and process groups, whose threads run as long as something holds them."""
+        """Let go of the parameters, whose hooks are taken off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self.zero_grad()
-        try:
-            self.refresh.close()
-        finally:
-            for bucket in self._buckets:
-                bucket.process_group = None
-            self.dp_process_group = None
-            self.reducer.close()
+        self.refresh.close()
 
     # -- measurement -------------------------------------------------------------------------------------------------
 

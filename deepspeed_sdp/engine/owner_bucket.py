@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 
+from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.plan.rounds import Bucket
 
 # A shard's elements are a multiple of this, so that it starts at an aligned address in every dtype.
@@ -26,7 +26,7 @@ class OwnerBucket(ABC):
         weights: the weights themselves, one tensor per parameter.
         ranks: global ranks of the owners, ascending.
         rank: this rank.
-        process_group: of the owners; ``None`` where this rank is none of them.
+        group: the owners' process group, of which others than owners make no use.
         is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
@@ -39,12 +39,12 @@ class OwnerBucket(ABC):
         weights: Sequence[torch.Tensor],
         ranks: tuple[int, ...],
         rank: int,
-        process_group: ProcessGroup | None,
+        group: Group,
         is_sharded: bool,
     ) -> None:
         self.bucket = bucket
         self.ranks = ranks
-        self.process_group = process_group
+        self.group = group
         self.is_owned = rank in ranks
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.shards = len(ranks) if is_sharded else 1

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.engine.optimizer import GROUP_KEY
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
@@ -41,8 +41,7 @@ def agree_on_groups(subnetwork: Subnetwork) -> None:
     Raises:
         ConfigError: ranks put a parameter into different groups; on every rank.
     """
-    told: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(told, subnetwork.group_of)
+    told: list[dict[str, int]] = gather_objects(subnetwork.group_of, "agreeing on parameter groups")
     for rank, groups in enumerate(told):
         for name, index in groups.items():
             if subnetwork.group_of.setdefault(name, index) != index:

@@ -100,10 +100,6 @@ class Reducer:
         """A backward pass ended early. Waiting for what is under way could last for ever: other ranks may be gone."""
         self._failure = self._failure or error
 
-    def close(self) -> None:
-        """Let go of the process group."""
-        self._transport.close()
-
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of the buffers under way now."""

@@ -70,6 +70,7 @@ class WeightRefresh:
         self._is_lazy = is_lazy
         self._under_way: deque[tuple[int, list[Pending]]] = deque()
         self._failure: BaseException | None = None
+        self._hooks: list[Any] = []
 
     def issue(self, index: int) -> None:
         """Collective. Portion ``index`` is stepped: send it."""
@@ -103,23 +104,24 @@ class WeightRefresh:
         def hook(*_: Any) -> None:
             self.settle(through)
 
-        module.register_forward_pre_hook(hook, prepend=True)
+        self._hooks.append(module.register_forward_pre_hook(hook, prepend=True))
 
     def settle_before_state_dict(self, model: nn.Module) -> None:
         """Have ``state_dict`` of ``model`` and of every module in it wait for all portions."""
         for module in model.modules():
-            module.register_state_dict_pre_hook(lambda *_: self.settle())  # type: ignore[no-untyped-call]
+            hook = module.register_state_dict_pre_hook(lambda *_: self.settle())  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
 
     def close(self) -> None:
-        """Let go of process groups; waits for what is under way, but after a failure, when it may never come."""
+        """Take the hooks off; waits for what is under way, but after a failure, when it may never come."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         try:
             if self._failure is None:
                 self.settle()
         finally:
             self._under_way.clear()
-            self._transport.close()
-            if self._exchange is not None:
-                self._exchange.close()
 
     def fail(self, error: BaseException) -> None:
         """Other ranks may be gone: wait for nothing any more."""

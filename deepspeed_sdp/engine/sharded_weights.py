@@ -53,10 +53,15 @@ class Part:
 
     def free(self) -> None:
         """Give the gathered weights back."""
-        for flat in self.buckets:
-            if flat.is_resident:
+        if self.is_issued:
+            for flat in self.buckets:
                 flat.free()
         self.is_issued = False
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the parameters have values."""
+        return all(flat.is_resident for flat in self.buckets)
 
 
 class ShardedWeights:
@@ -94,12 +99,14 @@ class ShardedWeights:
         for part in self._parts:
             for flat in part.buckets:
                 flat.keep_shard_only(device)
-        module.register_forward_pre_hook(self._begin_forward, prepend=True)
-        module.register_forward_hook(self._end_forward)
+        self._hooks = [
+            module.register_forward_pre_hook(self._begin_forward, prepend=True),
+            module.register_forward_hook(self._end_forward),
+        ]
         for index, part in enumerate(self._parts):
             for submodule in part.modules:
-                submodule.register_forward_pre_hook(self._pre_forward(index), prepend=True)
-                submodule.register_forward_hook(self._post_forward(index))
+                self._hooks.append(submodule.register_forward_pre_hook(self._pre_forward(index), prepend=True))
+                self._hooks.append(submodule.register_forward_hook(self._post_forward(index)))
 
     # -- the sequence ------------------------------------------------------------------------------------------------
 
@@ -150,9 +157,9 @@ class ShardedWeights:
             self._issue(self._parts[self._sequence[self._issued]])
             self._issued += 1
 
-    def _issue(self, part: Part) -> None:
+    def _issue(self, part: Part, is_kept: bool = True) -> None:
         for flat in part.buckets:
-            flat.allocate()
+            flat.allocate(is_kept)
         part.pending = self._transport.gather(part.buckets, "weight_gather")
         part.is_issued = True
 
@@ -160,6 +167,8 @@ class ShardedWeights:
         if part.pending is not None:
             pending, part.pending = part.pending, None
             pending.finish()
+            for flat in part.buckets:
+                flat.show()
 
     def _need(self, index: int) -> None:
         """Have part ``index`` in memory, after all that stand before it in the sequence."""
@@ -170,7 +179,7 @@ class ShardedWeights:
             # What a rank has nothing of is waited for too, or its buffers would pile up.
             self._settle(self._parts[earlier])
         self._settle(self._parts[index])
-        if not all(flat.is_resident for flat in self._parts[index].buckets):
+        if not self._parts[index].is_resident:
             raise ConfigError(
                 "zero_optimization.stage: got 3 with a pass through the model that it cannot serve; takes one forward "
                 "call of the whole model before each backward pass (two forward calls before one backward pass, or a "
@@ -237,13 +246,22 @@ class ShardedWeights:
         self._start([])
         self._phase = "idle"
 
+    def close(self) -> None:
+        """Take the hooks off and free all weights, but for those that a collective may still write to."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for part in self._parts:
+            if part.pending is None:
+                part.free()
+
     # -- outside of training -----------------------------------------------------------------------------------------
 
     @contextmanager
     def gathered(self, parts: Sequence[int]) -> Iterator[None]:
-        """Collective, between steps: the weights of ``parts`` are in memory inside."""
+        """Collective, between steps: the weights of ``parts`` are in memory inside, and views of them last."""
         for index in parts:
-            self._issue(self._parts[index])
+            self._issue(self._parts[index], is_kept=False)
         try:
             for index in parts:
                 self._settle(self._parts[index])

@@ -73,7 +73,8 @@ def _exchange(
     send = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
     received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     sent = [sum(map(len, of_rank)) for of_rank in outgoing]
-    dist.all_to_all_single(received, send, sizes, sent, group=groups.for_weights)
+    with groups.for_weights.waiting("copies of the training state for a checkpoint") as group:
+        dist.all_to_all_single(received, send, sizes, sent, group=group)
     result: list[Tensors] = [{} for _ in buckets]
     for rank, flat in enumerate(torch.split(received.cpu(), sizes)):
         taken = 0

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepspeed_sdp.engine.groups import Group
+from deepspeed_sdp.waits import raise_if_lost
+
 
 @dataclass
 class Stopwatch:
@@ -30,9 +33,9 @@ class Stopwatch:
         finally:
             self.current[name] += time.perf_counter() - began
 
-    def timed(self, work: Any) -> "TimedWork":
-        """``work`` (a ``dist.Work``), counted from now until it completes."""
-        return TimedWork(work, self)
+    def timed(self, work: Any, what: str, group: Group) -> "TimedWork":
+        """``work`` (a ``dist.Work``) of ``group``, counted from now until it completes; ``what`` it does, in words."""
+        return TimedWork(work, self, what, group)
 
     def end_step(self) -> None:
         """Close the step: what was counted becomes :attr:`last_step`."""
@@ -51,8 +54,9 @@ class Stopwatch:
 class TimedWork:
     """A ``dist.Work`` that tells a stopwatch when it completed and how long the host waited for it."""
 
-    def __init__(self, work: Any, stopwatch: Stopwatch) -> None:
+    def __init__(self, work: Any, stopwatch: Stopwatch, what: str, group: Group) -> None:
         self._work = work
+        self._what, self._group = what, group
         self._stopwatch = stopwatch
         self._issued = time.perf_counter()
         self._completed: float | None = None
@@ -62,9 +66,17 @@ class TimedWork:
         self._completed = time.perf_counter()
 
     def wait(self) -> None:
-        """Block until the collective is done (on an accelerator: until its stream waits for it)."""
+        """Block until the collective is done (on an accelerator: until its stream waits for it).
+
+        Raises:
+            WaitError: ranks of the group did not come.
+        """
         began = time.perf_counter()
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise_if_lost(error, self._what, self._group.ranks)
+            raise
         now = time.perf_counter()
         self._stopwatch.current["exposed"] += now - began
         # The callback runs on another thread, perhaps later than the waiter.

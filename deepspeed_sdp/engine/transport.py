@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.stopwatch import Stopwatch, TimedWork
 from deepspeed_sdp.engine.traffic import Traffic, all_gather_bytes, all_reduce_bytes
@@ -32,14 +32,16 @@ def resolve_transport(asked: str, backend: str, stage: int, payload: Literal["gr
     return "all_to_all" if backend == "gloo" and scatters else "owner_sets"
 
 
+_AVERAGING, _GATHERING = "averaging gradients", "gathering weights"
+
 # torch 2.13 gave them new names and warns of the old ones.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
-def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: ProcessGroup | None) -> Any:
+def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: Group) -> Any:
     """The work that fills ``output`` ``[ranks * n]`` with the ``shard`` ``[n]`` of every rank."""
-    return getattr(dist, _ALL_GATHER)(output, shard, group=group, async_op=True)
+    return getattr(dist, _ALL_GATHER)(output, shard, group=group.handle, async_op=True)
 
 
 class Pending:
@@ -73,9 +75,6 @@ class Transport(Protocol):
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         """Fill ``flat`` of every bucket from the shards of its owners; ``kind`` names the traffic."""
 
-    def close(self) -> None:
-        """Let go of process groups; nothing is moved any more."""
-
 
 class OwnerSetTransport:
     """One collective per bucket: all-reduce (ZeRO 0), or reduce-scatter and all-gather.
@@ -103,13 +102,14 @@ class OwnerSetTransport:
             return [], mine
         # Divided before the sum, so that low precision does not overflow.
         flat.div_(owners)
-        if bucket.shards == 1 or dist.get_backend(bucket.process_group) == "gloo":
+        if bucket.shards == 1 or bucket.group.backend == "gloo":
             self._count("gradient_all_reduce", all_reduce_bytes(_nbytes(flat), owners), bucket)
-            return [self._timed(dist.all_reduce(flat, group=bucket.process_group, async_op=True))], mine
+            work = dist.all_reduce(flat, group=bucket.group.handle, async_op=True)
+            return [self._timed(work, _AVERAGING, bucket)], mine
         shard = torch.empty_like(mine)
         self._count("gradient_reduce_scatter", all_gather_bytes(_nbytes(flat), owners), bucket)
-        work = getattr(dist, _REDUCE_SCATTER)(shard, flat, group=bucket.process_group, async_op=True)
-        return [self._timed(work)], shard
+        work = getattr(dist, _REDUCE_SCATTER)(shard, flat, group=bucket.group.handle, async_op=True)
+        return [self._timed(work, _AVERAGING, bucket)], shard
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         works = []
@@ -120,18 +120,15 @@ class OwnerSetTransport:
                     bucket.flat.copy_(shard)
                 continue
             self._count(kind, all_gather_bytes(_nbytes(bucket.flat), bucket.shards), bucket)
-            work = start_all_gather(bucket.flat, shard, bucket.process_group)
-            works.append(self._timed(work))
+            work = start_all_gather(bucket.flat, shard, bucket.group)
+            works.append(self._timed(work, _GATHERING, bucket))
         return Pending(works, lambda: None, 0)
-
-    def close(self) -> None:
-        pass
 
     def _count(self, kind: str, nbytes: int, bucket: OwnerBucket) -> None:
         self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
 
-    def _timed(self, work: Any) -> TimedWork:
-        return self._stopwatch.timed(work)
+    def _timed(self, work: Any, what: str, bucket: OwnerBucket) -> TimedWork:
+        return self._stopwatch.timed(work, what, bucket.group)
 
 
 class AllToAllTransport:
@@ -141,21 +138,21 @@ class AllToAllTransport:
     depends on nothing but the gradients.
 
     Args:
-        process_group: of the whole world.
+        group: of the whole world.
         device, dtype: of what is sent by a rank that has nothing to send.
     """
 
     def __init__(
         self,
-        process_group: ProcessGroup,
+        group: Group,
         device: torch.device,
         dtype: torch.dtype,
         traffic: Traffic,
         stopwatch: Stopwatch,
     ) -> None:
         self._device, self._dtype = device, dtype
-        self._group: ProcessGroup | None = process_group
-        self._world = dist.get_world_size(process_group)
+        self._group = group
+        self._world = len(group.ranks)
         self._rank = dist.get_rank()
         self._traffic = traffic
         self._stopwatch = stopwatch
@@ -167,7 +164,7 @@ class AllToAllTransport:
                 pieces[rank].append(piece)
             self._count("gradient_all_to_all", bucket, flat.element_size())
         # The shards of one bucket lie in the order of its ranks.
-        work, received, sizes = self._exchange(pieces, grads[0] if len(grads) == 1 else None)
+        work, received, sizes = self._exchange(_AVERAGING, pieces, grads[0] if len(grads) == 1 else None)
 
         # It holds what was received, and nothing of what was sent.
         def result() -> list[torch.Tensor]:
@@ -192,7 +189,7 @@ class AllToAllTransport:
                 if rank != self._rank:
                     pieces[rank].append(shard)
             self._count(kind, bucket, shard.element_size())
-        work, received, sizes = self._exchange(pieces)
+        work, received, sizes = self._exchange(_GATHERING, pieces)
 
         def result() -> None:
             by_rank = torch.split(received, sizes)
@@ -207,11 +204,8 @@ class AllToAllTransport:
 
         return Pending(work, result, 2 * _nbytes(received))
 
-    def close(self) -> None:
-        self._group = None
-
     def _exchange(
-        self, pieces: Sequence[Sequence[torch.Tensor]], whole: torch.Tensor | None = None
+        self, what: str, pieces: Sequence[Sequence[torch.Tensor]], whole: torch.Tensor | None = None
     ) -> tuple[list[TimedWork], torch.Tensor, list[int]]:
         """What this rank sends to a rank is as large as what it gets from it: the shards of their common buckets.
 
@@ -224,8 +218,8 @@ class AllToAllTransport:
         else:
             send = whole if whole is not None else torch.cat(flat)
         received = torch.empty_like(send)
-        work = dist.all_to_all_single(received, send, sizes, sizes, group=self._group, async_op=True)
-        return [self._stopwatch.timed(work)], received, sizes
+        work = dist.all_to_all_single(received, send, sizes, sizes, group=self._group.handle, async_op=True)
+        return [self._stopwatch.timed(work, what, self._group)], received, sizes
 
     def _count(self, kind: str, bucket: OwnerBucket, element_size: int) -> None:
         nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size

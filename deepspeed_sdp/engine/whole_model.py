@@ -13,14 +13,14 @@ from deepspeed_sdp.subnetwork import Subnetwork
 
 
 @torch.no_grad()
-def gather_model(subnetwork: Subnetwork, device: torch.device, access: Access, is_sharded: bool) -> nn.Module:
+def gather_model(subnetwork: Subnetwork, access: Access, is_sharded: bool) -> nn.Module:
     """Collective. The full model in evaluation mode, of the class and configuration it was given as.
 
     What this rank holds whole is not copied, unless ``is_sharded`` (ZeRO-3) takes it away again.
     """
     weights: dict[str, torch.Tensor] = {}
 
-    for some in full_parameters(subnetwork, device, access):
+    for some in full_parameters(subnetwork, access):
         weights.update((name, value.clone() if is_sharded else value) for name, value in some.items())
     model = subnetwork.full_skeleton()
     owner = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -42,16 +42,16 @@ class StreamedModel(nn.Module):
         config: of the full model.
     """
 
-    def __init__(self, subnetwork: Subnetwork, device: torch.device, access: Access) -> None:
+    def __init__(self, subnetwork: Subnetwork, access: Access) -> None:
         super().__init__()
         self.config = subnetwork.full_config
         self._class_name = subnetwork.model_class.__name__
         self.main_input_name = getattr(subnetwork.module, "main_input_name", "input_ids")
 
         def call(inputs: dict[str, Any]) -> Any:
-            inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            with eval_mode(subnetwork.module), access(None):
-                (output,) = outputs_of(subnetwork, [inputs], device, access)
+            inputs = {k: v.to(access.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            with eval_mode(subnetwork.module), access.readable(None):
+                (output,) = outputs_of(subnetwork, [inputs], access)
             return output
 
         self._call = call
@@ -66,15 +66,13 @@ class StreamedModel(nn.Module):
 
 
 @contextmanager
-def whole_model(
-    subnetwork: Subnetwork, device: torch.device, access: Access, *, is_streamed: bool, is_sharded: bool
-) -> Iterator[nn.Module]:
+def whole_model(subnetwork: Subnetwork, access: Access, *, is_streamed: bool, is_sharded: bool) -> Iterator[nn.Module]:
     """Collective; see :meth:`SDPEngine.full_model`."""
     # Under backward masking every rank holds all weights: nothing is gained by streaming.
     if is_streamed and subnetwork.masking == "forward":
-        yield StreamedModel(subnetwork, device, access)
+        yield StreamedModel(subnetwork, access)
     else:
-        model = gather_model(subnetwork, device, access, is_sharded)
+        model = gather_model(subnetwork, access, is_sharded)
         try:
             yield model
         finally:

@@ -4,10 +4,10 @@
 it, and to ``accelerator.prepare``. The SDP block stands in the DeepSpeed config.
 """
 
-from deepspeed_sdp.hf.routing import build_whole_models, enable
+from deepspeed_sdp.hf.routing import build_whole_models, disable, enable
 from deepspeed_sdp.hf.trainer import SDPTrainer
 
-__all__ = ["SDPTrainer", "enable"]
+__all__ = ["SDPTrainer", "disable", "enable"]
 
 # A script parses TrainingArguments, and then builds its model, before anything here is called.
 build_whole_models()

@@ -17,24 +17,35 @@ from deepspeed_sdp.engine import SDPEngine, initialize
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.hf.trainer import METHODS, SDPTrainer, drop_autos
 
-_is_enabled = False
+# What is patched: owner, name, and what stood there.
+_patched: list[tuple[Any, str, Any]] = []
 
 
 def enable() -> None:
     """Bring SDP to ``transformers.Trainer`` and ``accelerate.Accelerator``; call it before they are built.
 
     From then on, in this process, a DeepSpeed config with the block ``"subnetwork_data_parallel"`` trains with SDP; all
-    else is as before.
+    else is as before. :func:`disable` takes it back.
     """
-    global _is_enabled
-    if _is_enabled:
+    if _patched:
         return
-    _is_enabled = True
-    deepspeed.initialize = _routed(deepspeed.initialize)
-    Accelerator.prepare = _prepare(Accelerator.prepare)
-    Accelerator.get_state_dict = _get_state_dict(Accelerator.get_state_dict)
+    _patch(deepspeed, "initialize", _routed(deepspeed.initialize))
+    _patch(Accelerator, "prepare", _prepare(Accelerator.prepare))
+    _patch(Accelerator, "get_state_dict", _get_state_dict(Accelerator.get_state_dict))
     for name, method in METHODS.items():
-        setattr(Trainer, name, _method(getattr(Trainer, name), method))
+        _patch(Trainer, name, _method(getattr(Trainer, name), method))
+
+
+def disable() -> None:
+    """Undo :func:`enable`."""
+    while _patched:
+        owner, name, original = _patched.pop()
+        setattr(owner, name, original)
+
+
+def _patch(owner: Any, name: str, new: Any) -> None:
+    _patched.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, new)
 
 
 def build_whole_models() -> None:

@@ -17,6 +17,7 @@ from deepspeed_sdp.checkpoint import has_checkpoint
 from deepspeed_sdp.config import BLOCK
 from deepspeed_sdp.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.ranks import meet
 
 Original = Callable[..., Any]
 
@@ -137,7 +138,7 @@ def save_checkpoint(trainer: Trainer, original: Original, *args: Any, **kwargs: 
     finally:
         trainer.args.save_total_limit = limit
     # What is written beside the training counts from the next call on.
-    dist.barrier()
+    meet("a checkpoint of Trainer")
     if trainer.args.should_save:
         step = trainer.state.global_step
         _remove_old_checkpoints(trainer, under_way=step if engine.sdp_config.checkpoint_async else None)

@@ -18,6 +18,7 @@ from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.pretraining.console import progress_bar
 from deepspeed_sdp.pretraining.metrics import Metrics
 from deepspeed_sdp.pretraining.text import Batch, Text, heldout_batches
+from deepspeed_sdp.ranks import gather_objects, meet, object_of_first
 from deepspeed_sdp.report import RunReport
 from deepspeed_sdp.stopping import StopRequest
 
@@ -260,19 +261,15 @@ def with_peak(state: dict[str, int], peak: int) -> dict[str, int]:
 
 def from_all_ranks(value: Any) -> list[Any]:
     """Collective: ``value`` of every rank, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return gather_objects(value, "collecting figures for the report")
 
 
 def on_every_rank(look: Callable[[], bool]) -> bool:
     """Collective. What rank 0 sees, on all ranks: a shared folder may show a file to some later than to others."""
-    seen = [look() if dist.get_rank() == 0 else False]
-    dist.broadcast_object_list(seen, src=0)
-    return seen[0]
+    return bool(object_of_first(look() if dist.get_rank() == 0 else False, "looking at the first rank's files"))
 
 
 def leave() -> None:
     """Collective. End this process together with the others."""
-    dist.barrier()
+    meet("the end of the job")
     dist.destroy_process_group()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.errors import OutputError
+from deepspeed_sdp.ranks import gather_objects
 
 PHASES = ("data", "forward", "backward", "step", "communication", "exposed")
 FILE = "metrics.jsonl"
@@ -86,7 +87,7 @@ class Metrics:
             "skipped": self._skipped,
             **{f"seconds/{phase}": self._seconds[phase] / steps for phase in PHASES},
         }
-        everyone = _from_all_ranks(list(mine.values()), engine.device)
+        everyone = _from_all_ranks(list(mine.values()))
         ranks = {name: everyone[:, i] for i, name in enumerate(mine)}
         line = {
             "step": step,
@@ -170,14 +171,9 @@ def memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _from_all_ranks(values: list[float], device: torch.device) -> torch.Tensor:
+def _from_all_ranks(values: list[float]) -> torch.Tensor:
     """``[world_size, len(values)]`` float64 on the CPU."""
-    # Some accelerators have no float64; two float32 hold byte counts and FLOPs well enough.
-    high = torch.tensor(values, dtype=torch.float64)
-    parts = torch.stack([high.float(), (high - high.float().double()).float()]).to(device)
-    gathered = [torch.empty_like(parts) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, parts)
-    return torch.stack(gathered).cpu().double().sum(dim=1)
+    return torch.tensor(gather_objects(values, "collecting metrics"), dtype=torch.float64)
 
 
 def _rounded(value: Any) -> Any:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -311,3 +312,31 @@ def test_the_writer_keeps_the_stream_over_shards_limits_and_restarts(
     starts = np.cumsum([0, *(size for block in lengths for size in block)])[:-1]
     assert np.fromfile(folder / index_name("train"), "<i8").tolist() == [s for s in starts if s < len(expected)]
     assert again.counts["tokens"] == len(expected)
+
+
+BUSY = """
+import sys, time
+from pathlib import Path
+from deepspeed_sdp.data import ShardOptions, SourceSpec, preparation, prepare_shards
+source, tokenizer, out = sys.argv[1:]
+take = preparation.Preparation._take
+def slow(self, block):
+    print("busy", flush=True)
+    time.sleep(60)
+preparation.Preparation._take = slow
+options = ShardOptions(SourceSpec((source,)), tokenizer, heldout_fraction=0.1, shard_tokens=1000)
+prepare_shards(Path(out), options, workers=2)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path, source, tokenizer_folder):
+    command = [sys.executable, "-c", BUSY, str(source), str(tokenizer_folder), str(tmp_path / "out")]
+    with subprocess.Popen(command, env=rank_environment(), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "busy\n"
+        children = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive
