@@ -17,6 +17,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters.claims import claims_digest
 from deepspeed_sdp.config import BLOCK, SDPConfig, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree
 from deepspeed_sdp.engine.communication import start_communication
@@ -135,6 +137,9 @@ def _agree_on_job(
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
+            job.adapter = claims_digest(
+                model, find_adapter(model), job.sdp.partition, job.sdp.effective_block_unit, job.sdp.seq_length
+            )
             _check_copies(job)
             job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
         return {**_description(job, model), **client.describe(model)}
@@ -175,6 +180,7 @@ class _Job:
     args: Any
     ds_config: dict[str, Any]
     sdp: SDPConfig
+    adapter: str
     plan: SubnetworkPlan
     workers: tuple[int, ...]
 
@@ -209,6 +215,7 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
         "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
         "model_on_meta_device": model is not None and is_meta(model),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "adapter": job.adapter if job.sdp.enabled else "",
         "plan_hash": job.plan.hash if job.sdp.enabled else "",
         "subnetwork_of_ranks": job.workers if job.sdp.enabled else (),
     }

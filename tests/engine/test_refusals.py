@@ -238,6 +238,22 @@ def test_bad_files_are_named(ranks4, tmp_path):
         check(results, "ConfigError", [f"sdp_config: {tmp_path}/{name}.json", words])
 
 
+BRANCHES = {"granularity": "block", "block_unit": "branch"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sdp", "error", "words"),
+    [
+        ("one_norm", BRANCHES, "ModelError", ["input_layernorm.weight is in model.layers.0.self_attn and in"]),
+        ("one_norm_of_attention", BRANCHES, "ModelError", ["does not compute the full model"]),
+        ("forgotten", {}, "ModelError", ["a worker that owns some units of 'mlp' under forward masking cannot"]),
+        ("other_on_a_rank", {}, "ConfigError", ["ranks disagree on adapter: rank 0 has", "rank 2 has"]),
+    ],
+)
+def test_a_wrong_adapter_is_a_message_on_all_ranks(ranks4, kind, sdp, error, words):
+    check(ranks4.run("tests.engine.error_cases:wrong_adapter", timeout=40, kind=kind, sdp=sdp), error, words)
+
+
 def test_the_ranks_are_whole_after_refusals(ranks4):
     assert ranks4.run(CASE, timeout=40) == [None] * 4
 
