@@ -119,6 +119,7 @@ class _Claims:
     def check_module(self, module: PartitionedModule) -> None:
         space = module.space
         parent = self.submodule(space.name)
+        self.check_buffers(space)
         if not module.linears:
             raise self.fail(f"{space.name} has no linears; takes those that its units lie in")
         for spec in module.linears:
@@ -135,7 +136,8 @@ class _Claims:
     def check_linear(self, space: UnitSpace, spec: PartitionedLinear) -> None:
         name = f"{space.name}.{spec.name}"
         linear = self.submodule(name)
-        if not is_linear(linear) or type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
+        is_plain = is_linear(linear) and type(linear).forward in (nn.Linear.forward, Conv1D.forward)
+        if not is_plain or "weight" not in dict(linear.named_parameters(recurse=False)):
             raise self.fail(
                 f"{name} is {type(linear).__name__}; takes torch.nn.Linear or Conv1D, and their forward pass"
             )
@@ -159,6 +161,7 @@ class _Claims:
         space, layer = block.space, f"{self.layers_name}.{block.space.layer}."
         if space.num_units != 1:
             raise self.fail(f"the block {space.name} is {space.num_units} units; takes 1")
+        self.check_buffers(space)
         numel = 0
         for name in (space.name, *block.norms):
             if not f"{name}.".startswith(layer):
@@ -169,6 +172,11 @@ class _Claims:
                 self.claim(f"{name}.{local}", space.name)
                 numel += parameter.numel()
         self.check_numel(space, numel)
+
+    def check_buffers(self, space: UnitSpace) -> None:
+        """The stand-in of an absent module has none, and evaluation takes them from any rank."""
+        for name, _ in self.submodule(space.name).named_buffers():
+            raise self.fail(f"{space.name}.{name} is a buffer; takes buffers outside of what falls into units")
 
     def check_numel(self, space: UnitSpace, numel: int) -> None:
         if space.unit_numel != numel:

@@ -29,7 +29,7 @@ from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, transl
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
-from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for
+from deepspeed_sdp.subnetwork import Subnetwork, check_as_configured, cut_model, is_meta, materialize, plan_for
 
 
 def initialize(
@@ -136,6 +136,7 @@ def _agree_on_job(
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
+            check_as_configured(model)
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
             job.adapter = claims_digest(
                 model, find_adapter(model), job.sdp.partition, job.sdp.effective_block_unit, job.sdp.seq_length

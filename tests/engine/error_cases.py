@@ -66,6 +66,12 @@ def change(arguments, kind):
         arguments["model"] = build_model(model={"intermediate_size": 60})
     elif kind == "one_layer_more":
         arguments["model"] = build_model(model={"num_hidden_layers": 4})
+    elif kind == "hook":
+        arguments["model"].model.layers[1].register_forward_hook(lambda *_: None)
+    elif kind == "rope":
+        arguments["model"].model.rotary_emb.inv_freq.mul_(0.5)
+    elif kind == "compiled":
+        arguments["model"] = torch.compile(arguments["model"])
     elif kind == "mpu":
         arguments["mpu"] = object()
     elif kind.startswith("file:"):
