@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
 from deepspeed_sdp.errors import ConfigError, SDPError
-from deepspeed_sdp.ranks import gather_objects
+from deepspeed_sdp.ranks import gather_objects, object_of_first
 
 T = TypeVar("T")
 
@@ -71,8 +73,8 @@ def from_first_rank(make: Callable[[], T]) -> T:
             sent = [None, raised]
     made, error = sent
     is_foreign = error is not None and not isinstance(error, SDPError)
-    carried = [made, ConfigError(f"rank 0: {_message(error)}") if is_foreign else error]
-    dist.broadcast_object_list(carried, src=0)
+    carried = (made, ConfigError(f"rank 0: {_message(error)}") if is_foreign else error)
+    carried = object_of_first(carried, "what rank 0 computes")
     if dist.get_rank() != 0:
         made, error = carried
     if error is not None:

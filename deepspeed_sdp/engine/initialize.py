@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters.claims import claims_digest
 from deepspeed_sdp.config import BLOCK, SDPConfig, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree, from_first_rank
 from deepspeed_sdp.engine.communication import start_communication
@@ -28,7 +29,15 @@ from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, transl
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
-from deepspeed_sdp.subnetwork import Subnetwork, cut_model, is_meta, materialize, plan_for, unit_spaces
+from deepspeed_sdp.subnetwork import (
+    Subnetwork,
+    check_as_configured,
+    cut_model,
+    is_meta,
+    materialize,
+    plan_for,
+    unit_spaces,
+)
 
 
 def initialize(
@@ -135,6 +144,7 @@ def _agree_on_job(
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
+            check_as_configured(model)
             job.model = model
         return {**_description(job, model), **client.describe(model)}
 
@@ -231,8 +241,12 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
 
 def _described_units(job: _Job) -> dict[str, Any]:
     """What the plan is made of besides the configuration: rank 0's plan is all ranks' then."""
-    units = unit_spaces(job.model, job.sdp, find_adapter(job.model))
-    described: dict[str, Any] = {"units": f"{len(units)} spaces (digest {_digest(units)})"}
+    adapter, block = find_adapter(job.model), job.sdp.effective_block_unit
+    units = unit_spaces(job.model, job.sdp, adapter)
+    described: dict[str, Any] = {
+        "adapter": claims_digest(job.model, adapter, job.sdp.partition, block, job.sdp.seq_length),
+        "units": f"{len(units)} spaces (digest {_digest(units)})",
+    }
     if job.sdp.rank_order != "round_robin":
         described["ranks_per_node"] = _ranks_per_node()
     return described

@@ -104,7 +104,11 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
 
 
 def _check_model(model: torch.nn.Module) -> None:
-    """What transformers, peft and accelerate make of a model that cannot be cut any more."""
+    """What torch, transformers, peft and accelerate make of a model that cannot be cut any more."""
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "model: got one that torch.compile wraps; takes the model itself: call engine.compile() when it is built"
+        )
     if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
         raise ModelError(
             f"model: got {type(model).__name__} with PEFT adapters; SDP trains the weights themselves: merge "

@@ -23,6 +23,8 @@ def gather_model(subnetwork: Subnetwork, access: Access, is_sharded: bool) -> nn
     for some in full_parameters(subnetwork, access):
         weights.update((name, value.clone() if is_sharded else value) for name, value in some.items())
     model = subnetwork.full_skeleton()
+    if "_loss_function" in vars(subnetwork.module):  # the one thing a model may have beside its class and config
+        model.__dict__["_loss_function"] = vars(subnetwork.module)["_loss_function"]
     owner = {id(parameter): name for name, parameter in model.named_parameters()}
     # Tied weights stand under each of their names; they stay one parameter.
     parameters = {name: nn.Parameter(weights[name], requires_grad=False) for name in owner.values()}

@@ -1,5 +1,6 @@
 """From a full model to one worker's subnetwork."""
 
+from deepspeed_sdp.subnetwork.as_configured import check_as_configured
 from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space
@@ -12,6 +13,7 @@ __all__ = [
     "Fragment",
     "FullParameter",
     "Subnetwork",
+    "check_as_configured",
     "cut_model",
     "is_meta",
     "materialize",

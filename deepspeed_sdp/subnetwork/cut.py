@@ -13,6 +13,7 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedLinear, PartitionedModule, find_adapter
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork.as_configured import check_hooks
 from deepspeed_sdp.subnetwork.blocks import cut_block
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
 from deepspeed_sdp.subnetwork.linear import LinearForm, SubnetworkLinear, is_transposed, weight_and_bias
@@ -61,11 +62,12 @@ def cut_model(
         trainable=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         masking=masking,
     )
-    _check_rebuildable(subnetwork)
     modules = {module.space.name: module for module in adapter.partitioned_modules(model, KINDS)}
     for module in modules.values():
         for spec in module.linears:
             subnetwork.by_unit.update(_full_parameters(model, module, spec))
+    planned_names = {planned.space.name for planned in plan.spaces}
+    check_hooks(model, (name for name, full in subnetwork.by_unit.items() if full.space in planned_names))
     blocks = {block.space.name: block for block in adapter.blocks(model, block_unit, KINDS)} if block_unit else {}
     for planned in plan.spaces:
         found = (blocks if block_unit else modules).get(planned.space.name)
@@ -91,23 +93,6 @@ def cut_model(
         # A cache of keys and values serves generation; a subnetwork only trains.
         config.use_cache = False
     return subnetwork
-
-
-def _check_rebuildable(subnetwork: Subnetwork) -> None:
-    """Evaluation and export build the full model anew; that must not fail after hours of training."""
-    own = {name: tuple(parameter.shape) for name, parameter in subnetwork.module.named_parameters()}
-    try:
-        built = {name: tuple(parameter.shape) for name, parameter in subnetwork.full_skeleton().named_parameters()}
-    except Exception as error:
-        raise ModelError(
-            f"model: {subnetwork.model_class.__name__} cannot be built from its config alone ({type(error).__name__}: "
-            f"{error}), which evaluate_full and save_hf need"
-        ) from None
-    if list(built.items()) != list(own.items()):
-        raise ModelError(
-            f"model: {subnetwork.model_class.__name__} has other parameters than one built from its config; takes a "
-            "model as its config describes it, and not one that is a subnetwork already"
-        )
 
 
 def output_scale(output_scaling: OutputScaling, plan: SubnetworkPlan, worker: int, kind: str) -> float:

@@ -10,9 +10,11 @@ from torch import nn
 
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
+from deepspeed_sdp.adapters.claims import check_claims
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
+from deepspeed_sdp.subnetwork.trial import try_adapter
 
 
 def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
@@ -21,7 +23,10 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     Raises:
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
     """
-    spaces = unit_spaces(model, sdp, find_adapter(model))
+    adapter = find_adapter(model)
+    check_claims(model, adapter, sdp.partition, sdp.effective_block_unit)
+    try_adapter(model, adapter, sdp.partition, sdp.effective_block_unit, sdp.masking)
+    spaces = unit_spaces(model, sdp, adapter)
     shared = shared_flops(model, sdp, spaces)
     if sdp.masking == "backward":
         # Whoever owns a unit, all compute with it; its owners compute the gradient of its weights besides.

@@ -10,6 +10,7 @@ from torch import nn
 
 from deepspeed_sdp.adapters import Adapter
 from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork.as_configured import full_skeleton
 from deepspeed_sdp.subnetwork.layout import Fragment, FullParameter
 
 
@@ -129,8 +130,7 @@ class Subnetwork:
 
     def full_skeleton(self) -> nn.Module:
         """The full model on the meta device: shapes and names, no memory."""
-        with torch.device("meta"):
-            model: Any = self.model_class(copy.deepcopy(self.full_config))
+        model: Any = full_skeleton(self.model_class, self.full_config)
         if self.generation_config is not None:
             model.generation_config = copy.deepcopy(self.generation_config)
         return model  # type: ignore[no-any-return]

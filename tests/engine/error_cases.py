@@ -1,5 +1,7 @@
 """Jobs that must be refused, with the same words on every rank."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -7,6 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import deepspeed_sdp
 from tests.engine.cases import build_model, ds_config
+from tests.support import adapters
 
 
 def refused(ds=None, sdp=None, kind="", rank=None, only=None):
@@ -63,6 +66,12 @@ def change(arguments, kind):
         arguments["model"] = build_model(model={"intermediate_size": 60})
     elif kind == "one_layer_more":
         arguments["model"] = build_model(model={"num_hidden_layers": 4})
+    elif kind == "hook":
+        arguments["model"].model.layers[1].register_forward_hook(lambda *_: None)
+    elif kind == "rope":
+        arguments["model"].model.rotary_emb.inv_freq.mul_(0.5)
+    elif kind == "compiled":
+        arguments["model"] = torch.compile(arguments["model"])
     elif kind == "mpu":
         arguments["mpu"] = object()
     elif kind.startswith("file:"):
@@ -83,3 +92,24 @@ def change(arguments, kind):
         arguments["optimizer"] = optimizer
     else:
         raise AssertionError(kind)
+
+
+def wrong_adapter(kind, ds=None, sdp=None):
+    """The error on this rank of a job whose adapter says what is not so, or says it on one rank alone."""
+    adapter = {
+        "one_norm": adapters.PhiAdapter(),
+        "one_norm_of_attention": adapters.OneNorm(),
+        "forgotten": adapters.ChangedMLP(adapters.without_linear(1)),
+        "other_on_a_rank": adapters.ChangedMLP(lambda module: replace(module, is_gated=dist.get_rank() != 2)),
+    }[kind]
+    model = adapters.phi_model() if isinstance(adapter, adapters.PhiAdapter) else build_model()
+    restore = adapters.use(adapter)
+    try:
+        deepspeed_sdp.initialize(
+            model=model, config=ds_config(**(ds or {})), sdp_config={"coverage": 0.5, **(sdp or {})}
+        )
+    except deepspeed_sdp.SDPError as error:
+        return type(error).__name__, str(error)
+    finally:
+        restore()
+    return None

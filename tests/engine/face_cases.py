@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 import deepspeed_sdp
 from tests.engine.cases import build_model, ds_config, face, run_steps
@@ -90,6 +91,37 @@ def save(folder, dtype=None, steps=1, family="llama", model=None, ds=None, meta=
     result = {"full_own_dtype": engine.full_state_dict(), "error": error, "losses": after["losses"], **face(engine)}
     engine.destroy()
     return result
+
+
+def as_given(folder, ds=None, sdp=None, family="llama", model=None):
+    """Loss of a model with a past, as it was given, and of what the engine makes of it before it is trained."""
+    module = build_model(family, model)
+    module.resize_token_embeddings(103, mean_resizing=False)
+    module.get_input_embeddings().requires_grad_(False)
+    module.gradient_checkpointing_enable()
+    module.enable_input_require_grads()
+    module.set_attn_implementation("eager")
+    module.config.pad_token_id = 5
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    usual = module.loss_function
+    module.loss_function = lambda *args, **kwargs: 2 * usual(*args, **kwargs)
+    batch = evaluation_batches(0, [1], False)[0]
+    with torch.no_grad():
+        given = float(module.eval()(**batch).loss)
+    module.train()
+    engine, *_ = deepspeed_sdp.initialize(model=module, config=ds_config(**(ds or {})), sdp_config=sdp)
+    losses = [given, engine.evaluate_full([batch])]
+    for streamed in (False, True):
+        with engine.full_model(streamed) as full:
+            losses.append(float(full(**batch).loss))
+    engine.save_hf(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    losses.append(2 * float(loaded(**batch).loss.detach()))
+    run_steps(engine, 1)
+    engine.destroy()
+    return losses
 
 
 def save_twice(folder, limit=None):

@@ -77,6 +77,22 @@ def test_the_folder_loads_without_the_package(ranks4, tmp_path, values):
     assert ours == expected
 
 
+BLOCKS = {"coverage": 0.5, "granularity": "block", "block_unit": "branch"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"sdp": {"coverage": 0.5}, "ds": {"stage": 3}}, id="llama-neurons-3"),
+        pytest.param({"sdp": BLOCKS, "family": "gpt2", "model": TIED}, id="gpt2-branches"),
+        pytest.param({"sdp": {"coverage": 0.5, "masking": "backward"}, "family": "gpt_neox"}, id="gpt_neox-backward"),
+    ],
+)
+def test_the_full_model_is_the_one_that_was_given(ranks4, tmp_path, values):
+    for given, *others in ranks4.run("tests.engine.face_cases:as_given", 120, folder=str(tmp_path / "hf"), **values):
+        assert others == pytest.approx([given] * 4, rel=1e-5)
+
+
 def test_the_saved_weights_are_those_of_the_moment(ranks4, tmp_path):
     results = ranks4.run("tests.engine.face_cases:save_twice", timeout=90, folder=str(tmp_path / "model"))
     assert results[0]["error"] is None

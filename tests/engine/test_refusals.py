@@ -204,6 +204,9 @@ ONE_RANK = [
     row("more_layers", "ConfigError", "ranks disagree on", "rank 1", rank=1, kind="one_layer_more"),
     row("missing_file", "ConfigError", "rank 1: sdp_config: cannot read", rank=1, kind="file:/nowhere/sdp.json"),
     row("meta", "ConfigError", "ranks disagree on", "rank 2", "meta", rank=2, kind="meta"),
+    row("hook", "ConfigError", "rank 1: model: model.layers.1 has a forward hook, ", rank=1, kind="hook"),
+    row("rope", "ConfigError", "rank 3: model: model.rotary_emb.inv_freq, a buffer that is", rank=3, kind="rope"),
+    row("compiled", "ConfigError", "rank 1: model: got one that torch.compile wraps", rank=1, kind="compiled"),
     row("half_meta", "ConfigError", "rank 1: model: model.norm.weight is on the meta device", rank=1, kind="half_meta"),
     row("no_model", "ConfigError", "rank 0: model: got NoneType", rank=0, kind="no_model"),
     row(
@@ -236,6 +239,22 @@ def test_bad_files_are_named(ranks4, tmp_path):
     ]:
         results = ranks4.run(CASE, timeout=40, kind=f"file:{tmp_path}/{name}.json")
         check(results, "ConfigError", [f"sdp_config: {tmp_path}/{name}.json", words])
+
+
+BRANCHES = {"granularity": "block", "block_unit": "branch"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sdp", "error", "words"),
+    [
+        ("one_norm", BRANCHES, "ModelError", ["input_layernorm.weight is in model.layers.0.self_attn and in"]),
+        ("one_norm_of_attention", BRANCHES, "ModelError", ["does not compute the full model"]),
+        ("forgotten", {}, "ModelError", ["a worker that owns some units of 'mlp' under forward masking cannot"]),
+        ("other_on_a_rank", {}, "ConfigError", ["ranks disagree on adapter: rank 0 has", "rank 2 has"]),
+    ],
+)
+def test_a_wrong_adapter_is_a_message_on_all_ranks(ranks4, kind, sdp, error, words):
+    check(ranks4.run("tests.engine.error_cases:wrong_adapter", timeout=40, kind=kind, sdp=sdp), error, words)
 
 
 def test_the_ranks_are_whole_after_refusals(ranks4):

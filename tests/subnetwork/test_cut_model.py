@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
 
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.config import SDPConfig
@@ -12,7 +11,7 @@ from deepspeed_sdp.errors import ConfigError, ModelError, PlanError
 from deepspeed_sdp.plan import make_plan
 from deepspeed_sdp.subnetwork import cut_model, unit_spaces
 from tests.support.compare import SCALES
-from tests.support.models import tiny_config, tiny_model
+from tests.support.models import tiny_model
 from tests.support.oracle import only_units_of, unit_owners_of
 
 
@@ -181,21 +180,3 @@ def test_blocks_cover_the_model_and_an_absent_one_is_the_identity(block_unit):
                 assert torch.equal(output, hidden if block_unit == "layer" else torch.zeros_like(hidden))
                 assert not list(model.get_submodule(space.name).parameters())
     assert held == in_layers
-
-
-class NeedsMore(LlamaForCausalLM):
-    """A model that its config alone does not make."""
-
-    def __init__(self, config, extra):
-        super().__init__(config)
-        self.extra = extra
-
-
-def test_a_model_that_cannot_be_built_again_is_refused_at_once():
-    plan = plan_of(tiny_model(), 2, 1)
-    with pytest.raises(ModelError, match="NeedsMore cannot be built from its config alone"):
-        cut_model(NeedsMore(tiny_config(), extra=1), plan, 0)
-    changed = tiny_model()
-    changed.model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="has other parameters than one built from its config"):
-        cut_model(changed, plan, 0)

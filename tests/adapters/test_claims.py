@@ -1,0 +1,180 @@
+"""An adapter is input: what it says is held against the model before anything is built."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters.llama import LlamaAdapter
+from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.subnetwork import plan_for
+from tests.support.adapters import (
+    ChangedBlocks,
+    ChangedMLP,
+    HeadsInThirds,
+    NoWidths,
+    OneNorm,
+    PhiAdapter,
+    ScaledStandIn,
+    WrongStandIn,
+    linear,
+    phi_model,
+    space,
+    use,
+    without_linear,
+)
+from tests.support.models import FAMILIES, OTHERS, tiny_config, tiny_model
+
+NEURONS = {}
+LAYERS = {"granularity": "block"}
+BRANCHES = {"granularity": "block", "block_unit": "branch"}
+BACKWARD = {"masking": "backward"}
+
+
+@pytest.fixture
+def using(request):
+    def begin(adapter):
+        request.addfinalizer(use(adapter))
+
+    return begin
+
+
+def plan(model, **sdp):
+    return plan_for(model, SDPConfig.parse({"coverage": 0.5, **sdp}), 4)
+
+
+@pytest.mark.parametrize("units", [NEURONS, LAYERS, BRANCHES], ids=["neurons", "layers", "branches"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_what_known_families_say_is_so(family, units):
+    sizes = {"num_hidden_layers": 4}
+    for masking in ("forward", "backward"):
+        assert plan(tiny_model(family, meta=True, **sizes), masking=masking, **units).num_subnetworks == 4
+
+
+def gelu(model):
+    return tiny_model(hidden_act="gelu")
+
+
+def shared_layer(model):
+    model.model.layers[2] = model.model.layers[1]
+    return model
+
+
+def tied_weights(model):
+    model.model.layers[2].self_attn.q_proj.weight = model.model.layers[1].self_attn.q_proj.weight
+    return model
+
+
+def tied_to_the_outside(model):
+    model.model.layers[2].input_layernorm.weight = model.model.norm.weight
+    return model
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def other_linear(model):
+    model.model.layers[1].mlp.up_proj = Doubled(32, 53, bias=False)
+    return model
+
+
+def same(model):
+    return model
+
+
+def phi(_):
+    return phi_model()
+
+
+def unknown(_):
+    raise AttributeError("no such thing")
+
+
+TWICE = linear(1, name="gate_proj")
+SAID = [
+    pytest.param(ChangedMLP(TWICE), same, NEURONS, "gate_proj.weight is in model.layers.0.mlp twice", id="twice"),
+    pytest.param(
+        ChangedMLP(linear(1, name="down")), same, NEURONS, "no module model.layers.0.mlp.down", id="no-linear"
+    ),
+    pytest.param(ChangedMLP(space(name="model.mlp")), same, NEURONS, "said to be of layer 0", id="no-module"),
+    pytest.param(
+        ChangedMLP(space(name="model.layers.0.self_attn", layer=0)), same, NEURONS, "listed twice", id="one-module"
+    ),
+    pytest.param(ChangedMLP(space(layer=1)), same, NEURONS, "model.layers.0.mlp is said to be of layer 1", id="layer"),
+    pytest.param(ChangedMLP(linear(1, features_per_unit=2)), same, NEURONS, "has 53 outputs; said to be 2", id="width"),
+    pytest.param(ChangedMLP(linear(1, cut="in")), same, NEURONS, "up_proj has 32 inputs; said to be 1", id="dimension"),
+    pytest.param(ChangedMLP(linear(2, groups=3)), same, NEURONS, "inputs in 3 groups", id="groups"),
+    pytest.param(ChangedMLP(space(num_units=52)), same, NEURONS, "for each of 52 units, which is 52", id="units"),
+    pytest.param(ChangedMLP(space(unit_numel=95)), same, NEURONS, "said to be 95 parameters, and has 96", id="numel"),
+    pytest.param(ChangedMLP(unknown), same, NEURONS, "AttributeError: no such thing", id="raises"),
+    pytest.param(
+        ChangedMLP(without_linear(1)), same, NEURONS, "a worker that owns some units of 'mlp'", id="forgotten"
+    ),
+    pytest.param(WrongStandIn(), same, NEURONS, "owns no unit of 'mlp' under forward masking cannot", id="stand-in"),
+    pytest.param(ScaledStandIn(), same, LAYERS, "a worker that owns some units of 'layer'", id="scaled-stand-in"),
+    pytest.param(ChangedBlocks(lambda b: b[::-1]), same, BRANCHES, "comes after layer 2", id="order"),
+    pytest.param(
+        ChangedBlocks(lambda b: [replace(x, norms=("model.norm",)) for x in b]), same, BRANCHES, "outside", id="outside"
+    ),
+    pytest.param(PhiAdapter(), phi, BRANCHES, "norms of their own. Where branches share one", id="one-norm"),
+    pytest.param(OneNorm(), phi, BRANCHES, "does not compute the full model without", id="one-norm-of-attention"),
+    pytest.param(
+        HeadsInThirds(), lambda _: tiny_model("gpt_neox"), NEURONS, "some units of 'attention'", id="other-heads"
+    ),
+    pytest.param(NoWidths(), lambda _: tiny_model("gpt2"), NEURONS, "some units of 'attention'", id="no-widths"),
+    pytest.param(
+        ChangedMLP(lambda m: replace(m, is_gated=True)), gelu, BACKWARD, "of 'mlp' under backward masking", id="gated"
+    ),
+    pytest.param(LlamaAdapter(), shared_layer, NEURONS, "are one parameter", id="shared-layer"),
+    pytest.param(LlamaAdapter(), tied_weights, NEURONS, "are one parameter", id="tied"),
+    pytest.param(LlamaAdapter(), tied_to_the_outside, NEURONS, "are one parameter", id="tied-to-the-outside"),
+    pytest.param(LlamaAdapter(), other_linear, NEURONS, "up_proj is Doubled; takes torch.nn.Linear", id="other-linear"),
+]
+
+
+@pytest.mark.parametrize(("adapter", "change", "units", "words"), SAID)
+def test_what_is_not_so_is_refused(using, adapter, change, units, words):
+    using(adapter)
+    with pytest.raises(ModelError, match=r"^model: adapter '") as caught:
+        plan(change(tiny_model()), **units)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("units", [NEURONS, LAYERS], ids=["neurons", "layers"])
+def test_branches_that_share_a_norm_take_other_units(using, units):
+    using(PhiAdapter())
+    assert plan(phi_model(), **units).coverage == 0.5
+
+
+class Backwards(nn.ModuleList):
+    def __getitem__(self, index):
+        return nn.ModuleList(list(self)[::-1]) if isinstance(index, slice) else super().__getitem__(index)
+
+
+class BackwardsLlama(LlamaForCausalLM):
+    """Begins with its last layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers = Backwards(self.model.layers)
+
+
+def test_layers_that_are_not_called_in_their_order_are_refused():
+    with pytest.raises(ModelError, match="does not call its layers once each, in their order"):
+        plan(BackwardsLlama(tiny_config()))
+
+
+def test_trying_leaves_the_random_numbers_alone():
+    model = tiny_model("qwen2", meta=True, num_attention_heads=2, num_key_value_heads=2)
+    assert find_adapter(model)
+    torch.manual_seed(3)
+    plan(model)
+    first = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.rand(2))
