@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.options import OptionParser
 
 if TYPE_CHECKING:
     from deepspeed_sdp.data.source import SourceSpec
@@ -18,7 +19,7 @@ _STREAM_OPTIONS = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(OptionParser):
     """Rank 0 speaks for all ranks, which are given the same command line."""
 
     def error(self, message: str) -> NoReturn:

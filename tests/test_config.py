@@ -173,7 +173,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ),
         (
             {"coverage": {"mlp": 0.5, "moe": 0.5}},
-            r"coverage: got .*; takes a number above 0 and up to 1, or one for each",
+            r'coverage: got .*; takes a number above 0 and up to 1, as 0\.5 or "1/2", or one for each',
         ),
         ({"owners_per_unit": 0}, r"owners_per_unit: got 0; takes a whole number from 1 on"),
         ({"worker_capacity": [1, 0]}, r"worker_capacity\.1: got 0"),

@@ -1,16 +1,16 @@
 """The console script ``deepspeed-sdp``: what can be known or made without a job. One file per group of subcommands."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from deepspeed_sdp.cli import checkpoints, data, estimate, models, plan, report
 from deepspeed_sdp.errors import SDPError
+from deepspeed_sdp.options import OptionParser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. An error is one line on stderr."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="deepspeed-sdp", description="Plans, estimates and reports of Subnetwork Data Parallelism"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

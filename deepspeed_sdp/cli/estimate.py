@@ -30,9 +30,9 @@ def add_commands(commands: "Commands") -> None:
     add("--deepspeed_config", metavar="JSON", help="a job's own settings; its row comes first")
     add("--sdp_config", metavar="JSON", help="the SDP block of that job, if not in its DeepSpeed config")
     add("--gpus", type=int, default=8, metavar="N", help="ranks (default: 8)")
-    add("--num-subnetworks", type=int, metavar="N", help="workers; default: the largest divisor of the ranks up to 8")
+    add("--num_subnetworks", type=int, metavar="N", help="workers; default: the largest divisor of the ranks up to 8")
     add("--micro_batch_size", type=int, metavar="B", help="sequences of a rank in one pass (default: 1)")
-    add("--seq-length", "--seq_length", type=int, metavar="T", help="tokens of a sequence (default: 2048)")
+    add("--seq_length", type=int, metavar="T", help="tokens of a sequence (default: 2048)")
     add("--gradient_accumulation_steps", type=int, metavar="G", help="micro-batches of a step (default: 1)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of weights and activations (default: bf16)")
     add("--activation_checkpointing", action="store_true", help="layers are computed again in the backward pass")
@@ -132,7 +132,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--zero: got {stage}; takes 0, 1, 2 or 3")
     if args.num_subnetworks is not None and args.gpus % args.num_subnetworks:
         raise ConfigError(
-            f"--num-subnetworks: got {args.num_subnetworks}; takes a divisor of --gpus, which is {args.gpus}"
+            f"--num_subnetworks: got {args.num_subnetworks}; takes a divisor of --gpus, which is {args.gpus}"
         )
 
 

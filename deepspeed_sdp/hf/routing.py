@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from deepspeed_sdp.config import BLOCK, read_json
 from deepspeed_sdp.engine import SDPEngine, initialize
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.hf.trainer import METHODS, SDPTrainer, drop_autos
 
 _is_enabled = False
@@ -30,6 +31,7 @@ def enable() -> None:
     if _is_enabled:
         return
     _is_enabled = True
+    report_uncaught()
     deepspeed.initialize = _routed(deepspeed.initialize)
     Accelerator.prepare = _prepare(Accelerator.prepare)
     Accelerator.get_state_dict = _get_state_dict(Accelerator.get_state_dict)

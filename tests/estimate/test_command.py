@@ -14,7 +14,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-NARROW = ("--coverage", "0.5", "--granularity", "neuron", "--seq-length", "256")
+NARROW = ("--coverage", "0.5", "--granularity", "neuron", "--seq_length", "256")
 
 
 def test_a_table_a_picture_and_a_file(capsys, tmp_path):
@@ -58,7 +58,7 @@ def test_a_recipe_s_own_row_comes_first(capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama-7b", "llama-70b", "llama-405b"])
 def test_large_models_on_many_gpus(capsys, model):
-    code, out, _ = run(capsys, "--model", model, "--gpus", "4096", "--num-subnetworks", "64", "--json")
+    code, out, _ = run(capsys, "--model", model, "--gpus", "4096", "--num_subnetworks", "64", "--json")
     assert code == 0
     estimates = json.loads(out)["estimates"]
     assert len(estimates) == 74
@@ -71,8 +71,8 @@ def test_large_models_on_many_gpus(capsys, model):
         ((), "--model: got none"),
         (("--model", "gpt-9"), "--model: gpt-9 is no file, folder or preset"),
         (("--model", "llama-15m", "--gpus", "0"), "--gpus: got 0; takes a number from 1 on"),
-        (("--model", "llama-15m", "--gpus", "6", "--num-subnetworks", "4"), "takes a divisor of --gpus, which is 6"),
-        (("--model", "llama-15m", "--seq-length", "1"), "--seq_length: got 1; takes a number from 2 on"),
+        (("--model", "llama-15m", "--gpus", "6", "--num_subnetworks", "4"), "takes a divisor of --gpus, which is 6"),
+        (("--model", "llama-15m", "--seq_length", "1"), "--seq_length: got 1; takes a number from 2 on"),
         (("--model", "llama-15m", "--mfu", "0"), "--mfu: got 0.0; takes a number above 0"),
         (("--model", "llama-15m", "--zero", "1,4"), "--zero: got 4; takes 0, 1, 2 or 3"),
         (("--model", "llama-15m", "--gpu", "abacus"), "--gpu: got abacus; takes one of"),
