@@ -139,7 +139,7 @@ def _agree_on_job(
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
             job.plan = plan_for(model, job.sdp, dist.get_world_size())
-            _check_copies(job)
+            check_copies(job.sdp, job.plan)
             job.workers = place_workers(job.plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
         return {**_description(job, model), **client.describe(model)}
 
@@ -195,12 +195,16 @@ def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
         job.args.deepspeed_config = None
 
 
-def _check_copies(job: _Job) -> None:
-    fewest = min(map(len, job.plan.owner_sets))
-    if job.sdp.checkpoint_copies > fewest:
+def check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
+    """Whether every unit has owners enough to write all copies of a checkpoint.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    fewest = min(map(len, plan.owner_sets))
+    if sdp.checkpoint_copies > fewest:
         raise ConfigError(
-            f"{BLOCK}.checkpoint_copies: got {job.sdp.checkpoint_copies} with {fewest} owners per unit; "
-            f"takes 1 to {fewest}"
+            f"{BLOCK}.checkpoint_copies: got {sdp.checkpoint_copies} with {fewest} owners per unit; takes 1 to {fewest}"
         )
 
 
