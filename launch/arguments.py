@@ -231,7 +231,9 @@ def stream_source(args: argparse.Namespace) -> "SourceSpec":
     names = ("on_broken_row", "on_broken_file", "retries")
     policy = FaultPolicy(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     column = {} if args.text_column is None else {"text_column": args.text_column}
-    return SourceSpec(tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, **column)
+    return SourceSpec(
+        tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, option="--stream", **column
+    )
 
 
 def check_pretrain_arguments(args: argparse.Namespace) -> None:

@@ -75,8 +75,19 @@ def test_plans_by_kind_and_capacity(capsys):
     assert first > last
 
 
+def test_fractions_are_coverages(capsys):
+    arguments = ("--model", "llama-15m", "--num_subnetworks", "4", "--json")
+    half, kinds = (json.loads(run(capsys, *arguments, "--coverage", c)[1]) for c in ("1/2", "mlp=1/2,attention=3/4"))
+    assert half["owners_per_unit"] == 2
+    assert kinds["owners_per_unit"] == {"attention": 3, "mlp": 2}
+
+
 def test_a_block_is_a_start_and_options_override_it(capsys, tmp_path):
     (tmp_path / "sdp.json").write_text(json.dumps({"num_subnetworks": 4, "coverage": 0.25, "design": "cyclic"}))
+    wrapped = {"subnetwork_data_parallel": {"num_subnetworks": 4}}
+    (tmp_path / "wrapped.json").write_text(json.dumps(wrapped))
+    of_wrapped = ("--model", "llama-15m", "--sdp_config", str(tmp_path / "wrapped.json"), "--json")
+    assert json.loads(run(capsys, *of_wrapped)[1])["num_subnetworks"] == 4
     arguments = ("--model", "llama-15m", "--sdp_config", str(tmp_path / "sdp.json"), "--json")
     assert json.loads(run(capsys, *arguments)[1])["owners_per_unit"] == 1
     assert json.loads(run(capsys, *arguments, "--owners_per_unit", "3")[1])["owners_per_unit"] == 3
