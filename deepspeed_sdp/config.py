@@ -168,7 +168,7 @@ class SDPConfig(BaseModel):
         return self
 
     @classmethod
-    def of(cls, source: "SDPSource", key: str = "sdp_config") -> Self:
+    def of(cls, source: "SDPSource", key: str = "sdp_config") -> "SDPConfig":
         """The block, however it is given: as a dict, a file, or read already.
 
         A dict or file may wrap it under ``"subnetwork_data_parallel"``. ``key`` names a file in errors.
@@ -176,7 +176,7 @@ class SDPConfig(BaseModel):
         Raises:
             ConfigError: an unreadable file, or see :meth:`parse`.
         """
-        return source if isinstance(source, cls) else cls.parse(read_block(source, key))
+        return source if isinstance(source, SDPConfig) else cls.parse(read_block(source, key))
 
     @property
     def effective_block_unit(self) -> Literal["layer", "branch"] | None:
