@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.options import OptionParser
 from deepspeed_sdp.report.saved_activations import saved_activations
 from deepspeed_sdp.subnetwork import cut_model, plan_for
 
@@ -26,7 +27,7 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--micro_batch", type=int, default=4)

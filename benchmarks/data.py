@@ -21,6 +21,7 @@ import pyarrow.parquet
 from deepspeed_sdp.data import RankSampler, ShardOptions, SourceSpec, StreamedSequences, open_shards, prepare_shards
 from deepspeed_sdp.data.builtin_text import builtin_documents
 from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer
+from deepspeed_sdp.options import OptionParser
 
 # FineWeb's documents have about so many characters, and its files so many rows in a row group.
 DOCUMENT_CHARACTERS = 3000
@@ -29,7 +30,7 @@ SEQ_LENGTH = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=96, metavar="N", help="of text (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=32000, metavar="N", help="default: %(default)s")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="one trained before, instead of a new one")

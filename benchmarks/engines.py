@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import deepspeed_sdp
 from deepspeed_sdp.engine import start_communication
+from deepspeed_sdp.options import OptionParser
 
 Rows = list[dict[str, Any]]
 
 
 def make_parser(description: str | None, *, hidden_size: int, layers: int, vocab_size: int) -> argparse.ArgumentParser:
     """Options of every benchmark, with the defaults of one."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--hidden_size", type=int, default=hidden_size)
     parser.add_argument("--layers", type=int, default=layers)

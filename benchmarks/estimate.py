@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from deepspeed_sdp.options import OptionParser
 from tests.estimate.test_memory import MODEL, SHAPES, ds_config, estimate, measured_peak
 from tests.support.ranks import RankPool
 
@@ -30,7 +31,7 @@ CONTENDERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     pool = RankPool(4)

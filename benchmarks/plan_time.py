@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
+from deepspeed_sdp.options import OptionParser
 from deepspeed_sdp.plan import UnitSpace, make_design, make_plan
 
 DESIGNS = ((16, 2), (12, 3), (64, 32), (60, 20))
@@ -19,7 +20,7 @@ PLANS = ((4, 1), (8, 3), (16, 8), (16, 12))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="of which the median counts")
     parser.add_argument("--results", type=Path, metavar="JSON", help="write the figures into this file")
     args = parser.parse_args()

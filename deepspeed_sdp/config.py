@@ -2,12 +2,22 @@
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.json_text import parse_json, read_json_text, shown
@@ -26,13 +36,23 @@ _NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 
 
+# Short enough for any use, so that no number is too large for a float.
+_FRACTION = re.compile(r"\s*[0-9]{1,9}\s*/\s*0*[1-9][0-9]{0,8}\s*", re.ASCII)
+
+
+def read_coverage(value: Any) -> Any:
+    """A coverage as it is written, ``0.5`` or ``"1/2"``: a fraction as a number; what is none is judged later."""
+    is_fraction = isinstance(value, str) and _FRACTION.fullmatch(value)
+    return float(Fraction(value.replace(" ", ""))) if is_fraction else value
+
+
 Kind = Literal["mlp", "attention"]
 # Bounds far above any use: what is made from a number must not grow out of hand, or out of what libraries can take.
 MAX_WORKERS = 2**14
 _MAX_OWNER_SETS = 1024
 _MAX_COUNT = 2**40
 
-Coverage = Annotated[float, Field(gt=0, le=1)]
+Coverage = Annotated[float, BeforeValidator(read_coverage), Field(gt=0, le=1)]
 Owners = Annotated[int, Field(ge=1, le=MAX_WORKERS)]
 Capacity = Annotated[float, Field(ge=1e-6, le=1e6)]
 
@@ -69,7 +89,7 @@ class SDPConfig(BaseModel):
         None, ge=1, le=MAX_WORKERS, description="N; divides the world size, which is the default"
     )
     coverage: Coverage | dict[Kind, Coverage] | None = Field(
-        None, description="K/N, the share of the units that one worker holds; or one for each kind"
+        None, description='K/N, the share of the units that one worker holds, as 0.5 or "1/2"; or one for each kind'
     )
     owners_per_unit: Owners | dict[Kind, Owners] | None = Field(None, description="K, instead of coverage")
     worker_capacity: tuple[Capacity, ...] | None = Field(
@@ -188,6 +208,17 @@ class SDPConfig(BaseModel):
             )
         return self
 
+    @classmethod
+    def of(cls, source: "SDPSource", key: str = "sdp_config") -> "SDPConfig":
+        """The block, however it is given: as a dict, a file, or read already.
+
+        A dict or file may wrap it under ``"subnetwork_data_parallel"``. ``key`` names a file in errors.
+
+        Raises:
+            ConfigError: an unreadable file, or see :meth:`parse`.
+        """
+        return source if isinstance(source, SDPConfig) else cls.parse(read_block(source, key))
+
     @property
     def effective_block_unit(self) -> Literal["layer", "branch"] | None:
         """What a block is; ``None`` at neuron granularity."""
@@ -232,11 +263,16 @@ class SDPConfig(BaseModel):
         count = self.num_subnetworks or world_size
         if world_size % count:
             divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            more = f", or more ranks: {more_ranks(count)}" if world_size == 1 else ""
             raise ConfigError(
                 f"{BLOCK}.num_subnetworks: got {count} with a world size of {world_size}; takes a number that "
-                f"divides the world size: {', '.join(map(str, divisors))}"
+                f"divides the world size: {', '.join(map(str, divisors))}{more}"
             )
         return count
+
+    def of_one_rank(self) -> Self:
+        """The block in a world of one rank, which owns every unit whatever the coverage says."""
+        return self.model_copy(update={"coverage": 1.0, "owners_per_unit": None})
 
     def owners(self, num_subnetworks: int) -> int | dict[str, int]:
         """``K`` for ``N`` subnetworks, or ``K`` for every kind of unit.
@@ -287,7 +323,8 @@ def _whole_owners(key: str, value: float, workers: int, note: str = "") -> int:
     if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
         # The nearest ones where there are many.
         first = max(1, min(owners - _SHOWN_FRACTIONS // 2, workers - _SHOWN_FRACTIONS + 1))
-        takes = ", ".join(_fraction(k, workers) for k in range(first, min(workers, first + _SHOWN_FRACTIONS - 1) + 1))
+        last = min(workers, first + _SHOWN_FRACTIONS - 1)
+        takes = ", ".join(str(Fraction(k, workers)) for k in range(first, last + 1))
         raise ConfigError(
             f"{key}: got {value:g}{note} with {workers} subnetworks, which gives {value * workers:g} owners per unit; "
             f"takes a whole number of owners: {takes}" + (", ..." if workers > _SHOWN_FRACTIONS else "")
@@ -295,10 +332,17 @@ def _whole_owners(key: str, value: float, workers: int, note: str = "") -> int:
     return owners
 
 
-def split_block(ds_config: Mapping[str, Any], sdp_config: Mapping[str, Any] | str | Path | None) -> SDPConfig:
-    """The SDP block of a job, from ``sdp_config`` (dict or path) or from inside the DeepSpeed config.
+SDPSource: TypeAlias = SDPConfig | Mapping[str, Any] | str | Path
+"""The SDP block as functions take it: a dict, a path to a JSON file, or read already."""
 
-    A file may hold the block itself or wrap it under ``"subnetwork_data_parallel"``.
+
+def more_ranks(count: int | str) -> str:
+    """How a script gets more ranks than one, for messages."""
+    return f"deepspeed --num_accelerators {count}, or torchrun --nproc_per_node {count}"
+
+
+def split_block(ds_config: Mapping[str, Any], sdp_config: SDPSource | None) -> SDPConfig:
+    """The SDP block of a job, from ``sdp_config`` or from inside the DeepSpeed config.
 
     Raises:
         ConfigError: no block, two blocks, an unreadable file, or an invalid block.
@@ -310,10 +354,17 @@ def split_block(ds_config: Mapping[str, Any], sdp_config: Mapping[str, Any] | st
         return SDPConfig.parse(inside)
     if inside is not None:
         raise ConfigError(f'two SDP blocks: sdp_config is given and the DeepSpeed config holds "{BLOCK}"; takes one')
-    block: Any = read_json(sdp_config, "sdp_config") if isinstance(sdp_config, str | Path) else sdp_config
-    if isinstance(block, Mapping) and set(block) == {BLOCK}:
-        block = block[BLOCK]
-    return SDPConfig.parse(block)
+    return SDPConfig.of(sdp_config)
+
+
+def read_block(source: Mapping[str, Any] | str | Path, key: str) -> Any:
+    """The block as it is written in a dict or file, which may wrap it under ``"subnetwork_data_parallel"``.
+
+    Raises:
+        ConfigError: see :func:`read_json`.
+    """
+    block: Any = read_json(source, key) if isinstance(source, str | Path) else source
+    return block[BLOCK] if isinstance(block, Mapping) and set(block) == {BLOCK} else block
 
 
 def read_json(path: str | Path, key: str) -> dict[str, Any]:
@@ -333,13 +384,8 @@ def read_json(path: str | Path, key: str) -> dict[str, Any]:
     return value
 
 
-def _fraction(k: int, n: int) -> str:
-    fraction = Fraction(k, n)
-    return f"{k / n:g}" if fraction.denominator in (1, 2, 4, 5, 8, 10, 16) else f"{k / n:.4f}"
-
-
 _UNIONS = {
-    "coverage": "a number above 0 and up to 1, or one for each kind of unit (mlp, attention)",
+    "coverage": 'a number above 0 and up to 1, as 0.5 or "1/2", or one for each kind of unit (mlp, attention)',
     "owners_per_unit": "a whole number from 1 on, or one for each kind of unit (mlp, attention)",
 }
 

@@ -4,6 +4,8 @@ A launcher (``deepspeed``, ``torchrun``) ends the job when one rank exits with a
 have written its message before any rank exits.
 """
 
+import functools
+import inspect
 import os
 import signal
 import sys
@@ -12,7 +14,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, TypeVar
 
 from deepspeed_sdp.errors import SDPError
 
@@ -65,6 +68,32 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
     return result
 
 
+@functools.cache
+def report_uncaught() -> None:
+    """From here on an :class:`SDPError` that ends a script is one message of one rank instead of a traceback of each.
+
+    All else goes to the hook that stands there; so do these errors too, where it is somebody's own.
+    """
+    before = sys.excepthook
+    is_own = not _is_default(before)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        is_ours = isinstance(error, SDPError)
+        if is_own or not is_ours:
+            before(kind, error, trace)
+        if is_ours:
+            _report(f"error: {error}")
+
+    sys.excepthook = hook
+
+
+def _is_default(hook: Any) -> bool:
+    """Whether it is the interpreter's, alone or beneath that of torch, which writes the rank in front."""
+    if getattr(hook, "__module__", None) == "torch.distributed.distributed_c10d":
+        hook = inspect.getclosurevars(hook).nonlocals.get("old_hook")
+    return hook is sys.__excepthook__
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -78,9 +107,16 @@ def note_termination() -> None:
 def _end_job(message: str) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _report(message)
+    # Not sys.exit: destructors of half-done collectives may wait for ranks that are gone.
+    os._exit(1)
+
+
+def _report(message: str) -> None:
+    """Print it on the first rank that comes here; the others wait until that is done."""
     first = _claim()
     if first is None and _is_terminated:
-        os._exit(1)
+        return
     if not first:
         time.sleep(_GRACE_SECONDS)
     # Who cannot know and is still alive was the only one to fail.
@@ -89,8 +125,6 @@ def _end_job(message: str) -> None:
         print(f"\n{message}", file=sys.stderr, flush=True)
     if first:
         _wait_for_claims()
-    # Not sys.exit: destructors of half-done collectives may wait for ranks that are gone.
-    os._exit(1)
 
 
 def _claim() -> bool | None:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.options import OptionParser, spelt
 
 if TYPE_CHECKING:
     from deepspeed_sdp.data.source import SourceSpec
@@ -18,7 +19,7 @@ _STREAM_OPTIONS = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(OptionParser):
     """Rank 0 speaks for all ranks, which are given the same command line."""
 
     def error(self, message: str) -> NoReturn:
@@ -29,6 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
+    is_job = not _is_dry_run(argv)
     parser = _Parser(
         prog="launch/train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +53,7 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
         help="HuggingFace config.json, or a folder with one; its vocab_size follows the tokenizer",
     )
     job.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="gets hf/, report.json, report.md, loss.png, plan.png"
+        "--output_dir", required=is_job, metavar="DIR", help="gets hf/, report.json, report.md, loss.png, plan.png"
     )
     job.add_argument(
         "--seed",
@@ -114,6 +116,7 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
         "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
     )
     other = parser.add_argument_group("other")
+    _add_dry_run(other)
     other.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
     other.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
@@ -121,7 +124,29 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
     return parser.parse_args(argv)
 
 
+def _is_dry_run(argv: list[str]) -> bool:
+    return "--dry_run" in spelt(argv)
+
+
+def _add_dry_run(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--dry_run", action="store_true", help="say what would be done, and end; one process does, without a launcher"
+    )
+    group.add_argument(
+        "--world_size",
+        type=int,
+        metavar="N",
+        help="of --dry_run: on so many ranks (default: those launched, or the SDP block's num_subnetworks)",
+    )
+
+
+def dry_world_size(args: argparse.Namespace, num_subnetworks: int | None) -> int:
+    """Ranks of a job that is only described."""
+    return args.world_size or int(os.environ.get("WORLD_SIZE", "0")) or num_subnetworks or 1
+
+
 def parse_pretrain_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
+    is_job = not _is_dry_run(argv)
     parser = _Parser(
         prog="launch/pretrain.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,7 +160,7 @@ def parse_pretrain_arguments(argv: list[str], description: str | None) -> argpar
         metavar="KEY=VALUE",
         help="change a value of the recipe, e.g. pretraining.tokens=1e8; can be given many times",
     )
-    text = parser.add_mutually_exclusive_group(required=True)
+    text = parser.add_mutually_exclusive_group(required=is_job)
     text.add_argument("--data", metavar="DIR", help="folder that deepspeed-sdp data made; visible to all nodes")
     text.add_argument(
         "--stream",
@@ -164,10 +189,13 @@ def parse_pretrain_arguments(argv: list[str], description: str | None) -> argpar
         "small source (default: the most up to 64; a run goes on with those it began with)",
     )
     parser.add_argument(
-        "--output_dir", required=True, metavar="DIR", help="gets hf/, checkpoints/, metrics.jsonl, report.md, loss.png"
+        "--output_dir",
+        required=is_job,
+        metavar="DIR",
+        help="gets hf/, checkpoints/, metrics.jsonl, report.md, loss.png",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of those that follow from the recipe")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and end")
+    _add_dry_run(parser)
     parser.add_argument(
         "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
     )
@@ -203,20 +231,24 @@ def stream_source(args: argparse.Namespace) -> "SourceSpec":
     names = ("on_broken_row", "on_broken_file", "retries")
     policy = FaultPolicy(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     column = {} if args.text_column is None else {"text_column": args.text_column}
-    return SourceSpec(tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, **column)
+    return SourceSpec(
+        tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, option="--stream", **column
+    )
 
 
 def check_pretrain_arguments(args: argparse.Namespace) -> None:
     if args.stream and not args.tokenizer:
         raise ConfigError("--tokenizer: got none with --stream; takes a HuggingFace tokenizer, a folder or hub name")
     given = [name for name in _STREAM_OPTIONS if getattr(args, name) is not None]
-    if args.data and given:
-        raise ConfigError(f"--{given[0]}: got {getattr(args, given[0])} with --data; takes it with --stream alone")
+    if not args.stream and given:
+        without = "with --data" if args.data else "without --stream"
+        raise ConfigError(f"--{given[0]}: got {getattr(args, given[0])} {without}; takes it with --stream alone")
     takes = {
         "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
         "stream_heldout_fraction": (0 < heldout_fraction(args) < 1, "a number between 0 and 1"),
         "retries": (args.retries is None or args.retries >= 0, "a number from 0 on"),
         "num_lanes": (args.num_lanes is None or args.num_lanes >= 1, "a number from 1 on"),
+        **_dry_run_takes(args),
         "peak_tflops": (args.peak_tflops is None or 0 < args.peak_tflops < math.inf, "a positive number"),
     }
     _check(args, takes)
@@ -233,8 +265,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
         "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
         "max_text_mb": (0 < args.max_text_mb < math.inf, "a positive number"),
+        **_dry_run_takes(args),
     }
     _check(args, takes)
+
+
+def _dry_run_takes(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
+    is_fine = args.world_size is None or (args.dry_run and args.world_size >= 1)
+    return {"world_size": (is_fine, "a number from 1 on, with --dry_run; a job has the ranks that were launched")}
 
 
 def _check(args: argparse.Namespace, takes: dict[str, tuple[bool, str]]) -> None:

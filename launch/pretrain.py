@@ -8,20 +8,34 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from arguments import check_pretrain_arguments, heldout_fraction, parse_pretrain_arguments, stream_source
+from arguments import (
+    check_pretrain_arguments,
+    dry_world_size,
+    heldout_fraction,
+    parse_pretrain_arguments,
+    stream_source,
+)
 
 from deepspeed_sdp.failures import on_first_rank, one_report
 from deepspeed_sdp.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed_sdp.pretraining.recipe import Recipe
 
 
 def main(argv: list[str]) -> None:
     args = parse_pretrain_arguments(argv, __doc__)
     with closing(StopRequest()) as stop, one_report():
         check_pretrain_arguments(args)
-        pretrain(args, stop)
+        if not args.dry_run:
+            pretrain(args, stop)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            dry_run(args)
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
@@ -32,7 +46,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     from deepspeed.accelerator import get_accelerator
 
     from deepspeed_sdp.engine import agreed, check_job, start_communication
-    from deepspeed_sdp.pretraining.job import build_engine, describe, loop_settings, make_job
+    from deepspeed_sdp.pretraining.job import build_engine, describe, in_lines, loop_settings, make_job
     from deepspeed_sdp.pretraining.loop import Loop, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.monitors import add_monitors, check_monitors
     from deepspeed_sdp.pretraining.recipe import read_recipe
@@ -63,10 +77,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
         text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
     job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps))
     if dist.get_rank() == 0:
-        print("\n".join(f"{name:<12} {value}" for name, value in describe(job).items()), flush=True)
-    if args.dry_run:
-        leave()
-        return
+        print(in_lines(describe(job)), flush=True)
     engine = build_engine(job)
     report = RunReport(
         plan=job.plan,
@@ -88,6 +99,36 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
         elif args.stop_file:
             Path(args.stop_file).write_text("", encoding="utf-8")
     leave()
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Say what a job would do, in one process and for any number of ranks."""
+    from deepspeed_sdp.pretraining.console import quiet
+
+    quiet(args.verbose)
+    from deepspeed_sdp.pretraining.job import check, describe, in_lines, make_job
+    from deepspeed_sdp.pretraining.recipe import read_recipe
+
+    recipe = read_recipe(args.recipe, args.set)
+    world_size = dry_world_size(args, recipe.sdp.num_subnetworks)
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(recipe, world_size, tokenizer_folder(args, recipe, Path(folder)), args.steps)
+    if recipe.sdp.enabled:
+        check(recipe.for_steps(1), recipe.sdp, job.model, job.plan)
+    print(in_lines(describe(job)), flush=True)
+
+
+def tokenizer_folder(args: argparse.Namespace, recipe: "Recipe", folder: Path) -> Path | None:
+    """Of the text; a stream's is put into ``folder``. Without a text the model's vocabulary counts."""
+    from deepspeed_sdp.data.tokenizer import find_tokenizer
+    from deepspeed_sdp.pretraining.sources import open_text
+
+    if args.data:
+        return open_text(Path(args.data), recipe).tokenizer_folder
+    if args.stream:
+        find_tokenizer(args.tokenizer).save_pretrained(folder)
+        return folder
+    return None
 
 
 if __name__ == "__main__":

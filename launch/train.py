@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import check_arguments, parse_arguments
+from arguments import check_arguments, dry_world_size, parse_arguments
 
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import on_first_rank, one_report
@@ -26,7 +26,10 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv, __doc__)
     with closing(StopRequest()) as stop, one_report():
         check_arguments(args)
-        train(args, stop)
+        if not args.dry_run:
+            train(args, stop)
+        elif int(os.environ.get("RANK", "0")) == 0:
+            dry_run(args)
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
@@ -103,6 +106,41 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     if dist.get_rank() == 0:
         print(report.closing_lines(output), flush=True)
     leave()
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Say what a job would do, in one process and for any number of ranks."""
+    from deepspeed_sdp.pretraining.console import quiet
+
+    quiet(args.verbose)
+    from deepspeed_sdp.config import read_json, split_block
+    from deepspeed_sdp.estimate import Job, flops_per_token
+    from deepspeed_sdp.estimate.job_file import job_of
+    from deepspeed_sdp.pretraining.job import check, flops_in_words, in_lines, method, model_config
+    from deepspeed_sdp.subnetwork import meta_model, plan_for
+
+    ds_config = read_json(args.deepspeed_config, "--deepspeed_config")
+    sdp = split_block(ds_config, args.sdp_config)
+    config = model_config(Path(args.model_config), args.seq_length, Path(args.tokenizer) if args.tokenizer else None)
+    if not args.tokenizer:
+        config.vocab_size = args.vocab_size
+    model = meta_model(config)
+    world_size = dry_world_size(args, sdp.num_subnetworks)
+    plan = plan_for(model, sdp, world_size)
+    check(ds_config, sdp, model, plan)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    shape = job_of(ds_config, Job(world_size, seq_length=args.seq_length))
+    each = shape.tokens * world_size
+    steps = args.steps or max(1, round(args.tokens / each))
+    rows = {
+        "model": f"{type(model).__name__}, {numel / 1e6:,.1f} M parameters, a vocabulary of {config.vocab_size}",
+        "method": method(sdp, plan, numel),
+        "ranks": f"{world_size}, each {shape.accumulation} micro-batches of {shape.micro_batch} sequences of "
+        f"{args.seq_length} tokens",
+        "FLOPs/token": flops_in_words(flops_per_token(model, args.seq_length, sdp, plan)),
+        "length": f"{steps:,} steps, {steps * each:,} tokens",
+    }
+    print(in_lines(rows), flush=True)
 
 
 def prepare_text(args: argparse.Namespace, cache: Path) -> None:

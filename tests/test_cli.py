@@ -25,7 +25,7 @@ def run(capsys, *arguments):
 
 def test_plan_as_json(capsys, tmp_path):
     code, out, _ = run(
-        capsys, "--model", "tinyllama-1.1b", "--num-subnetworks", "8", "--coverage", "0.5", "--json",
+        capsys, "--model", "tinyllama-1.1b", "--num_subnetworks", "8", "--coverage", "0.5", "--json",
         "--out", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png"),
     )  # fmt: skip
     summary = json.loads(out)
@@ -45,7 +45,7 @@ def test_plan_as_json(capsys, tmp_path):
 
 
 def test_plan_as_text_names_units_and_sizes(capsys):
-    code, out, _ = run(capsys, "--model", "llama-15m", "--num-subnetworks", "4", "--granularity", "block")
+    code, out, _ = run(capsys, "--model", "llama-15m", "--num_subnetworks", "4", "--granularity", "block")
     assert code == 0
     assert "layer 6" in out
     assert "MB" in out
@@ -53,7 +53,7 @@ def test_plan_as_text_names_units_and_sizes(capsys):
 
 
 def test_backward_masking_holds_the_full_model_and_sends_what_is_not_owned(capsys):
-    arguments = ("--model", "tinyllama-1.1b", "--num-subnetworks", "8", "--coverage", "0.5", "--json")
+    arguments = ("--model", "tinyllama-1.1b", "--num_subnetworks", "8", "--coverage", "0.5", "--json")
     forward = json.loads(run(capsys, *arguments)[1])
     backward = json.loads(run(capsys, *arguments, "--masking", "backward")[1])
     assert backward["bytes_held_per_worker"] == [backward["bytes_of_full_model"]] * 8
@@ -65,8 +65,8 @@ def test_backward_masking_holds_the_full_model_and_sends_what_is_not_owned(capsy
 
 def test_plans_by_kind_and_capacity(capsys):
     code, out, _ = run(
-        capsys, "--model", "llama-134m", "--num-subnetworks", "4", "--coverage", "mlp=0.5,attention=0.75",
-        "--worker-capacity", "1,1,0.5,0.5", "--json",
+        capsys, "--model", "llama-134m", "--num_subnetworks", "4", "--coverage", "mlp=0.5,attention=0.75",
+        "--worker_capacity", "1,1,0.5,0.5", "--json",
     )  # fmt: skip
     summary = json.loads(out)
     assert code == 0
@@ -75,26 +75,37 @@ def test_plans_by_kind_and_capacity(capsys):
     assert first > last
 
 
+def test_fractions_are_coverages(capsys):
+    arguments = ("--model", "llama-15m", "--num_subnetworks", "4", "--json")
+    half, kinds = (json.loads(run(capsys, *arguments, "--coverage", c)[1]) for c in ("1/2", "mlp=1/2,attention=3/4"))
+    assert half["owners_per_unit"] == 2
+    assert kinds["owners_per_unit"] == {"attention": 3, "mlp": 2}
+
+
 def test_a_block_is_a_start_and_options_override_it(capsys, tmp_path):
     (tmp_path / "sdp.json").write_text(json.dumps({"num_subnetworks": 4, "coverage": 0.25, "design": "cyclic"}))
+    wrapped = {"subnetwork_data_parallel": {"num_subnetworks": 4}}
+    (tmp_path / "wrapped.json").write_text(json.dumps(wrapped))
+    of_wrapped = ("--model", "llama-15m", "--sdp_config", str(tmp_path / "wrapped.json"), "--json")
+    assert json.loads(run(capsys, *of_wrapped)[1])["num_subnetworks"] == 4
     arguments = ("--model", "llama-15m", "--sdp_config", str(tmp_path / "sdp.json"), "--json")
     assert json.loads(run(capsys, *arguments)[1])["owners_per_unit"] == 1
-    assert json.loads(run(capsys, *arguments, "--owners-per-unit", "3")[1])["owners_per_unit"] == 3
+    assert json.loads(run(capsys, *arguments, "--owners_per_unit", "3")[1])["owners_per_unit"] == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
-            ("--model", "gpt-9", "--num-subnetworks", "4"),
+            ("--model", "gpt-9", "--num_subnetworks", "4"),
             "--model: gpt-9 is no file, folder or preset; presets are llama",
         ),
-        (("--model", "llama-15m"), "--num-subnetworks: got none"),
-        (("--model", "llama-15m", "--num-subnetworks", "4", "--coverage", "0.3"), "takes a whole number of owners"),
-        (("--model", "llama-15m", "--num-subnetworks", "4", "--out", "/proc/x/y"), "cannot write /proc/x/y"),
-        (("--model", "llama-15m", "--num-subnetworks", "4", "--shared-modules", "model"), "shares every unit"),
-        (("--model", "llama-15m", "--num-subnetworks", "4", "--worker-capacity", "1,2"), "got 2 numbers"),
-        (("--model", "llama-15m", "--num-subnetworks", "8", "--max-owner-sets", "2"), "max_owner_sets"),
+        (("--model", "llama-15m"), "--num_subnetworks: got none"),
+        (("--model", "llama-15m", "--num_subnetworks", "4", "--coverage", "0.3"), "takes a whole number of owners"),
+        (("--model", "llama-15m", "--num_subnetworks", "4", "--out", "/proc/x/y"), "cannot write /proc/x/y"),
+        (("--model", "llama-15m", "--num_subnetworks", "4", "--shared_modules", "model"), "shares every unit"),
+        (("--model", "llama-15m", "--num_subnetworks", "4", "--worker_capacity", "1,2"), "got 2 numbers"),
+        (("--model", "llama-15m", "--num_subnetworks", "8", "--max_owner_sets", "2"), "max_owner_sets"),
     ],
 )
 def test_impossible_wishes_are_one_line(capsys, arguments, message):
@@ -107,14 +118,14 @@ def test_impossible_wishes_are_one_line(capsys, arguments, message):
 @pytest.mark.parametrize("change", ["another", "damaged", "other workers"])
 def test_a_plan_file_that_does_not_fit_is_refused(capsys, tmp_path, change):
     plan = tmp_path / "plan.json"
-    run(capsys, "--model", "llama-15m", "--num-subnetworks", "4", "--out", str(plan))
+    run(capsys, "--model", "llama-15m", "--num_subnetworks", "4", "--out", str(plan))
     if change == "damaged":
         plan.write_text(plan.read_text()[:-20])
     (tmp_path / "sdp.json").write_text(json.dumps({"plan_file": str(plan)}))
     model = "llama-134m" if change == "another" else "llama-15m"
     workers = "6" if change == "other workers" else "4"
     code, _, err = run(
-        capsys, "--model", model, "--num-subnetworks", workers, "--sdp_config", str(tmp_path / "sdp.json")
+        capsys, "--model", model, "--num_subnetworks", workers, "--sdp_config", str(tmp_path / "sdp.json")
     )
     assert code == 1
     expected = {

@@ -109,6 +109,49 @@ def test_owners_are_whole_and_near_or_refused(n, coverage):
         assert abs(owners / n - coverage) <= 1e-3 * coverage
 
 
+@pytest.mark.parametrize(
+    ("written", "owners"),
+    [("1/2", 4), ("3/8", 3), (" 2 / 8 ", 2), ({"mlp": "1/2", "attention": 0.75}, {"mlp": 4, "attention": 6})],
+)
+def test_a_coverage_can_be_written_as_a_fraction(written, owners):
+    assert SDPConfig.parse({"coverage": written}).owners(8) == owners
+
+
+@pytest.mark.parametrize("written", ["3/2", "0/2", "1/0", "a/b", "-1/2", "1/2/3", "1/"])
+def test_what_is_no_coverage_is_named_with_what_is_taken(written):
+    with pytest.raises(
+        ConfigError, match=re.escape(f'coverage: got "{written}"; takes a number above 0 and up to 1, as')
+    ):
+        SDPConfig.parse({"coverage": written})
+
+
+def test_the_tools_print_what_they_take():
+    with pytest.raises(ConfigError, match="takes a whole number of owners: 1/4, 1/2, 3/4, 1") as error:
+        SDPConfig.parse({"coverage": 0.3}).owners(4)
+    for written in str(error.value).rpartition(": ")[2].split(", ")[:-1]:
+        SDPConfig.parse({"coverage": written}).owners(4)
+
+
+def test_a_block_is_a_block_however_it_is_given(tmp_path):
+    block = {"num_subnetworks": 4, "coverage": "1/4"}
+    file = tmp_path / "sdp.json"
+    file.write_text(json.dumps({BLOCK: block}))
+    parsed = SDPConfig.parse(block)
+    assert [SDPConfig.of(given) for given in (block, {BLOCK: block}, file, str(file), parsed)] == [parsed] * 5
+    assert split_block({}, parsed) == parsed
+    with pytest.raises(ConfigError, match="sdp_config: cannot read"):
+        SDPConfig.of(tmp_path / "no.json")
+
+
+def test_one_rank_owns_every_unit():
+    for block in ({}, {"coverage": 0.25}, {"owners_per_unit": 2}, {"coverage": {"mlp": 0.5, "attention": 0.75}}):
+        assert SDPConfig.parse(block).of_one_rank().owners(1) == 1
+    with pytest.raises(
+        ConfigError, match=r"got 4 with a world size of 1; .*deepspeed --num_accelerators 4, or torchrun"
+    ):
+        SDPConfig.parse({"num_subnetworks": 4}).subnetworks(1)
+
+
 def test_int_coverage_is_full_coverage():
     assert SDPConfig.parse({"coverage": 1}).owners(6) == 6
 
@@ -173,7 +216,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         ),
         (
             {"coverage": {"mlp": 0.5, "moe": 0.5}},
-            r"coverage: got .*; takes a number above 0 and up to 1, or one for each",
+            r'coverage: got .*; takes a number above 0 and up to 1, as 0\.5 or "1/2", or one for each',
         ),
         ({"owners_per_unit": 0}, r"owners_per_unit: got 0; takes a whole number from 1 on"),
         ({"worker_capacity": [1, 0]}, r"worker_capacity\.1: got 0"),

@@ -79,6 +79,49 @@ def test_a_rank_that_fails_alone_before_ranks_can_talk_reports_after_a_while():
     assert (done.returncode, done.stderr) == (1, "\nerror: only here\n")
 
 
+UNCAUGHT = """
+import sys
+{before}
+from deepspeed_sdp.failures import report_uncaught
+from deepspeed_sdp.errors import *
+report_uncaught()
+report_uncaught()
+{body}
+"""
+
+
+def run_script(body, before=""):
+    code = UNCAUGHT.format(before=before, body=body)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=rank_environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def test_an_uncaught_error_of_the_user_is_one_line_and_ends_the_script_as_ever():
+    done = run_script("import atexit; atexit.register(print, 'cleaned up'); raise ConfigError('x: got 1; takes 2')")
+    assert (done.returncode, done.stderr) == (1, "\nerror: x: got 1; takes 2\n")
+    assert done.stdout == "cleaned up\n"
+
+
+def test_other_uncaught_errors_keep_their_traceback():
+    done = run_script("{}['missing']")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("KeyError: 'missing'\n")
+
+
+def test_who_catches_the_error_sees_it():
+    done = run_script("try:\n    raise ConfigError('x')\nexcept ValueError as error:\n    print('caught', error)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caught x\n", "")
+
+
+@pytest.mark.parametrize(("raised", "lines"), [("ConfigError('x')", ["", "error: x"]), ("KeyError('x')", [])])
+def test_a_hook_of_the_user_s_own_is_called_too(raised, lines):
+    own = "sys.excepthook = lambda kind, error, trace: print('theirs', kind.__name__)"
+    done = run_script(f"raise {raised}", own)
+    assert done.stdout == f"theirs {raised.partition('(')[0]}\n"
+    assert done.stderr.splitlines() == lines
+
+
 # Forks two ranks per case from a process that has imported torch, and ends one soon after the other, as launchers do.
 TWO_RANKS = """
 import json, os, signal, socket, sys, time
@@ -86,7 +129,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed_sdp.errors import *
-from deepspeed_sdp.failures import on_first_rank, one_report
+from deepspeed_sdp.failures import on_first_rank, one_report, report_uncaught
 
 def same_error(rank):
     raise ConfigError("same")
@@ -119,12 +162,31 @@ def first_rank_works(rank):
     value = on_first_rank(lambda: 42)
     print(f"rank {rank} got {value}", file=sys.stderr, flush=True)
 
+def uncaught_on_both(rank):
+    raise ConfigError("same")
+
+def uncaught_on_1(rank):
+    if rank == 1:
+        raise ConfigError("only here")
+    dist.barrier()
+
+def uncaught(case, rank):
+    # As at the end of a script; torch's own hook stands there too.
+    report_uncaught()
+    try:
+        case(rank)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
 def child(case, rank, log, port):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
+    if case.__name__.startswith("uncaught"):
+        uncaught(case, rank)
     with one_report():
         case(rank)
     dist.barrier()
@@ -156,7 +218,7 @@ def run(case):
     return {"log": log.read_text(), "codes": codes, "seconds": time.monotonic() - began}
 
 cases = [same_error, same_error_later_on_1, same_error_later_on_0, unexpected_on_1, unexpected_on_0,
-         first_rank_refuses, first_rank_breaks, first_rank_works]
+         first_rank_refuses, first_rank_breaks, first_rank_works, uncaught_on_both, uncaught_on_1]
 print(json.dumps({case.__name__: run(case) for case in cases}))
 """
 
@@ -205,6 +267,15 @@ def test_what_breaks_on_the_first_rank_is_reported_there(two_ranks):
     assert result["log"].count("Traceback") == 1, result["log"]
     assert "rank 0 failed:" in result["log"]
     assert "ZeroDivisionError" in result["log"]
+
+
+@pytest.mark.parametrize(("case", "message"), [("uncaught_on_both", "same"), ("uncaught_on_1", "only here")])
+def test_an_uncaught_error_of_many_ranks_is_one_line_of_one(two_ranks, case, message):
+    result = two_ranks[case]
+    assert result["log"].count(f"error: {message}") == 1, result["log"]
+    # What another rank meets when this one is gone is no error of the user.
+    assert result["log"].count("Traceback") <= (case == "uncaught_on_1")
+    assert 1 in result["codes"]
 
 
 def test_what_works_on_the_first_rank_is_returned_there(two_ranks):

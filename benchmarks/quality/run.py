@@ -27,6 +27,7 @@ import torch
 from benchmarks.quality.methods import GROUPS, ROWS, SIZES, Row
 from benchmarks.quality.training import Method, Size, train, with_sdp
 from deepspeed_sdp.data import Corpus, CorpusSpec, prepare_corpus
+from deepspeed_sdp.options import OptionParser
 
 _TEXT_BYTES, _HELDOUT = 10_000_000, 0.02
 # Every fourth sequence of what is held out: 31 thousand tokens.
@@ -36,7 +37,7 @@ Result = dict[str, Any]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=["main", "defaults", "gap"])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="these rows alone, by name")
     parser.add_argument("--size", choices=list(SIZES), default="small")

@@ -25,6 +25,7 @@ from benchmarks.quality.memory import Memory, memory_of, preset_state
 from benchmarks.quality.methods import ROWS, SIZES
 from benchmarks.quality.ownership import parse_sdp
 from benchmarks.quality.run import Result, fill, read_results
+from deepspeed_sdp.options import OptionParser
 
 DENSE = "dense"
 PRESET = "llama-1b"
@@ -32,7 +33,7 @@ Losses = dict[int, float]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/quality.jsonl"))
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--summary", type=Path, help="a JSON file of the same figures")

@@ -18,12 +18,13 @@ from sweep_tables import fastest_on_links, link_table, sweep_table
 from tables import Results, contender_table, memory_table, settings_note, summary_table
 
 from deepspeed_sdp.errors import DataError, OutputError, SDPError
+from deepspeed_sdp.options import OptionParser
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of systems*.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()

@@ -27,11 +27,12 @@ from workload import Workload
 from deepspeed_sdp.engine import start_communication
 from deepspeed_sdp.engine.communication import clear_stale_locks
 from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.options import OptionParser
 
 
 def make_parser(description: str | None, defaults: Workload, schedule: Schedule) -> argparse.ArgumentParser:
     """Options of every program here."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("hidden_size", "layers", "head_size", "vocab_size", "sequence", "micro_batch"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
     parser.add_argument("--precision", choices=["fp32", "bf16"], default=defaults.precision)

@@ -3,12 +3,13 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepspeed_sdp.cli.options import listed
-from deepspeed_sdp.config import BLOCK, read_json
+from deepspeed_sdp.cli.options import coverage, listed
+from deepspeed_sdp.config import BLOCK, read_block, read_json
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.presets import model_path, preset_names
 
@@ -30,14 +31,18 @@ def add_commands(commands: "Commands") -> None:
     add("--deepspeed_config", metavar="JSON", help="a job's own settings; its row comes first")
     add("--sdp_config", metavar="JSON", help="the SDP block of that job, if not in its DeepSpeed config")
     add("--gpus", type=int, default=8, metavar="N", help="ranks (default: 8)")
-    add("--num-subnetworks", type=int, metavar="N", help="workers; default: the largest divisor of the ranks up to 8")
+    add("--num_subnetworks", type=int, metavar="N", help="workers; default: the largest divisor of the ranks up to 8")
     add("--micro_batch_size", type=int, metavar="B", help="sequences of a rank in one pass (default: 1)")
-    add("--seq-length", "--seq_length", type=int, metavar="T", help="tokens of a sequence (default: 2048)")
+    add("--seq_length", type=int, metavar="T", help="tokens of a sequence (default: 2048)")
     add("--gradient_accumulation_steps", type=int, metavar="G", help="micro-batches of a step (default: 1)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of weights and activations (default: bf16)")
-    add("--activation_checkpointing", action="store_true", help="layers are computed again in the backward pass")
+    add(
+        "--activation_checkpointing",
+        action="store_true",
+        help="compare with it alone, not also without: layers are computed again in the backward pass",
+    )
     add("--zero", type=listed(int), metavar="S,S,...", help="ZeRO stages to compare (default: 0,1,2,3)")
-    add("--coverage", type=listed(float), metavar="C,C,...", help="coverages (default: 1/4 to 3/4 in eighths)")
+    add("--coverage", type=listed(coverage), metavar="C,C,...", help="coverages (default: 1/4 to 3/4 in eighths)")
     add("--masking", choices=("forward", "backward"), help="one kind of masking")
     add("--granularity", choices=("neuron", "block"), help="one kind of unit")
     add("--gpu", default="h100", metavar="NAME", help="of the package's table (default: h100)")
@@ -60,14 +65,23 @@ def add_commands(commands: "Commands") -> None:
 def _estimate(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from deepspeed_sdp.estimate import Estimator, best_stages, compare, plot_estimates, strategies, to_table
+    from deepspeed_sdp.estimate import (
+        Estimator,
+        best_stages,
+        choice_of,
+        compare,
+        plot_estimates,
+        ranked,
+        strategies,
+        to_table,
+    )
     from deepspeed_sdp.estimate.job_file import pretraining
     from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
     _check(args)
     ds_config = read_json(args.deepspeed_config, "--deepspeed_config") if args.deepspeed_config else {}
     if args.sdp_config:
-        ds_config = {**ds_config, BLOCK: _block(args.sdp_config)}
+        ds_config = {**ds_config, BLOCK: read_block(args.sdp_config, "--sdp_config")}
     name = args.model or pretraining(ds_config).get("model")
     if not name:
         raise ConfigError(
@@ -77,31 +91,47 @@ def _estimate(args: argparse.Namespace) -> None:
     cluster = _cluster(args)
     estimator = Estimator(full, cluster)
     job, workers = _job(args, ds_config)
-    own = [estimator.estimate(job)] if ds_config else []
-    jobs = strategies(replace(job, sdp=None), workers, **_narrowed(args))
-    estimates, refused = compare(estimator, list(jobs))
+    checkpointing = (True,) if args.activation_checkpointing else (False, True)
+    own = [choice_of(estimator, job, checkpointing)] if ds_config else []
+    jobs = list(strategies(replace(job, sdp=None), workers, **_narrowed(args)))
+    choices, refused = compare(estimator, _shown_as_they_go(jobs), checkpointing)
+    estimates = [estimate for choice in choices for estimate in choice.variants]
     data = {
         "model": str(name),
         "parameters": sum(parameter.numel() for parameter in full.parameters()),
         "gpu": cluster.gpu.name,
-        "job": own[0].to_json() if own else None,
+        "job": estimator.estimate(job).to_json() if own else None,
         "estimates": [estimate.to_json() for estimate in estimates],
         "refused": refused,
     }
-    shown = estimates if args.all else best_stages(estimates)
+    shown = ranked(choices if args.all else best_stages(choices))
     if args.top:
-        shown = sorted(shown, key=lambda e: (not e.fits, e.time.total))[: args.top]
+        fitting = [choice for choice in shown if choice.fits]
+        if not fitting:
+            refused.append(f"Nothing fits on a {cluster.gpu.name}; shown is what takes least.")
+        shown = (fitting or shown)[: args.top]
     title = _title(str(name), data["parameters"], job, workers, cluster)
     print(json.dumps(data, indent=2) if args.json else "\n\n".join([title, to_table(shown, own), *refused, _NOTE]))
     if args.out:
         _write(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
     if args.plot:
-        _write(args.plot, lambda path: plot_estimates([*own, *shown], [*own, *estimates], cluster, title, path))
+        bars = [choice.best for choice in (*own, *shown)]
+        _write(args.plot, lambda path: plot_estimates(bars, [*bars[: len(own)], *estimates], cluster, title, path))
+
+
+def _shown_as_they_go(jobs: Sequence["Job"]) -> Iterable["Job"]:
+    """A bar on a terminal, elsewhere a line; never among the figures."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        print(f"estimating {len(jobs)} strategies ...", file=sys.stderr, flush=True)
+    return tqdm(jobs, desc="estimate", unit="strategy", leave=False, disable=None)
 
 
 _NOTE = (
     "GB per GPU, of the heaviest rank: the most of each kind in a step, and the most of all at one moment (peak). "
-    "PFLOP, GB sent and ms per step. * best of those that fit. "
+    "PFLOP, GB sent and ms per step. ckpt: with activation checkpointing. "
+    "What fits comes first, the quickest first; * best of what fits. "
     "Step times are a roofline: docs/estimate.md has what is assumed."
 )
 
@@ -110,7 +140,7 @@ def _title(name: str, parameters: Any, job: "Job", workers: int, cluster: "Clust
     return (
         f"{name}, {parameters / 1e9:.2f}B parameters, {job.world_size} x {cluster.gpu.name}, {workers} subnetworks, "
         f"{job.micro_batch} x {job.seq_length} tokens x {job.accumulation}, {str(job.dtype).removeprefix('torch.')}"
-        + (", activation checkpointing" if job.checkpointing else "")
+        + f", buckets of {job.round_numel:,} elements"
     )
 
 
@@ -132,13 +162,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--zero: got {stage}; takes 0, 1, 2 or 3")
     if args.num_subnetworks is not None and args.gpus % args.num_subnetworks:
         raise ConfigError(
-            f"--num-subnetworks: got {args.num_subnetworks}; takes a divisor of --gpus, which is {args.gpus}"
+            f"--num_subnetworks: got {args.num_subnetworks}; takes a divisor of --gpus, which is {args.gpus}"
         )
-
-
-def _block(path: str) -> Any:
-    block = read_json(path, "--sdp_config")
-    return block[BLOCK] if set(block) == {BLOCK} else block
 
 
 def _cluster(args: argparse.Namespace) -> "Cluster":

@@ -1,13 +1,21 @@
 """Kinds of option values, and what several subcommands share."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from deepspeed_sdp.config import read_coverage
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-def listed(convert: type) -> Any:
+def coverage(text: str) -> float:
+    """``0.5`` or ``1/2``."""
+    return float(read_coverage(text))
+
+
+def listed(convert: Callable[[str], Any]) -> Any:
     """``a,b,c`` as a list of ``convert``."""
 
     def parse(text: str) -> list[Any]:
@@ -17,7 +25,7 @@ def listed(convert: type) -> Any:
     return parse
 
 
-def per_kind(convert: type) -> Any:
+def per_kind(convert: Callable[[str], Any]) -> Any:
     """One value, or ``kind=value,kind=value``."""
 
     def parse(text: str) -> Any:

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepspeed_sdp.cli.options import listed, per_kind
-from deepspeed_sdp.config import SDPConfig, read_json
+from deepspeed_sdp.cli.options import coverage, listed, per_kind
+from deepspeed_sdp.config import SDPConfig, read_block
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.presets import model_path, preset_names
 
@@ -29,23 +29,26 @@ def add_commands(commands: "Commands") -> None:
         help="HuggingFace config.json, a folder with one, or a preset: " + ", ".join(preset_names()),
     )
     plan.add_argument("--sdp_config", metavar="JSON", help="an SDP block to start from; the options below override it")
-    plan.add_argument("--num-subnetworks", type=int, metavar="N", help="workers; default: the block's")
+    plan.add_argument("--num_subnetworks", type=int, metavar="N", help="workers; default: the block's")
     plan.add_argument(
-        "--coverage", type=per_kind(float), metavar="C", help="K/N, e.g. 0.5 or mlp=0.5,attention=0.75 (default: 0.5)"
+        "--coverage",
+        type=per_kind(coverage),
+        metavar="C",
+        help="K/N, e.g. 0.5, 1/2 or mlp=0.5,attention=0.75 (default: 0.5)",
     )
     plan.add_argument(
-        "--owners-per-unit", type=per_kind(int), metavar="K", help="K instead of coverage, e.g. 4 or mlp=4,attention=6"
+        "--owners_per_unit", type=per_kind(int), metavar="K", help="K instead of coverage, e.g. 4 or mlp=4,attention=6"
     )
     plan.add_argument("--masking", choices=("forward", "backward"), help="of units not owned (default: forward)")
     plan.add_argument("--granularity", choices=("neuron", "block"), help="what a unit is (default: neuron)")
-    plan.add_argument("--block-unit", choices=("layer", "branch"), help="at block granularity (default: layer)")
+    plan.add_argument("--block_unit", choices=("layer", "branch"), help="at block granularity (default: layer)")
     plan.add_argument("--partition", type=listed(str), metavar="KINDS", help="mlp, attention or mlp,attention")
-    plan.add_argument("--shared-modules", nargs="+", metavar="PATTERN", help="modules that all workers own")
+    plan.add_argument("--shared_modules", nargs="+", metavar="PATTERN", help="modules that all workers own")
     plan.add_argument("--design", choices=("auto", "cyclic", "random"), help="how owner sets are chosen")
-    plan.add_argument("--worker-capacity", type=listed(float), metavar="C,C,...", help="relative speeds of the workers")
-    plan.add_argument("--max-owner-sets", type=int, metavar="M", help="bound on process groups (default: 64)")
-    plan.add_argument("--chunk-multiple", type=int, metavar="M", help="alignment of chunks (default: 64)")
-    plan.add_argument("--seq-length", type=int, metavar="T", help="for the balance of FLOPs (default: 2048)")
+    plan.add_argument("--worker_capacity", type=listed(float), metavar="C,C,...", help="relative speeds of the workers")
+    plan.add_argument("--max_owner_sets", type=int, metavar="M", help="bound on process groups (default: 64)")
+    plan.add_argument("--chunk_multiple", type=int, metavar="M", help="alignment of chunks (default: 64)")
+    plan.add_argument("--seq_length", type=int, metavar="T", help="for the balance of FLOPs (default: 2048)")
     plan.add_argument("--seed", type=int, help="of searched and random designs (default: 0)")
     plan.add_argument("--json", action="store_true", help="print the summary as JSON")
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for the SDP block's plan_file")
@@ -57,7 +60,7 @@ def _plan(args: argparse.Namespace) -> None:
     from deepspeed_sdp.report import plan_summary, plot_plan, to_text
     from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
-    block = read_json(args.sdp_config, "--sdp_config") if args.sdp_config else {}
+    block = read_block(args.sdp_config, "--sdp_config") if args.sdp_config else {}
     if args.coverage is not None or args.owners_per_unit is not None:
         block.pop("coverage", None)
         block.pop("owners_per_unit", None)
@@ -65,7 +68,7 @@ def _plan(args: argparse.Namespace) -> None:
     config = SDPConfig.parse(block)
     if config.num_subnetworks is None:
         raise ConfigError(
-            "--num-subnetworks: got none, and no num_subnetworks in the SDP block; takes the number of workers"
+            "--num_subnetworks: got none, and no num_subnetworks in the SDP block; takes the number of workers"
         )
     model = meta_model(read_model_config(model_path(args.model, "--model"), "--model"), "--model")
     plan = plan_for(model, config, config.num_subnetworks)

@@ -84,7 +84,7 @@ class RankSampler:
         if self.num_sequences < needed:
             raise DataError(
                 f"text: {self.num_sequences} sequences are too few for one batch of {needed} ({world_size} ranks of "
-                f"{batch_size}); give more text, a smaller --seq_length or a smaller train_micro_batch_size_per_gpu"
+                f"{batch_size}); give more text, a smaller seq_length or a smaller train_micro_batch_size_per_gpu"
             )
         return (self._samples(first, batch_size) for first in itertools.count(start_sample + rank * batch_size, needed))
 

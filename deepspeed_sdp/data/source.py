@@ -25,6 +25,7 @@ class SourceSpec:
         config, revision, split: of a hub data set; a split names its files.
         text_column: which column holds the text.
         faults: what happens to broken rows and files, and to lost connections.
+        option: by which the command line says it, for messages.
     """
 
     paths: tuple[str, ...]
@@ -33,16 +34,19 @@ class SourceSpec:
     split: str = "train"
     text_column: str = "text"
     faults: FaultPolicy = field(default_factory=FaultPolicy)
+    option: str = field(default="--source", compare=False)
 
     def __post_init__(self) -> None:
         if not self.paths:
-            raise ConfigError(f"--source: got nothing; {_TAKES}")
+            raise ConfigError(f"{self.option}: got nothing; {_TAKES}")
         if any(path.startswith(_HUB) for path in self.paths):
             if len(self.paths) > 1:
-                raise ConfigError("--source: got a hub data set beside others; takes it alone")
+                raise ConfigError(f"{self.option}: got a hub data set beside others; takes it alone")
         elif self.config is not None or self.revision is not None:
             key = "config" if self.config is not None else "revision"
-            raise ConfigError(f"--{key}: got {getattr(self, key)!r} with local files; takes it with hub:OWNER/NAME")
+            raise ConfigError(
+                f"{self.option}: got local files with a {key}, {getattr(self, key)!r}; takes it with hub:OWNER/NAME"
+            )
 
     @property
     def hub_name(self) -> str | None:
@@ -50,8 +54,9 @@ class SourceSpec:
         return self.paths[0].removeprefix(_HUB) if self.paths[0].startswith(_HUB) else None
 
     def to_json(self) -> dict[str, Any]:
-        """Without the policy, which changes nothing that is read."""
-        return {**{k: v for k, v in asdict(self).items() if k != "faults"}, "paths": list(self.paths)}
+        """Without what changes nothing that is read."""
+        kept = {key: value for key, value in asdict(self).items() if key not in ("faults", "option")}
+        return {**kept, "paths": list(self.paths)}
 
 
 @dataclass(frozen=True)
@@ -111,29 +116,29 @@ def find_source(spec: SourceSpec, skipped: Skipped) -> Source:
     """
     if spec.hub_name is not None:
         return Retry(spec.paths[0], spec.faults, skipped).call(lambda: _hub_source(spec))
-    files = [found for path in spec.paths for found in _expand(path)]
-    return Source(spec, tuple(_local_file(file) for file in files))
+    files = [found for path in spec.paths for found in _expand(path, spec.option)]
+    return Source(spec, tuple(_local_file(file, spec.option) for file in files))
 
 
-def _expand(path: str) -> list[Path]:
+def _expand(path: str, option: str) -> list[Path]:
     here = Path(path)
     if here.is_file():
         if not path.endswith(_SUFFIXES):
-            raise DataError(f"--source: {path} is of another kind; {_TAKES}")
+            raise DataError(f"{option}: {path} is of another kind; {_TAKES}")
         return [here]
     inside = here.rglob("*") if here.is_dir() else (Path(name) for name in glob.iglob(path, recursive=True))
     found = sorted(file for file in inside if file.name.endswith(_SUFFIXES) and file.is_file())
     if not found:
         what = "holds no such file" if here.is_dir() else "does not exist"
-        raise DataError(f"--source: {path} {what}; {_TAKES}")
+        raise DataError(f"{option}: {path} {what}; {_TAKES}")
     return found
 
 
-def _local_file(path: Path) -> DataFile:
+def _local_file(path: Path, option: str) -> DataFile:
     try:
         stat = path.stat()
     except OSError as error:
-        raise DataError(f"--source: {path} cannot be read: {error.strerror or error}") from None
+        raise DataError(f"{option}: {path} cannot be read: {error.strerror or error}") from None
     return DataFile(str(path.resolve()), stat.st_size, str(stat.st_mtime_ns))
 
 
@@ -146,7 +151,7 @@ def _hub_source(spec: SourceSpec) -> Source:
     name = spec.hub_name
     assert name is not None
     if is_offline_mode():
-        raise DataError(f"--source: {spec.paths[0]} needs the network, and HF_HUB_OFFLINE is set")
+        raise DataError(f"{spec.option}: {spec.paths[0]} needs the network, and HF_HUB_OFFLINE is set")
     try:
         builder = load_dataset_builder(name, spec.config, revision=spec.revision)
     except (ValueError, FileNotFoundError) as error:
@@ -154,15 +159,16 @@ def _hub_source(spec: SourceSpec) -> Source:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, Exception) and not isinstance(cause, FileNotFoundError | ValueError | KeyError):
             raise cause from None
-        raise DataError(f"--source: {spec.paths[0]} (--config {spec.config}): {reason_of(error)}") from None
+        raise DataError(f"{spec.option}: {spec.paths[0]} (config {spec.config}): {reason_of(error)}") from None
     splits = builder.config.data_files or {}
     if spec.split not in splits:
-        raise DataError(f"--split: got {spec.split!r}; {name} has {', '.join(map(repr, splits)) or 'no files'}")
+        has = ", ".join(map(repr, splits)) or "no files"
+        raise DataError(f"{spec.option}: {spec.paths[0]} has no split {spec.split!r}; it has {has}")
     urls = [str(url) for url in splits[spec.split]]
     other = [url for url in urls if not url.endswith(_SUFFIXES)]
     if other:
-        raise DataError(f"--source: {spec.paths[0]} holds {other[0]}; takes data sets of parquet or JSON lines")
-    prefix, commit = _common_prefix(urls, name)
+        raise DataError(f"{spec.option}: {spec.paths[0]} holds {other[0]}; takes data sets of parquet or JSON lines")
+    prefix, commit = _common_prefix(urls, name, spec.option)
     known: dict[str, DataFile] = {}
     paths = [url.removeprefix(prefix) for url in urls]
     for start in range(0, len(paths), _PATHS_PER_REQUEST):
@@ -173,11 +179,11 @@ def _hub_source(spec: SourceSpec) -> Source:
     return Source(spec, tuple(known[path] for path in paths), commit)
 
 
-def _common_prefix(urls: list[str], name: str) -> tuple[str, str]:
+def _common_prefix(urls: list[str], name: str, option: str) -> tuple[str, str]:
     """``hf://datasets/OWNER/NAME@COMMIT/`` and the commit."""
     start = f"hf://datasets/{name}@"
     commits = {url.removeprefix(start).split("/", 1)[0] for url in urls if url.startswith(start)}
     if len(commits) != 1 or not all(url.startswith(start) for url in urls):
-        raise DataError(f"--source: hub:{name} refers to files of other data sets: {urls[0]}")
+        raise DataError(f"{option}: hub:{name} refers to files of other data sets: {urls[0]}")
     commit = commits.pop()
     return f"{start}{commit}/", commit

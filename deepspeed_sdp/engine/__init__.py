@@ -4,15 +4,18 @@ from deepspeed_sdp.engine.agreement import agreed, from_first_rank
 from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.dense import DenseEngine, initialize_dense
 from deepspeed_sdp.engine.engine import SDPEngine
-from deepspeed_sdp.engine.initialize import check_job, initialize
+from deepspeed_sdp.engine.initialize import check_copies, check_job, initialize
 from deepspeed_sdp.engine.memory import Peak, gradient_peak, model_state_bytes
+from deepspeed_sdp.engine.support import check_supported
 
 __all__ = [
     "DenseEngine",
     "Peak",
     "SDPEngine",
     "agreed",
+    "check_copies",
     "check_job",
+    "check_supported",
     "from_first_rank",
     "gradient_peak",
     "initialize",

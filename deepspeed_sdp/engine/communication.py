@@ -1,8 +1,11 @@
 """Starting DeepSpeed's communication, past the lock of a compilation that was killed."""
 
 import fcntl
+import functools
+import importlib.util
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,9 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
+from deepspeed_sdp.config import more_ranks
+from deepspeed_sdp.errors import ConfigError
+
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 log = logging.getLogger(__name__)
@@ -21,14 +27,26 @@ log = logging.getLogger(__name__)
 # Ops that DeepSpeed compiles on first use in a job of ours, by the folder torch builds them in.
 COMPILED_OPS = ("deepspeed_shm_comm", "fused_adam", "cpu_adam")
 
+# What DeepSpeed takes a rank's place from; launchers set them.
+_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How many processes MPI (Open MPI, MPICH and Intel's, MVAPICH) or srun started; DeepSpeed asks MPI for the rest.
+_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# Platforms whose variables DeepSpeed knows.
+_PLATFORMS = ("AZUREML_EXPERIMENT_ID", "SM_TRAINING_ENV", "DLTS_JOB_ID")
+
 
 def start_communication(distributed_port: int = 29500, dist_init_required: bool | None = None) -> None:
     """``deepspeed.init_distributed`` with the accelerator's backend.
 
     On CPU, DeepSpeed loads a compiled op here. torch guards it by a file that a killed process leaves behind, and for
-    which every other process waits without end; such a file is removed, before and meanwhile.
+    which every other process waits without end; such a file is removed, before and meanwhile. A process that nothing
+    launched is a world of one.
+
+    Raises:
+        ConfigError: see :func:`take_a_place`.
     """
     if not deepspeed.comm.is_initialized():
+        take_a_place()
         clear_stale_locks()
     with _clearing_locks():
         deepspeed.init_distributed(
@@ -52,6 +70,40 @@ def _clearing_locks() -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def take_a_place() -> None:
+    """Make a process that no launcher started a world of one, by the variables that a launcher would have set.
+
+    Raises:
+        ConfigError: something started several processes that DeepSpeed cannot tell from each other.
+    """
+    missing = [name for name in _PLACE if name not in os.environ]
+    if not missing or any(name in os.environ for name in _PLATFORMS):
+        return
+    several = [name for name in (*_COUNTS, "WORLD_SIZE", "RANK") if _number(name) > (name != "RANK")]
+    if not several:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        values = ("0", "0", "1", "127.0.0.1", str(port))
+        os.environ.update({name: value for name, value in zip(_PLACE, values, strict=True) if name in missing})
+    elif importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError(
+            f"environment: got {several[0]}={os.environ[several[0]]} without {', '.join(missing)}; takes them as "
+            "deepspeed and torchrun set them for every process, or the package mpi4py, which asks MPI for them"
+        )
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+@functools.cache
+def say_world_of_one() -> None:
+    """Once, to whoever forgot the launcher."""
+    log.warning("a world of one rank trains the whole model, without partners; start several with %s", more_ranks("N"))
 
 
 def clear_stale_locks(patience: float = 300.0) -> list[Path]:

@@ -19,15 +19,16 @@ from torch import nn
 
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.adapters.claims import claims_digest
-from deepspeed_sdp.config import BLOCK, SDPConfig, read_json, split_block
+from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree, from_first_rank
-from deepspeed_sdp.engine.communication import start_communication
+from deepspeed_sdp.engine.communication import say_world_of_one, start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, translate_optimizer
 from deepspeed_sdp.engine.support import check_supported
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import (
     Subnetwork,
@@ -54,7 +55,7 @@ def initialize(
     config: Mapping[str, Any] | str | Path | None = None,
     mesh_param: Any = None,
     config_params: Mapping[str, Any] | str | Path | None = None,
-    sdp_config: Mapping[str, Any] | str | Path | None = None,
+    sdp_config: SDPSource | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Build the engine of this rank's subnetwork. Mirrors ``deepspeed.initialize``, collective like it.
 
@@ -62,7 +63,7 @@ def initialize(
         model: the full model, cut in place to this rank's subnetwork; or one made on the meta device, of which only the
             subnetwork is ever given memory, with initial values drawn unit by unit from ``seed``.
         optimizer, model_parameters, lr_scheduler: as in DeepSpeed, with parameters (or groups) of the full model.
-        sdp_config: the SDP block, as a dict or a path to a JSON file; without it the block
+        sdp_config: the SDP block, as a dict, a path to a JSON file or an :class:`SDPConfig`; without it the block
             ``"subnetwork_data_parallel"`` of the DeepSpeed config counts (or ``args.sdp_config``).
 
     The other arguments are DeepSpeed's. With ``"enabled": false`` this is ``deepspeed.initialize``.
@@ -75,6 +76,7 @@ def initialize(
         ModelError: no adapter knows the model.
         PlanError: no plan exists for these numbers.
     """
+    report_uncaught()
     start_communication(distributed_port, dist_init_required)
     model_parameters = list(model_parameters) if model_parameters is not None else None
     client = _Client(optimizer, model_parameters, mpu)
@@ -96,6 +98,8 @@ def initialize(
             model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
         )
     assert model is not None
+    if dist.get_world_size() == 1:
+        say_world_of_one()
     _check_deepspeed()
     # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
     before_cut = list(model.parameters())
@@ -117,7 +121,7 @@ def initialize(
 
 
 def check_job(
-    build_model: Callable[[], nn.Module], args: Any = None, config: Any = None, sdp_config: Any = None
+    build_model: Callable[[], nn.Module], args: Any = None, config: Any = None, sdp_config: SDPSource | None = None
 ) -> SDPConfig:
     """Collective. Everything that :func:`initialize` can find wrong, found before anything expensive is done.
 

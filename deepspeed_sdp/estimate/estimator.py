@@ -153,7 +153,7 @@ class Estimator:
     def _estimate(self, job: Job, plan: SubnetworkPlan | None, flops: FlopsPerToken, worker: int) -> Estimate:
         key = (_key(job.sdp), job.world_size if plan else 0, worker, job.dtype)
         model: WorkerModel = self._once(
-            ("model", *key, job.checkpointing), lambda: worker_model(self.full, job.dtype, job.sdp, plan, worker)
+            ("model", *key), lambda: worker_model(self.full, job.dtype, job.sdp, plan, worker)
         )
         shape = (job.micro_batch, job.seq_length, job.checkpointing)
         # Whoever has the same kinds of layers computes alike.

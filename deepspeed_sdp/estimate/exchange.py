@@ -20,11 +20,13 @@ class Exchange:
     Attributes:
         sent: bytes that this rank sends.
         live: bytes of buffers that live until it has arrived.
+        counted: what of that the engine counts when it bounds what is under way; gloo's own copies it does not know.
         passing: bytes that live for a moment besides, when it leaves.
     """
 
     sent: int = 0
     live: int = 0
+    counted: int = 0
     passing: int = 0
 
 
@@ -56,14 +58,16 @@ def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float) -> Ex
     share = sum(bucket.numel / bucket.owners for bucket in mine)
     if job.stage > 0 and world * largest <= (1 + _PADDING) * full:
         # One all-gather of equal pieces; gloo gathers into a tensor of its own, and copies.
-        pieces = world * (2 if job.backend == "gloo" else 1) + 1
-        return Exchange(int(largest * (world - 1)) * width, int(largest * pieces) * width)
+        counted = int(largest * (world + 1)) * width
+        copied = int(largest * world) * width if job.backend == "gloo" else 0
+        return Exchange(int(largest * (world - 1)) * width, counted + copied, counted)
     if job.stage > 0:
         sent, received = share * (world - 1), full - share
     else:
         sent = sum(bucket.numel / bucket.owners * (world - bucket.owners) for bucket in mine)
         received = float(full - sum(bucket.numel for bucket in mine))
-    return Exchange(int(sent) * width, int(sent + received) * width, int(share) * width)
+    live = int(sent + received) * width
+    return Exchange(int(sent) * width, live, live, int(share) * width)
 
 
 def _by_round(model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> tuple[list[int], list[list[float]]]:

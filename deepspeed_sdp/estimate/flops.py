@@ -18,7 +18,7 @@ from torch import nn
 
 from deepspeed_sdp.adapters import PartitionedModule, find_adapter
 from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
-from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.config import SDPConfig, SDPSource
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import plan_for
@@ -72,14 +72,14 @@ class _ModuleFlops:
 
 
 def flops_per_token(
-    model: nn.Module, seq_length: int, sdp: SDPConfig | None = None, plan: SubnetworkPlan | None = None
+    model: nn.Module, seq_length: int, sdp: SDPSource | None = None, plan: SubnetworkPlan | None = None
 ) -> FlopsPerToken:
     """Model FLOPs per token; see the module for what is in them. A pure function of shapes.
 
     Args:
         model: the full model, real or on the meta device; not one that is cut already.
         seq_length: tokens of a sequence, at which attention is counted.
-        sdp: the SDP block; ``None`` or one that is not enabled: the full model alone.
+        sdp: the SDP block, as ``initialize`` takes it; ``None`` or one that is not enabled: the full model alone.
         plan: who owns what; made from ``sdp`` if not given, which takes its ``num_subnetworks``.
 
     Raises:
@@ -90,6 +90,7 @@ def flops_per_token(
         raise ConfigError(f"seq_length: got {seq_length}; takes a number from 1 on")
     modules = [_ModuleFlops.of(model, m) for m in find_adapter(model).partitioned_modules(model, _KINDS, seq_length)]
     dense = _head_flops(model) + sum(module.total for module in modules)
+    sdp = SDPConfig.of(sdp) if sdp is not None else None
     if sdp is None or not sdp.enabled:
         return FlopsPerToken(dense)
     if plan is None:

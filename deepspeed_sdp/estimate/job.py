@@ -23,7 +23,7 @@ class Job:
     Attributes:
         world_size: ranks.
         stage: of ZeRO.
-        sdp: the SDP block; ``None`` for plain DeepSpeed.
+        sdp: the SDP block, in any form that :meth:`SDPConfig.of` takes; ``None`` for plain DeepSpeed.
         dtype: of weights and activations; below fp32 there are fp32 master weights.
         micro_batch: sequences of a rank in one pass.
         seq_length: tokens of a sequence.
@@ -59,6 +59,10 @@ class Job:
     overlap_comm: bool = False
     prefetch: bool = True
     backend: Literal["nccl", "gloo"] = "nccl"
+
+    def __post_init__(self) -> None:
+        if self.sdp is not None:
+            object.__setattr__(self, "sdp", SDPConfig.of(self.sdp))
 
     @property
     def tokens(self) -> int:

@@ -29,16 +29,18 @@ class Ledger:
     phase_of_peak: str = "forward"
     peak: int = 0
     largest_gradients: int = 0
+    _total: int = 0
 
     def add(self, kind: str, nbytes: int) -> None:
         """They live from now on, or with a negative number no more."""
         self.now[kind] += nbytes
+        self._total += nbytes
         if nbytes > 0:
-            self._see(self.now)
+            self._see(kind, 0)
 
     def pass_by(self, kind: str, nbytes: int) -> None:
         """They live for a moment."""
-        self._see(self.now + Counter({kind: max(nbytes, 0)}))
+        self._see(kind, max(nbytes, 0))
 
     def sample_gradients(self, at_hand: int = 0) -> None:
         """Remember what gradients take now, with so many bytes of one that is not counted yet."""
@@ -48,10 +50,9 @@ class Ledger:
         """So many live now."""
         self.add(kind, nbytes - self.now[kind])
 
-    def _see(self, now: Counter[str]) -> None:
-        for kind, nbytes in now.items():
-            self.largest[kind] = max(self.largest[kind], nbytes)
-        total = sum(now.values())
-        if total > self.peak:
-            self.peak, self.phase_of_peak = total, self.phase
-            self.at_peak = {kind: now[kind] for kind in KINDS}
+    def _see(self, kind: str, more: int) -> None:
+        """What lives now, and so many bytes more of ``kind``."""
+        self.largest[kind] = max(self.largest[kind], self.now[kind] + more)
+        if self._total + more > self.peak:
+            self.peak, self.phase_of_peak = self._total + more, self.phase
+            self.at_peak = {name: self.now[name] + more * (name == kind) for name in KINDS}

@@ -23,7 +23,7 @@ def plot_estimates(
     figure = Figure(figsize=(13, 1.6 + 0.28 * max(len(shown), 12)), layout="constrained")
     FigureCanvasAgg(figure)
     bars, points = figure.subplots(1, 2, width_ratios=(3, 2))
-    names = [f"{name_of(e.job)}, ZeRO-{e.job.stage}" for e in shown]
+    names = [_name(e) for e in shown]
     left = [0.0] * len(shown)
     for kind in KINDS:
         widths = [e.memory.get(kind, 0) / 1e9 for e in shown]
@@ -42,6 +42,11 @@ def plot_estimates(
     points.legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+
+
+def _name(estimate: Estimate) -> str:
+    checkpointing = ", checkpointing" if estimate.job.checkpointing else ""
+    return f"{name_of(estimate.job)}, ZeRO-{estimate.job.stage}{checkpointing}"
 
 
 def _series(estimate: Estimate) -> str:

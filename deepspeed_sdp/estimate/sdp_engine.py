@@ -49,6 +49,9 @@ class EngineStep:
         self._gathered = (
             GatheredParts(job, layout, self.ledger, is_tied, self._launch_before) if job.stage == 3 else None
         )
+        # Portions on their way: index, bytes that live until it has arrived, what the engine counts of them.
+        self._under_way: deque[tuple[int, int, int]] = deque()
+        self._is_lazy = bool(self._exchanges) and job.sdp is not None and job.sdp.overlap_refresh
         self._hold_state()
 
     def _hold_state(self) -> None:
@@ -70,6 +73,8 @@ class EngineStep:
         for is_boundary in [False, True] if self._job.accumulation > 1 else [True]:
             self._run_passes(moments, is_boundary)
         self._step()
+        if self._is_lazy:
+            self._run_forward_again(moments)
         return self.ledger
 
     def _run_passes(self, moments: Sequence[Moment], is_boundary: bool) -> None:
@@ -187,15 +192,37 @@ class EngineStep:
 
     def _step(self) -> None:
         self.ledger.phase = "step"
-        under_way: deque[int] = deque()
+        average = self._job.accumulate_dtype.itemsize
+        budget = average * sum(bucket.shard for bucket in self._layout.buckets) * self._is_lazy
         for index, portion in enumerate(self._layout.portions):
             for round_ in portion:
                 self._step_round(self._layout.rounds[round_])
-            if len(under_way) >= _PORTIONS_IN_FLIGHT:
-                self.ledger.add("buffers", -under_way.popleft())
-            under_way.append(self._refresh(index, portion))
-        for nbytes in under_way:
-            self.ledger.add("buffers", -nbytes)
+            while len(self._under_way) >= _PORTIONS_IN_FLIGHT and sum(n for *_, n in self._under_way) >= budget:
+                self._arrive()
+            self._under_way.append((index, *self._refresh(index, portion)))
+        if not self._is_lazy:
+            self._settle(len(self._layout.portions))
+
+    def _arrive(self) -> None:
+        self.ledger.add("buffers", -self._under_way.popleft()[1])
+
+    def _settle(self, through: int) -> None:
+        while self._under_way and self._under_way[0][0] <= through:
+            self._arrive()
+
+    def _run_forward_again(self, moments: Sequence[Moment]) -> None:
+        """The next forward pass, each part of which waits for the portions that hold its weights."""
+        portion_of = {round_: index for index, portion in enumerate(self._layout.portions) for round_ in portion}
+        needed = [-1] * (self._model.last_part + 1)
+        for part, round_ in zip(self._model.parts, self._layout.round_of, strict=True):
+            needed[part] = max(needed[part], portion_of[round_])
+        self.ledger.phase = "forward"
+        for moment in moments:
+            self.ledger.set("activations", moment.peak)
+            self.ledger.set("activations", moment.live)
+            if moment.kind == "loss":
+                break
+            self._settle(needed[moment.part])
 
     def _step_round(self, buckets: Sequence[Bucket]) -> None:
         made, freed = 0, 0
@@ -217,15 +244,15 @@ class EngineStep:
             self.ledger.pass_by("buffers", 4 * largest * self._job.step_temporaries)
         self.ledger.add("gradients", -made - freed)
 
-    def _refresh(self, index: int, portion: tuple[int, ...]) -> int:
-        """Send the stepped weights; bytes of buffers that live until they arrive."""
-        nbytes = 0
+    def _refresh(self, index: int, portion: tuple[int, ...]) -> tuple[int, int]:
+        """Send the stepped weights; bytes that live until they arrive, and what the engine counts of them."""
+        nbytes = counted = 0
         flats = [b for r in portion for b in self._layout.rounds[r] if not b.in_place and b.shards > 1]
         if self._exchanges:
             flats = [bucket for bucket in flats if bucket.weights[0].owner_set == SHARED]
         if 0 < self._job.stage < 3:
             if self._job.transport("weights") == "all_to_all":
-                nbytes += 2 * sum(bucket.padded - bucket.shard for bucket in flats) * self._width
+                nbytes = counted = 2 * sum(bucket.padded - bucket.shard for bucket in flats) * self._width
             elif self._job.backend == "gloo":
                 # gloo gathers into a tensor of its own, and copies.
                 nbytes += sum(bucket.padded for bucket in flats) * self._width
@@ -233,5 +260,6 @@ class EngineStep:
             exchange = self._exchanges[index]
             self.ledger.pass_by("buffers", nbytes + exchange.live + exchange.passing)
             nbytes += exchange.live
+            counted += exchange.counted
         self.ledger.add("buffers", nbytes)
-        return nbytes
+        return nbytes, counted

@@ -4,6 +4,7 @@ Nothing is inferred from formulas: the worker's own modules run, with shapes and
 followed (:mod:`~deepspeed_sdp.estimate.live_bytes`). What a layer does is seen on one of its kind, and told for all.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -103,7 +104,7 @@ def profiles(model: WorkerModel, micro_batch: int, seq_length: int, checkpointin
     """What every part of the module does; see :func:`trace`."""
     module: Any = model.module
     if checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(module, True)
     module.train()
     recorder = _Recorder(LiveBytes([*module.parameters(), *module.buffers()]))
     hooks = recorder.hook(module, module.get_submodule(model.layers_name))
@@ -117,7 +118,19 @@ def profiles(model: WorkerModel, micro_batch: int, seq_length: int, checkpointin
     finally:
         for hook in hooks:
             hook.remove()
+        if checkpointing:
+            _checkpoint(module, False)
     return recorder.profiles
+
+
+def _checkpoint(module: Any, is_on: bool) -> None:
+    with warnings.catch_warnings():
+        # Newer versions of transformers have new names for these.
+        warnings.simplefilter("ignore", FutureWarning)
+        if is_on:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            module.gradient_checkpointing_disable()
 
 
 class _Recorder:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.adapters import find_adapter
-from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.config import SDPConfig, SDPSource
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import SHARED, Subnetwork, cut_model
 
@@ -78,7 +78,7 @@ class WorkerModel:
 def worker_model(
     full: nn.Module,
     dtype: torch.dtype,
-    sdp: SDPConfig | None = None,
+    sdp: SDPSource | None = None,
     plan: SubnetworkPlan | None = None,
     worker: int = 0,
 ) -> WorkerModel:
@@ -96,7 +96,7 @@ def worker_model(
     module = _with_layers(full, kept).to(dtype)
     subnetwork = None
     if plan is not None and sdp is not None:
-        subnetwork = _cut(module, sdp, _restricted(plan, layers_name, kept), worker)
+        subnetwork = _cut(module, SDPConfig.of(sdp), _restricted(plan, layers_name, kept), worker)
     names = [name for name, _ in full.named_parameters()]
     parts = _parts(names, layers_name, len(kinds))
     weights = _Weights(

@@ -17,6 +17,7 @@ from deepspeed_sdp.checkpoint import has_checkpoint
 from deepspeed_sdp.config import BLOCK
 from deepspeed_sdp.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.ranks import meet
 
 Original = Callable[..., Any]
@@ -212,6 +213,7 @@ class SDPTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        report_uncaught()
         super().__init__(*args, **kwargs)
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is None or BLOCK not in plugin.deepspeed_config:

@@ -10,9 +10,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.config import SDPConfig, SDPSource
 from deepspeed_sdp.data import load_tokenizer, separate_documents, vocab_size
-from deepspeed_sdp.engine import initialize, initialize_dense
+from deepspeed_sdp.engine import check_copies, check_supported, initialize, initialize_dense
 from deepspeed_sdp.estimate.flops import FlopsPerToken, flops_per_token
 from deepspeed_sdp.estimate.gpu import gpu_of_device
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -109,6 +109,16 @@ def build_engine(job: Job) -> Any:
     return engine
 
 
+def check(ds_config: Mapping[str, Any], sdp: SDPSource, model: nn.Module, plan: SubnetworkPlan) -> None:
+    """What :func:`deepspeed_sdp.initialize` would find wrong with settings, by one process.
+
+    Raises:
+        ConfigError, ModelError: see there.
+    """
+    check_supported(ds_config, SDPConfig.of(sdp), model, None, None)
+    check_copies(SDPConfig.of(sdp), plan)
+
+
 def peak_flops(ds_config: Mapping[str, Any]) -> float | None:
     """FLOPs per second of this rank's accelerator in the precision of a config, by the table of ``estimate``."""
     if not torch.cuda.is_available() or get_accelerator().device_name() == "cpu":
@@ -142,15 +152,7 @@ def describe(job: Job) -> dict[str, str]:
     recipe, length, flops = job.recipe, job.length, job.flops
     total = sum(parameter.numel() for parameter in job.model.parameters())
     batch, micro = (recipe.ds_config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
-    if recipe.sdp.enabled:
-        owned = [total - job.plan.total_numel + job.plan.owned_numel(w) for w in range(job.plan.num_subnetworks)]
-        who = (
-            f"SDP, {recipe.sdp.masking} masking by {recipe.sdp.granularity}, {job.plan.num_subnetworks} subnetworks, "
-            f"coverage {job.plan.coverage:.3g}: each worker trains {max(owned) / 1e6:,.1f} M parameters "
-            f"({max(owned) / total:.0%})"
-        )
-    else:
-        who = "dense baseline, plain DeepSpeed"
+    who = method(recipe.sdp, job.plan, total) if recipe.sdp.enabled else "dense baseline, plain DeepSpeed"
     against = length.flops / length.dense_flops
     rows = {
         "recipe": str(recipe.path),
@@ -158,8 +160,7 @@ def describe(job: Job) -> dict[str, str]:
         "method": who,
         "ranks": f"{job.world_size}, global batch {batch} sequences of {recipe.about.seq_length} tokens "
         f"({job.micro_batches} micro-batches of {micro} on each)",
-        "FLOPs/token": f"dense {_short(flops.dense)}, worker {_short(flops.mean)} ({flops.mean / flops.dense:.3f}; "
-        f"largest {flops.max / flops.mean:.3f} of the mean)",
+        "FLOPs/token": flops_in_words(flops),
         "length": f"{job.how_long}: {length.steps:,} steps, {_tokens(length.tokens)}, {length.flops:.3g} FLOPs",
         "baseline": f"{_tokens(length.dense_tokens)}, {length.dense_flops:.3g} FLOPs: this run takes "
         f"{length.tokens / length.dense_tokens:.3f} of its tokens, {against:.3f} of its FLOPs",
@@ -170,6 +171,28 @@ def describe(job: Job) -> dict[str, str]:
             f", to the end of {params['total_num_steps']}" if "total_num_steps" in params else ""
         )
     return rows
+
+
+def in_lines(rows: Mapping[str, str]) -> str:
+    """What :func:`describe` says, a line for each."""
+    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+
+
+def method(sdp: SDPConfig, plan: SubnetworkPlan, numel: int) -> str:
+    """SDP in words, for a full model of ``numel`` parameters."""
+    most = numel - plan.total_numel + max(plan.owned_numel(w) for w in range(plan.num_subnetworks))
+    return (
+        f"SDP, {sdp.masking} masking by {sdp.granularity}, {plan.num_subnetworks} subnetworks, coverage "
+        f"{plan.coverage:.3g}: each worker trains {most / 1e6:,.1f} M parameters ({most / numel:.0%})"
+    )
+
+
+def flops_in_words(flops: FlopsPerToken) -> str:
+    """Per token, of the full model and of the workers."""
+    return (
+        f"dense {_short(flops.dense)}, worker {_short(flops.mean)} ({flops.mean / flops.dense:.3f}; "
+        f"largest {flops.max / flops.mean:.3f} of the mean)"
+    )
 
 
 def _tokens(count: float) -> str:

@@ -11,18 +11,21 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
 from deepspeed_sdp.adapters.claims import check_claims
-from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.config import SDPConfig, SDPSource
 from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 from deepspeed_sdp.subnetwork.trial import try_adapter
 
 
-def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPlan:
+def plan_for(model: nn.Module, sdp: SDPSource, world_size: int) -> SubnetworkPlan:
     """The plan of ``model`` (real or meta) under ``sdp`` on ``world_size`` ranks; a pure function.
+
+    A world of one owns every unit: there coverage 1 is taken, whatever the block says.
 
     Raises:
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
     """
+    sdp = SDPConfig.of(sdp)
     adapter = find_adapter(model)
     check_claims(model, adapter, sdp.partition, sdp.effective_block_unit)
     try_adapter(model, adapter, sdp.partition, sdp.effective_block_unit, sdp.masking)
@@ -36,6 +39,8 @@ def plan_for(model: nn.Module, sdp: SDPConfig, world_size: int) -> SubnetworkPla
     if sdp.plan_file is not None:
         return read_plan(sdp, spaces, world_size)
     num_subnetworks = sdp.subnetworks(world_size)
+    if world_size == 1:
+        sdp = sdp.of_one_rank()
     return make_plan(
         spaces,
         num_subnetworks,

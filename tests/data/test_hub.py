@@ -85,7 +85,7 @@ def test_a_connection_that_stays_lost_and_names_that_do_not_exist(hub, tmp_path,
     assert result.returncode == 1
     assert "000_00000.parquet: cannot be read after 1 retries (--retries): peer closed connection" in result.stderr
     hub.cuts = 0
-    for arguments, said in ((("--config", "sample-1BT"), "sample-10BT"), (("--split", "test"), "--split: got 'test'")):
+    for arguments, said in ((("--config", "sample-1BT"), "sample-10BT"), (("--split", "test"), "has no split 'test'")):
         result = prepare(hub, tmp_path, tokenizer, *arguments)
         assert result.returncode == 1
         assert said in result.stderr

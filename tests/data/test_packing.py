@@ -128,7 +128,7 @@ def test_fewer_sequences_than_one_batch():
     with pytest.raises(DataError) as raised:
         RankSampler(15).batches(rank=0, world_size=4, batch_size=4)
     assert str(raised.value) == (
-        "text: 15 sequences are too few for one batch of 16 (4 ranks of 4); give more text, a smaller --seq_length or "
+        "text: 15 sequences are too few for one batch of 16 (4 ranks of 4); give more text, a smaller seq_length or "
         "a smaller train_micro_batch_size_per_gpu"
     )
 

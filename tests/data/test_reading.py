@@ -140,7 +140,7 @@ def test_unknown_sources_are_one_clear_error(tmp_path):
     ):
         with pytest.raises(DataError, match=said):
             read(path)
-    with pytest.raises(ConfigError, match="--config: got 'x' with local files"):
+    with pytest.raises(ConfigError, match="--source: got local files with a config, 'x'"):
         SourceSpec((str(tmp_path),), config="x")
     with pytest.raises(ConfigError, match="takes it alone"):
         SourceSpec(("hub:a/b", str(tmp_path)))

@@ -1,11 +1,13 @@
 """FLOPs per token: by hand, and beside what torch counts in a real forward and backward pass."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepspeed_sdp import ConfigError, SDPConfig
-from deepspeed_sdp.estimate import flops_per_token
+from deepspeed_sdp.estimate import Job, flops_per_token
 from deepspeed_sdp.presets import model_path
 from deepspeed_sdp.subnetwork import cut_model, meta_model, plan_for, read_model_config
 from tests.support.models import tiny_model
@@ -82,3 +84,13 @@ def test_bad_input_is_one_error():
         flops_per_token(model, 0)
     with pytest.raises(ConfigError, match="num_subnetworks: got none"):
         flops_per_token(model, 8, SDPConfig())
+
+
+def test_a_block_can_be_given_as_initialize_takes_it(tmp_path):
+    model, block = tiny_model(meta=True, **SIZES), {"num_subnetworks": 4, "coverage": 0.5}
+    (tmp_path / "sdp.json").write_text(json.dumps(block))
+    expected = flops_per_token(model, LENGTH, SDPConfig.parse(block))
+    for given in (block, tmp_path / "sdp.json", str(tmp_path / "sdp.json")):
+        assert flops_per_token(model, LENGTH, given) == expected
+        assert plan_for(model, given, 4).hash == plan_for(model, SDPConfig.parse(block), 4).hash
+        assert Job(4, sdp=given) == Job(4, sdp=SDPConfig.parse(block))

@@ -26,6 +26,7 @@ MODEL = {
 # Small beside the model, as in a real job: what is under way, and how long gloo's threads hold it, weighs little then.
 BUCKET = 100_000
 UNITS = {"neuron": {}, "block": {"granularity": "block"}, "branch": {"granularity": "block", "block_unit": "branch"}}
+OVERLAPPED = {"coverage": 0.5, "masking": "backward", "overlap_refresh": True}
 SHAPES = {"activations": (4, 128), "state": (1, 16)}  # what weighs most
 
 
@@ -105,8 +106,9 @@ def check(ranks4, stage, sdp, shape, checkpointing=False, accumulation=1, precis
         pytest.param(1, {"coverage": 0.5}, "activations", marks=pytest.mark.slow),
         pytest.param(3, {"coverage": 0.75}, "state", marks=pytest.mark.slow),
         pytest.param(1, {"coverage": 0.5, "masking": "backward"}, "state", marks=pytest.mark.slow),
+        (0, OVERLAPPED, "state"),
     ],
-    ids=["zero0", "forward", "zero3", "backward"],
+    ids=["zero0", "forward", "zero3", "backward", "overlapped"],
 )
 def test_beside_real_ranks(ranks4, stage, sdp, shape):
     check(ranks4, stage, sdp, shape)
@@ -152,6 +154,13 @@ def test_plain_deepspeed(ranks4, stage, shape, precision):
         (2, {"coverage": 0.5}, {"precision": "fp32"}),
         (1, {"coverage": 0.5, "masking": "backward", "granularity": "block", "recompute_frozen": True}, {}),
         (1, {"coverage": 0.5, "num_subnetworks": 2}, {}),
+        (0, OVERLAPPED, {}),
+        (1, OVERLAPPED, {}),
+        (2, {**OVERLAPPED, "granularity": "block"}, {}),
+        (1, OVERLAPPED, {"accumulation": 2}),
+        (1, OVERLAPPED, {"checkpointing": True}),
+        (1, {"coverage": 0.5, "masking": "backward"}, {"checkpointing": True}),
+        (1, {"coverage": 0.5, "granularity": "block"}, {"checkpointing": True}),
     ],
 )
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from deepspeed_sdp import ConfigError, SDPConfig
-from deepspeed_sdp.estimate import Estimator, Job, best_stages, compare, name_of, strategies, to_table
+from deepspeed_sdp.estimate import (
+    Estimator,
+    Job,
+    best_stages,
+    choice_of,
+    compare,
+    name_of,
+    ranked,
+    strategies,
+    to_table,
+)
 from deepspeed_sdp.estimate.gpu import Cluster, find_gpu, gpu_names
 from deepspeed_sdp.estimate.job_file import job_of
 from deepspeed_sdp.estimate.step_time import step_time
@@ -71,18 +81,81 @@ def test_step_time_is_a_roofline():
     assert step_time(job, CLUSTER, 0, 3.35e12 / 30, {}).update == pytest.approx(1.0)
 
 
-def test_table_names_the_best_and_what_does_not_fit(estimator):
-    cluster = Cluster(find_gpu("h100", memory_gb=3), reserved=0)
-    small = Estimator(estimator.full, cluster)
-    jobs = list(strategies(Job(8, micro_batch=2), 8, stages=(0, 1), coverages=(0.25, 0.5), granularities=("neuron",)))
-    estimates, refused = compare(small, jobs)
+@pytest.fixture(scope="module")
+def choices(estimator):
+    """On a GPU on which some fit, some with activation checkpointing alone, and some not at all."""
+    small = Estimator(estimator.full, Cluster(find_gpu("h100", memory_gb=1.9), reserved=0))
+    jobs = strategies(Job(8), 8, stages=(0, 1), coverages=(0.25, 0.5), granularities=("neuron",))
+    found, refused = compare(small, jobs)
     assert not refused
-    assert len(best_stages(estimates)) == 2 + 4
-    table = to_table(estimates, own=estimates[:1])
-    assert table.splitlines()[1].startswith("> DeepSpeed")
-    assert len(table.splitlines()) == 1 + 1 + len(estimates)
-    assert "does not fit" in table
+    return found
+
+
+def test_table_says_both_and_what_does_not_fit(choices):
+    assert len(best_stages(choices)) == 2 + 4
+    table = to_table(choices, own=choices[:1])
+    head, first, *_ = lines = table.splitlines()
+    assert first.startswith("> DeepSpeed")
+    assert len(lines) == 1 + 1 + len(choices)
+    assert head.index(" peak") < head.index("ckpt peak")
+    verdicts = {"" if c.variants[0].fits else "fits with checkpointing" if c.fits else "does not fit" for c in choices}
+    assert verdicts == {"", "fits with checkpointing", "does not fit"}
+    for choice, line in zip(choices, lines[2:], strict=True):
+        said = [v for v in verdicts - {""} if line.endswith(v)]
+        assert said == (
+            [] if choice.variants[0].fits else ["fits with checkpointing" if choice.fits else "does not fit"]
+        )
+        assert f"{choice.variants[0].peak / 1e9:.2f}" in line
+        assert f"{choice.variants[1].peak / 1e9:.2f}" in line
     assert "*" in table
+
+
+def test_what_fits_comes_first_and_the_quickest_first(choices):
+    order = ranked(choices)
+    fits = [choice.fits for choice in order]
+    assert fits == sorted(fits, reverse=True)
+    times = [choice.best.time.total for choice in order if choice.fits]
+    assert times == sorted(times)
+    assert all(choice.best.fits for choice in order if choice.fits)
+    peaks = [choice.best.peak for choice in order if not choice.fits]
+    assert peaks == sorted(peaks)
+
+
+def test_activation_checkpointing_takes_less_memory_and_more_time(choices):
+    for choice in choices:
+        plain, checkpointed = choice.variants
+        assert (plain.job.checkpointing, checkpointed.job.checkpointing) == (False, True)
+        assert checkpointed.kept_activations < plain.kept_activations
+        assert checkpointed.peak <= plain.peak
+        assert checkpointed.time.total > plain.time.total
+
+
+def test_all_strategies_reduce_in_pieces_of_the_same_size():
+    for bucket, backend, expected in ((None, "nccl", 25_000_000), (None, "gloo", 5_000_000), (1_000, "nccl", 1_000)):
+        jobs = list(strategies(Job(8, bucket=bucket, backend=backend), 8))
+        assert {job.bucket for job in jobs} == {expected}
+        assert {job.sdp is None for job in jobs} == {True, False}
+
+
+def test_coverages_that_were_asked_for_are_not_left_out_in_silence():
+    with pytest.raises(ConfigError, match=r"coverage: got 0\.3 with 8 subnetworks"):
+        list(strategies(Job(8), 8, coverages=(0.5, 0.3)))
+
+
+def test_what_overlap_refresh_holds_until_the_next_forward_pass_is_counted(estimator):
+    def of(stage, **keys):
+        job = Job(8, stage, sdp(masking="backward", **keys), seq_length=128, gather_bucket=2_000_000)
+        return estimator.estimate(job)
+
+    waits, overlaps = of(0), of(0, overlap_refresh=True)
+    # Averages are gone when weights travel: as much may be under way instead of two portions, the last one besides.
+    averages = 2 * overlaps.plan.owned_numel(0)
+    assert waits.largest["buffers"] < overlaps.largest["buffers"] < averages + waits.largest["buffers"]
+    assert overlaps.peak > waits.peak
+    # At ZeRO-1 an eighth of them is less than two portions, which may be under way in any case.
+    assert of(1, overlap_refresh=True).largest["buffers"] == of(1).largest["buffers"]
+    assert of(1, overlap_refresh=True).time.total < of(1).time.total
+    assert overlaps.sent == waits.sent
 
 
 def test_gpus_are_data():
@@ -94,6 +167,12 @@ def test_gpus_are_data():
     assert find_gpu("H100", memory_gb=94, tflops=500).flops(torch.float32) == 5e14
     with pytest.raises(ConfigError, match="--gpu: got tpu; takes one of"):
         find_gpu("tpu")
+
+
+def test_one_job_both_ways(estimator):
+    choice = choice_of(estimator, Job(8, 1, {"num_subnetworks": 8, "coverage": "1/2"}))
+    assert [variant.job.checkpointing for variant in choice.variants] == [False, True]
+    assert choice.job.sdp == sdp()
 
 
 def test_a_job_s_own_settings():

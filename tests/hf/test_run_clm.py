@@ -58,7 +58,7 @@ class Place:
             lines = map(json.dumps, ({"text": d} for d in documents)) if name.endswith("jsonl") else documents
             (folder / name).write_text("\n".join(lines))
 
-    def launch(self, max_steps):
+    def launch(self, max_steps, launcher="deepspeed"):
         options = {
             "deepspeed": ROOT / "ds_configs" / "hf_sdp.json",
             "model_type": "llama",
@@ -78,7 +78,10 @@ class Place:
             "report_to": "none",
         }
         arguments = [part for key, value in options.items() for part in (f"--{key}", value)]
-        return run_job([SCRIPT, "--do_train", "--do_eval", "--use_cpu", *arguments], cwd=self.folder)
+        command = [SCRIPT, "--do_train", "--do_eval", "--use_cpu", *arguments]
+        if launcher == "deepspeed":
+            return run_job(command, cwd=self.folder)
+        return run_launcher(launcher, command, self.folder, free_port(), ranks=1)
 
     def loss(self):
         """Of the saved model on the validation blocks, without this package."""
@@ -121,6 +124,14 @@ def trained(tmp_path_factory, tokenizer):
     assert job.code == 0, job.output
     assert job.left == []
     return place
+
+
+def test_without_a_launcher_one_process_trains_the_whole_model(tmp_path, trained):
+    place = Place(tmp_path, trained.tokenizer)
+    job = place.launch(max_steps=2, launcher="python")
+    assert job.code == 0, job.output
+    assert job.output.count("a world of one rank trains the whole model") == 1
+    assert place.read("all_results.json")["eval_loss"] == pytest.approx(place.loss(), abs=1e-3)
 
 
 def test_it_leaves_the_model_that_it_evaluated(trained):
