@@ -52,6 +52,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
     # -- time -------------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            self.optimizer.check_backward()
         with self._stopwatch.phase("forward"):
             return super().forward(*inputs, **kwargs)
 
@@ -184,6 +186,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         super()._backward_epilogue()
         if self._weights is not None:
             self._weights.end_backward()
+        # A second pass through the same graph, after autograd.grad() too, has an end of its own.
+        self.optimizer._backward_hook_state.post_backward_callback_queued = False
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         boundary = self.is_gradient_accumulation_boundary()
