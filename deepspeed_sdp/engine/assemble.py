@@ -11,6 +11,7 @@ from torch import nn
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.agreement import agreed
 from deepspeed_sdp.engine.behaviour import GROUP_KEY, behaviour_of
+from deepspeed_sdp.engine.description import describe_optimizer
 from deepspeed_sdp.engine.exchange import Exchange
 from deepspeed_sdp.engine.frozen import FrozenParameters
 from deepspeed_sdp.engine.groups import OwnerGroups
@@ -64,7 +65,8 @@ def assemble(
         return OwnerSetTransport(traffic, stopwatch)
 
     state_device = _offload_device(zero.offload_optimizer, engine.device)
-    behaviour = agreed(lambda: behaviour_of(optimizer, state_device))
+    # What DeepSpeed or a client's callable made is compared here for the first time.
+    behaviour = agreed(lambda: behaviour_of(optimizer, state_device), lambda _: describe_optimizer(optimizer))
     if subnetwork.masking == "backward":
         agree_on_groups(subnetwork)
     default_numel = _ROUND_NUMEL.get(backend, _DEFAULT_ROUND_NUMEL)

@@ -8,9 +8,11 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
 from deepspeed_sdp.checkpoint import BackgroundWriter
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.agreement import agree, agreed
 from deepspeed_sdp.engine.assemble import assemble
 from deepspeed_sdp.engine.checkpoint_face import CheckpointFace
 from deepspeed_sdp.engine.consistency import check_owners
+from deepspeed_sdp.engine.description import describe_scheduler
 from deepspeed_sdp.engine.full_model_face import FullModelFace
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
@@ -48,6 +50,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _checkpoint_writer=BackgroundWriter(),
         )
         super().__init__(*args, **kwargs)
+        # One that a callable made is compared here for the first time.
+        agree(lambda: describe_scheduler(self.lr_scheduler))
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -149,7 +153,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             self._remember_groups(client_optimizer)
         elif client_optimizer is not None:
             build = client_optimizer
-            client_optimizer = lambda parameters: self._remember_groups(build(parameters))  # noqa: E731
+            client_optimizer = lambda parameters: self._remember_groups(agreed(lambda: build(parameters)))  # noqa: E731
         super()._configure_optimizer(client_optimizer, model_parameters)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
@@ -186,8 +190,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         super()._backward_epilogue()
         if self._weights is not None:
             self._weights.end_backward()
-        # A second pass through the same graph, after autograd.grad() too, has an end of its own.
-        self.optimizer._backward_hook_state.post_backward_callback_queued = False
+        self.optimizer.end_backward()
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         boundary = self.is_gradient_accumulation_boundary()

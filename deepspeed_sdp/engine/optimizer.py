@@ -196,6 +196,10 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Nothing is deferred to the boundary."""
 
+    def end_backward(self) -> None:
+        """A second pass through the same graph, after ``autograd.grad`` too, has an end of its own."""
+        self._backward_hook_state.post_backward_callback_queued = False
+
     def check_backward(self) -> None:
         """Between backward passes: whether the last one was whole.
 
