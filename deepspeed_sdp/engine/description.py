@@ -16,11 +16,9 @@ _FEW = 16
 
 
 def describe_optimizer(optimizer: Any, name: str = "optimizer") -> dict[str, Any]:
-    """Class, options outside of groups, and options of every group, by dotted key; of a callable what it is made of."""
-    if optimizer is None:
-        return {}
+    """Class, options outside of groups, and options of every group, by dotted key; of a callable as of a scheduler."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        return {name: describe(optimizer)}
+        return describe_scheduler(optimizer, name)
     # A counter of the process's optimizers is none of its options.
     own = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and not k.endswith("_id") and _is_plain(v)}
     return {
@@ -41,15 +39,13 @@ def describe_options(groups: Sequence[Mapping[str, Any]], name: str) -> dict[str
 
 
 def describe_scheduler(scheduler: Any, name: str = "lr_scheduler") -> dict[str, Any]:
-    """Class and options, those of schedulers inside it too; of a callable what it is made of."""
+    """Class and options, those of schedulers inside it too; of a callable what it is called, or its arguments."""
     if scheduler is None:
         return {}
+    if isinstance(scheduler, types.FunctionType):
+        return {name: _name_of(scheduler)}
     described = describe(scheduler)
-    return (
-        {name: described}
-        if not isinstance(described, dict)
-        else {name: described.pop("class"), **_dotted(described, name)}
-    )
+    return _dotted(described, name) if isinstance(described, dict) else {name: described}
 
 
 def describe_module(module: nn.Module) -> str:
@@ -120,4 +116,12 @@ def _name_of(thing: type | Callable[..., Any]) -> str:
 
 
 def _dotted(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {f"{name}.{key}": value for key, value in tree.items()}
+    """``<name>`` is the class, ``<name>._schedulers[1].T_max`` an option of one inside."""
+    dotted: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and all(isinstance(inner, dict) for inner in value):
+            for index, inner in enumerate(value):
+                dotted.update(_dotted(inner, f"{name}.{key}[{index}]"))
+        else:
+            dotted[name if key == "class" else f"{name}.{key}"] = value
+    return dotted

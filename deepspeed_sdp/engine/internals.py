@@ -93,7 +93,10 @@ ZERO_CONFIG_FIELDS = ("prefetch_bucket_size", "offload_param", "offload_optimize
 # Names that must appear in the source of a method: attributes that are set or read there.
 SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
     (ZeROOptimizer, "__init__"): ("self._backward_hook_state = ", "self._is_gradient_accumulation_boundary"),
-    (BackwardHookStateManager, "__init__"): ("self.post_backward_callback_queued = ",),
+    (BackwardHookStateManager, "__init__"): (
+        "self.post_backward_callback_graph_task_id = ",
+        "self.post_backward_callback_queued = ",
+    ),
     (ZeROOptimizer, "needs_scaler"): (
         "self.custom_loss_scaler",
         "self.torch_autocast_gradscaler",

@@ -196,6 +196,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Nothing is deferred to the boundary."""
 
+    def enter_backward(self) -> None:
+        """Once per backward pass, through however many forward passes it goes."""
+        state = self._backward_hook_state
+        is_inside = self._backward_active_depth > 0 and state.post_backward_callback_queued
+        if not is_inside or state.post_backward_callback_graph_task_id != torch._C._current_graph_task_id():
+            super().enter_backward()
+
     def end_backward(self) -> None:
         """A second pass through the same graph, after ``autograd.grad`` too, has an end of its own."""
         self._backward_hook_state.post_backward_callback_queued = False

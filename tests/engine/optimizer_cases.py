@@ -140,6 +140,8 @@ def unusual_passes(stage, kind):
         loss = engine(input_ids=ids, labels=ids).loss
     elif kind == "grad_first":
         torch.autograd.grad(loss, weights, retain_graph=True)
+    elif kind == "two_forward_passes":
+        loss = 0.5 * (loss + engine(input_ids=ids, labels=ids).loss)
     if kind == "two_losses":
         (0.25 * loss).backward(retain_graph=True)
         (0.75 * loss).backward()
