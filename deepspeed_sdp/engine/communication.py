@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import get_default_build_root
 log = logging.getLogger(__name__)
 
 # Ops that DeepSpeed compiles on first use in a job of ours, by the folder torch builds them in.
-COMPILED_OPS = ("deepspeed_shm_comm", "fused_adam", "cpu_adam")
+COMPILED_OPS = ("deepspeed_shm_comm", "fused_adam", "fused_lion", "cpu_adam", "cpu_adagrad", "cpu_lion")
 
 
 def start_communication(distributed_port: int = 29500, dist_init_required: bool | None = None) -> None:

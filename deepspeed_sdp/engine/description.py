@@ -19,8 +19,12 @@ def describe_optimizer(optimizer: Any, name: str = "optimizer") -> dict[str, Any
     """Class, options outside of groups, and options of every group, by dotted key; of a callable as of a scheduler."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return describe_scheduler(optimizer, name)
-    # A counter of the process's optimizers is none of its options.
-    own = {k: v for k, v in vars(optimizer).items() if not k.startswith("_") and not k.endswith("_id") and _is_plain(v)}
+    # Numbers and switches; a counter of the process's optimizers, or the maker of its CPU, is none of its options.
+    own = {
+        key: value
+        for key, value in vars(optimizer).items()
+        if isinstance(value, bool | int | float) and not key.startswith("_") and not key.endswith("_id")
+    }
     return {
         name: _name_of(type(optimizer)),
         **{f"{name}.{key}": value for key, value in sorted(own.items())},

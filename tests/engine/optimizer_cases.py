@@ -75,6 +75,75 @@ def live(folder, optimizer, stage, others, bf16=False):
     return result
 
 
+class CountsCalls(torch.optim.Optimizer):
+    """SGD whose rate falls with the calls of ``step``, counted in the group."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] / group["k"] * parameter.grad)
+
+
+CLIENTS = {
+    "counts_calls": lambda groups: CountsCalls(groups, lr=1e-2),
+    # its state holds a number that follows from the rate of a group
+    "asgd": lambda groups: torch.optim.ASGD(groups, lr=1e-2, t0=2),
+    # one group keeps nothing
+    "sgd": lambda groups: torch.optim.SGD([{**groups[0], "momentum": 0.9}, groups[1]], lr=1e-2),
+}
+
+
+def live_of_client(folder, client, stage, steps=(3, 2)):
+    """The same with two groups of a client's, of one of which some ranks hold nothing."""
+    results = {}
+    for name, load in (("went_on", False), ("same", True)):
+        module = build_model()
+        inside = [p for n, p in module.named_parameters() if "layers.1." in n]
+        others = [p for n, p in module.named_parameters() if "layers.1." not in n]
+        optimizer = CLIENTS[client]([{"params": others}, {"params": inside, "lr": 3e-2}])
+        engine, *_ = deepspeed_sdp.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=ds_config(stage, bucket=4000, optimizer=False, zero_allow_untested_optimizer=True),
+            sdp_config={"coverage": 0.5, "granularity": "block"},
+        )
+        if load:
+            engine.load_checkpoint(folder)
+        else:
+            first = run_steps(engine, steps[0])
+            engine.save_checkpoint(folder)
+        results[name] = {**run_steps(engine, steps[1], seed=9), **face(engine)}
+        results[name]["counts"] = [group.get("k") for group in optimizer.param_groups]
+        engine.destroy()
+    results["first"] = first
+    return results
+
+
+def load_into(folder, optimizer):
+    """What a job with another ``optimizer`` says to a checkpoint of DeepSpeed's AdamW, or the losses after it."""
+    engine = start("FusedAdam", 1)
+    run_steps(engine, 2)
+    engine.save_checkpoint(folder)
+    went_on = run_steps(engine, 2, seed=9)["losses"]
+    engine.destroy()
+    settings = ds_config(1, zero_allow_untested_optimizer=True)
+    settings["optimizer"] = optimizer
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=settings, sdp_config={"coverage": 0.5})
+    try:
+        engine.load_checkpoint(folder)
+        return went_on, run_steps(engine, 2, seed=9)["losses"]
+    except deepspeed_sdp.SDPError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
 def freeze_in_between(optimizer, stage, pattern, sdp, only=None, accumulation=1):
     """Two steps, two with what ``pattern`` names frozen, two more; with ``only`` that rank alone freezes."""
     config, *_ = OPTIMIZERS[optimizer]

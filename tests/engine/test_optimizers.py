@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.engine.cases import build_model
-from tests.engine.optimizer_cases import OPTIMIZERS
+from tests.engine.optimizer_cases import ADAM, CLIENTS, OPTIMIZERS
 from tests.support.compare import assert_like, assert_owners_equal, simulate
 from tests.support.models import token_batches
 
@@ -69,6 +69,51 @@ def test_an_optimizer_of_16_bit_training_goes_on_from_its_checkpoint(ranks4, tmp
     values = {"optimizer": optimizer, "stage": 1, "others": {}, "bf16": True}
     for result in ranks4.run(f"{CASES}:live", timeout=120, folder=str(tmp_path), **values):
         assert result["same"]["losses"] == pytest.approx(result["went_on"]["losses"], abs=1e-2)
+
+
+@pytest.mark.parametrize("client", list(CLIENTS))
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_what_groups_keep_of_their_own_comes_back(ranks4, tmp_path, client, stage):
+    results = ranks4.run(f"{CASES}:live_of_client", timeout=90, folder=str(tmp_path), client=client, stage=stage)
+    for result in results:
+        assert result["same"]["losses"] == result["went_on"]["losses"]
+        assert (
+            result["same"]["counts"]
+            == result["went_on"]["counts"]
+            == ([5, 5] if client == "counts_calls" else [None] * 2)
+        )
+    full = [results[0][name]["full"] for name in ("went_on", "same")]
+    assert all(torch.equal(value, full[1][name]) for name, value in full[0].items())
+    module = build_model()
+    inside = [p for name, p in module.named_parameters() if "layers.1." in name]
+    others = [p for name, p in module.named_parameters() if "layers.1." not in name]
+    expected = CLIENTS[client]([{"params": others}, {"params": inside, "lr": 3e-2}])
+    batches = [*token_batches(3, 4), *token_batches(2, 4, seed=9)]
+    sdp = {"coverage": 0.5, "granularity": "block"}
+    simulate(results[0]["went_on"], module=module, optimizer=expected, batches=batches, sdp=sdp)
+    assert_close(full[0], dict(module.state_dict()))
+
+
+def test_another_implementation_of_an_optimizer_takes_its_checkpoint(ranks4, tmp_path):
+    optimizer = {"type": "AdamW", "params": {**ADAM, "torch_adam": True}}
+    for before, after in ranks4.run(f"{CASES}:load_into", timeout=60, folder=str(tmp_path), optimizer=optimizer):
+        assert after == pytest.approx(before, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (
+            {"type": "AdamW", "params": {"torch_adam": True, "amsgrad": True}},
+            "lacks 'max_exp_avg_sq', which AdamW keeps",
+        ),
+        ({"type": "NAdam", "params": {}}, "has the state of FusedAdam; the optimizer is NAdam"),
+    ],
+)
+def test_an_optimizer_that_keeps_other_state_refuses_the_checkpoint(ranks4, tmp_path, optimizer, words):
+    messages = ranks4.run(f"{CASES}:load_into", timeout=60, folder=str(tmp_path), optimizer=optimizer)
+    assert len(set(messages)) == 1
+    assert words in messages[0]
 
 
 class Passing:
