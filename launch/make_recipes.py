@@ -74,7 +74,6 @@ def recipe(size: str, block: dict[str, Any]) -> dict[str, Any]:
                 "betas": [0.9, 0.95],
                 "eps": 1e-8,
                 "weight_decay": 0.1,
-                "torch_adam": True,
             },
         },
         "scheduler": {

@@ -6,7 +6,7 @@ moments, beside the state that all parameters share.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
             from transformers import AutoConfig
 
             scaled = scaling_of(checkpoint, meta, AutoConfig.for_model(**meta["model_config"]))
-            _write_parameters(checkpoint, staging / "zero", lost, state["optimizer_scalars"], scaled)
+            _write_parameters(checkpoint, staging / "zero", lost, _step(state["optimizer_scalars"]), scaled)
             _write_shared(staging, meta, state)
             os.replace(staging, final)
         finally:
@@ -61,11 +61,8 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
     return final
 
 
-def _write_parameters(
-    checkpoint: Path, folder: Path, lost: frozenset[str], scalars: Mapping[str, Any], scaled: Scaling
-) -> None:
+def _write_parameters(checkpoint: Path, folder: Path, lost: frozenset[str], step: Any, scaled: Scaling) -> None:
     places: dict[MetadataIndex, Place] = {}
-    step = _scalar(scalars, "step")
     for logical, tensor in read_index(checkpoint, places, lost).items():
         kind, _, name = logical.partition(".")
         file = "fp32"
@@ -82,7 +79,7 @@ def _write_parameters(
 
 
 def _write_shared(folder: Path, meta: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    step = _scalar(state["optimizer_scalars"], "step")
+    step = _step(state["optimizer_scalars"])
     optimizer = {
         "param_groups": state["optimizer_groups"],
         "dynamic_loss_scale": state["loss_scaler"]["class"] == "DynamicLossScaler",
@@ -108,8 +105,10 @@ def _write_shared(folder: Path, meta: Mapping[str, Any], state: Mapping[str, Any
         torch.save(shared, folder / name)
 
 
-def _scalar(scalars: Mapping[str, Any], key: str) -> Any:
-    if key not in scalars:
-        return None
-    value, dtype = scalars[key]["value"], scalars[key]["dtype"]
-    return value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype))
+def _step(scalars: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Any:
+    """The count of steps of the first group that has one."""
+    scalars = [scalars] if isinstance(scalars, Mapping) else scalars  # as older versions wrote them
+    step = next((of_group["step"] for of_group in scalars if "step" in of_group), None)
+    if step is None or step["dtype"] is None:
+        return step and step["value"]
+    return torch.tensor(step["value"], dtype=getattr(torch, step["dtype"]))

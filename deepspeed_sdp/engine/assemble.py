@@ -1,22 +1,29 @@
 """Puts the parts of the gradient path together as a job's configuration asks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from torch import nn
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.agreement import agreed
+from deepspeed_sdp.engine.behaviour import GROUP_KEY, behaviour_of
+from deepspeed_sdp.engine.description import describe_optimizer
 from deepspeed_sdp.engine.exchange import Exchange
+from deepspeed_sdp.engine.frozen import FrozenParameters
 from deepspeed_sdp.engine.groups import Group, OwnerGroups
 from deepspeed_sdp.engine.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
-from deepspeed_sdp.engine.optimizer import GROUP_KEY, Precision, SDPOptimizer
+from deepspeed_sdp.engine.optimizer import Precision, SDPOptimizer
 from deepspeed_sdp.engine.param_groups import agree_on_groups
 from deepspeed_sdp.engine.refresh import WeightRefresh
 from deepspeed_sdp.engine.sharded_weights import ShardedWeights
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.engine.traffic import Traffic
 from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport, Transport, resolve_transport
+from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.subnetwork import Subnetwork
 
 # Elements of the full model in a round of gradients, unless the job says. DeepSpeed's default is larger than most
@@ -41,6 +48,9 @@ def assemble(
     Args:
         engine: a ``DeepSpeedEngine`` in the middle of its construction: its configuration and device are there.
         optimizer: its groups carry ``GROUP_KEY`` and hold parameters of the subnetwork.
+
+    Raises:
+        ConfigError: the optimizer is none that can step shards, or trained parameters differ in dtype; on every rank.
     """
     sdp: SDPConfig = engine.sdp_config
     zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
@@ -53,10 +63,15 @@ def assemble(
             return AllToAllTransport(group, engine.device, of, traffic, stopwatch)
         return OwnerSetTransport(traffic, stopwatch)
 
+    state_device = _offload_device(zero.offload_optimizer, engine.device)
+    # What DeepSpeed or a client's callable made is compared here for the first time.
+    behaviour = agreed(lambda: behaviour_of(optimizer, state_device), lambda _: describe_optimizer(optimizer))
     if subnetwork.masking == "backward":
         agree_on_groups(subnetwork)
     default_numel = _ROUND_NUMEL.get(backend, _DEFAULT_ROUND_NUMEL)
     group_of = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in subnetwork.module.named_parameters() if id(p) in group_of}
+    agreed(lambda: _check_dtypes(subnetwork, trained, dtype))
     round_numel = _asked_numel(engine._config, "reduce_bucket_size") or default_numel
     layout = make_layout(subnetwork, groups, group_of, stage=stage, round_numel=round_numel)
     for_weights = transport("weights", groups.for_weights, dtype)
@@ -86,10 +101,13 @@ def assemble(
     )
     if is_lazy:
         _settle_where_used(subnetwork, layout, refresh)
+    parameters = dict(enumerate(layout.parameters))
+    names = [fragments[name].full_name for name in layout.names]
     made = SDPOptimizer(
         optimizer,
+        behaviour,
         layout.rounds,
-        dict(enumerate(layout.parameters)),
+        parameters,
         refresh,
         stage=stage,
         transport=transport("gradients", groups.for_gradients, reduce),
@@ -103,14 +121,40 @@ def assemble(
             dynamic_loss_args=engine.dynamic_loss_scale_args(),
         ),
         clip_grad=engine.gradient_clipping(),
-        state_device=_offload_device(zero.offload_optimizer, engine.device),
-        nonfinite=NonFiniteGradients([fragments[name].full_name for name in layout.names], sdp.on_nonfinite),
+        state_device=state_device,
+        nonfinite=NonFiniteGradients(names, sdp.on_nonfinite),
+        frozen=FrozenParameters(
+            [bucket for of_round in layout.rounds for bucket in of_round],
+            parameters,
+            names,
+            {
+                fragments[name].full_name: p
+                for name, p in subnetwork.module.named_parameters()
+                if not p.requires_grad and name not in subnetwork.frozen
+            },
+            [subnetwork.module.get_parameter(name) for name in subnetwork.frozen],
+        ),
         untrained=[p for p in engine.module.parameters() if p.requires_grad and id(p) not in group_of],
         traffic=traffic,
     )
     if weights is not None:
         weights.before_backward = made.launch_before
     return made, weights
+
+
+def _check_dtypes(subnetwork: Subnetwork, trained: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    """Weights travel together, in one dtype: that of the DeepSpeed config, to which DeepSpeed casts 16-bit training."""
+    for name, parameter in trained.items():
+        if parameter.dtype != dtype:
+            raise ConfigError(
+                f"model: {subnetwork.fragments[name].full_name} is {_word(parameter.dtype)} in a job of {_word(dtype)}"
+                '; takes trained parameters of one dtype, that of the DeepSpeed config ("bf16", "fp16", or neither for '
+                "fp32): cast the model, drop keep_in_fp32_modules, or freeze the parameter"
+            )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRefresh) -> None:

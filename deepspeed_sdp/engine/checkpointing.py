@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,14 @@ from deepspeed_sdp.checkpoint import (
     write_checkpoint,
     writes_of,
 )
-from deepspeed_sdp.engine.agreement import agree
-from deepspeed_sdp.engine.optimizer import GROUP_KEY
+from deepspeed_sdp.engine.behaviour import GROUP_KEY
 from deepspeed_sdp.engine.training_state import TrainingState
 from deepspeed_sdp.engine.universal_folder import open_universal
 from deepspeed_sdp.errors import CheckpointError
 from deepspeed_sdp.subnetwork import Subnetwork
+
+# Options of a group that say how a step is computed, on this device and by this implementation.
+_OF_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
@@ -42,8 +45,7 @@ def save_checkpoint(
     """Collective; see :meth:`SDPEngine.save_checkpoint`."""
     engine.optimizer.refresh.settle()
     state, sdp = _state_of(engine), engine.sdp_config
-    # An error of one rank is raised on all, and so is a difference between them.
-    agree(lambda: {"optimizer": state.scalars()})
+    scalars = state.scalars()
     entries = state.to_write(sdp.checkpoint_copies)
     if sdp.checkpoint_async:
         # What training changes from here on is not saved. One at a time, as what came from others is this rank's alone.
@@ -60,7 +62,7 @@ def save_checkpoint(
             {
                 "client_state": dict(client_state or {}),
                 "optimizer_groups": _group_options(engine),
-                "optimizer_scalars": state.scalars(),
+                "optimizer_scalars": scalars,
                 "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
                 "loss_scaler": {
                     "class": type(engine.optimizer.loss_scaler).__name__,
@@ -98,17 +100,21 @@ def load_checkpoint(
         with_optimizer = with_scheduler = False
     engine.optimizer.refresh.settle()
     engine.optimizer.zero_grad()
-    if with_optimizer:
-        _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
     state = _state_of(engine)
     keys = checkpoint.meta["optimizer_state"] if with_optimizer else []
+    scalars = saved["optimizer_scalars"]
+    if isinstance(scalars, Mapping):  # DeepSpeed's universal format, and older checkpoints: of all groups alike
+        scalars = [scalars] * len(saved["optimizer_groups"])
+    if with_optimizer:
+        _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
+        state.check(keys, scalars)
     entries = state.to_read(keys)
     checkpoint.read(entries)
     _take_full_scale(engine._subnetwork, checkpoint, entries)
     if with_optimizer:
-        state.take_state(saved["optimizer_scalars"])
+        state.take_state(scalars)
         for group, options in zip(engine.optimizer.param_groups, saved["optimizer_groups"], strict=True):
-            group.update(options)
+            _take_options(group, options)
         scaler = engine.optimizer.loss_scaler
         if saved["loss_scaler"]["class"] == type(scaler).__name__:
             vars(scaler).update(saved["loss_scaler"]["state"])
@@ -175,8 +181,7 @@ def _group_options(engine: Any) -> list[dict[str, Any]]:
 
 def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, Any]]) -> None:
     name = type(engine.basic_optimizer).__name__
-    # Adam's state is the same in all its implementations.
-    if saved_name is not None and name != saved_name and not ("Adam" in name and "Adam" in saved_name):
+    if saved_name is not None and _method(name) != _method(saved_name):
         raise CheckpointError(
             f"checkpoint: has the state of {saved_name}; the optimizer is {name} (load_optimizer_states=False loads "
             "the weights alone)"
@@ -187,6 +192,21 @@ def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, 
             f"checkpoint: has {len(saved)} parameter groups; the optimizer has {len(groups)} (load_optimizer_states="
             "False loads the weights alone)"
         )
+
+
+def _method(name: str) -> str:
+    """What an optimizer does, whoever implements it: AdamW and FusedAdam remember the same."""
+    return re.sub(r"^(deepspeedcpu|fused|paged)", "", name.lower()).replace("adamw", "adam").removesuffix("32bit")
+
+
+def _take_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """What is saved of a group, where and as its optimizer holds it."""
+    for key, value in saved.items():
+        if isinstance(group.get(key), torch.Tensor):
+            # The very tensor, which a compiled or captured step holds.
+            group[key].fill_(float(value))
+        elif key not in _OF_IMPLEMENTATION:
+            group[key] = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _SECONDS_BETWEEN_LOOKS = 10.0
 log = logging.getLogger(__name__)
 
 # Ops that DeepSpeed compiles on first use in a job of ours, by the folder torch builds them in.
-COMPILED_OPS = ("deepspeed_shm_comm", "fused_adam", "cpu_adam")
+COMPILED_OPS = ("deepspeed_shm_comm", "fused_adam", "fused_lion", "cpu_adam", "cpu_adagrad", "cpu_lion")
 
 # What DeepSpeed takes a rank's place from; launchers set them.
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -9,9 +9,11 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
 from deepspeed_sdp.checkpoint import BackgroundWriter
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.agreement import agree, agreed
 from deepspeed_sdp.engine.assemble import assemble
 from deepspeed_sdp.engine.checkpoint_face import CheckpointFace
 from deepspeed_sdp.engine.consistency import check_owners
+from deepspeed_sdp.engine.description import describe_scheduler
 from deepspeed_sdp.engine.full_model_face import FullModelFace
 from deepspeed_sdp.engine.groups import Group, OwnerGroups
 from deepspeed_sdp.engine.lifetime import while_alive
@@ -51,11 +53,15 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _checkpoint_writer=BackgroundWriter(),
         )
         super().__init__(*args, **kwargs)
+        # One that a callable made is compared here for the first time.
+        agree(lambda: describe_scheduler(self.lr_scheduler))
 
     # -- time -------------------------------------------------------------------------------------------------------
 
     @while_alive
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            self.optimizer.check_backward()
         with self._stopwatch.phase("forward"):
             return super().forward(*inputs, **kwargs)
 
@@ -163,7 +169,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             self._remember_groups(client_optimizer)
         elif client_optimizer is not None:
             build = client_optimizer
-            client_optimizer = lambda parameters: self._remember_groups(build(parameters))  # noqa: E731
+            client_optimizer = lambda parameters: self._remember_groups(agreed(lambda: build(parameters)))  # noqa: E731
         super()._configure_optimizer(client_optimizer, model_parameters)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
@@ -200,6 +206,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         super()._backward_epilogue()
         if self._weights is not None:
             self._weights.end_backward()
+        self.optimizer.end_backward()
 
     def allreduce_gradients(self, bucket_size: int = 0) -> None:
         boundary = self.is_gradient_accumulation_boundary()

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,13 @@ from deepspeed_sdp.adapters.claims import claims_digest
 from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree, from_first_rank
 from deepspeed_sdp.engine.communication import say_world_of_one, start_communication
+from deepspeed_sdp.engine.description import (
+    describe_module,
+    describe_optimizer,
+    describe_options,
+    describe_scheduler,
+    digest,
+)
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
@@ -79,7 +85,7 @@ def initialize(
     report_uncaught()
     start_communication(distributed_port, dist_init_required)
     model_parameters = list(model_parameters) if model_parameters is not None else None
-    client = _Client(optimizer, model_parameters, mpu)
+    client = _Client(optimizer, model_parameters, lr_scheduler, mpu)
     job = _agree_on_job(lambda: model, args, config if config is not None else config_params, sdp_config, client)
     plain = {
         "args": job.args,
@@ -171,27 +177,31 @@ class _Client:
 
     optimizer: Any = None
     model_parameters: list[Any] | None = None
+    lr_scheduler: Any = None
     mpu: Any = None
 
     def describe(self, model: nn.Module | None) -> dict[str, Any]:
         if model is None:
             return {}
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        described: dict[str, list[list[str]]] = {"trainable": [trainable]}
+        described = {
+            "parameters": describe_module(model),
+            "trainable": _summary([trainable]),
+            **describe_optimizer(self.optimizer),
+            **describe_scheduler(self.lr_scheduler),
+        }
         if isinstance(self.optimizer, torch.optim.Optimizer):
-            described["optimizer.param_groups"] = describe_groups(self.optimizer.param_groups, model)
+            described["optimizer.param_groups"] = _summary(describe_groups(self.optimizer.param_groups, model))
         if self.model_parameters is not None:
-            described["model_parameters"] = describe_groups(as_groups(self.model_parameters), model)
-        return {key: _summary(groups) for key, groups in described.items()}
+            groups = as_groups(self.model_parameters)
+            described["model_parameters"] = _summary(describe_groups(groups, model))
+            described.update(describe_options(groups, "model_parameters"))
+        return described
 
 
 def _summary(groups: list[list[str]]) -> str:
     """Sizes and a digest: the lists are as long as the model."""
-    return f"{', '.join(str(len(group)) for group in groups)} parameters (digest {_digest(groups)})"
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+    return f"{', '.join(str(len(group)) for group in groups)} parameters ({digest(groups)})"
 
 
 class _Job:
@@ -249,7 +259,7 @@ def _described_units(job: _Job) -> dict[str, Any]:
     units = unit_spaces(job.model, job.sdp, adapter)
     described: dict[str, Any] = {
         "adapter": claims_digest(job.model, adapter, job.sdp.partition, block, job.sdp.seq_length),
-        "units": f"{len(units)} spaces (digest {_digest(units)})",
+        "units": f"{len(units)} spaces ({digest(units)})",
     }
     if job.sdp.rank_order != "round_robin":
         described["ranks_per_node"] = _ranks_per_node()

@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 from deepspeed.monitor.monitor import Monitor, MonitorMaster
 from deepspeed.runtime import utils as runtime_utils
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.base_optimizer import BackwardHookStateManager, ZeROOptimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import loss_scaler
@@ -73,6 +73,7 @@ OPTIMIZER_METHODS: dict[str, tuple[str, ...]] = {
     "enter_backward": (),
     "exit_backward": (),
     "clear_backward_seen_flag": (),
+    "_backward_active_depth": (),
     "_epilogue_ran_this_backward": (),
     "_max_expected_hooks_seen": (),
 }
@@ -91,7 +92,11 @@ ZERO_CONFIG_FIELDS = ("prefetch_bucket_size", "offload_param", "offload_optimize
 
 # Names that must appear in the source of a method: attributes that are set or read there.
 SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
-    (ZeROOptimizer, "__init__"): ("self._backward_hook_state", "self._is_gradient_accumulation_boundary"),
+    (ZeROOptimizer, "__init__"): ("self._backward_hook_state = ", "self._is_gradient_accumulation_boundary"),
+    (BackwardHookStateManager, "__init__"): (
+        "self.post_backward_callback_graph_task_id = ",
+        "self.post_backward_callback_queued = ",
+    ),
     (ZeROOptimizer, "needs_scaler"): (
         "self.custom_loss_scaler",
         "self.torch_autocast_gradscaler",

@@ -37,9 +37,12 @@ class NonFiniteGradients:
             norms = torch._foreach_norm([gradient for _, gradient in present], dtype=torch.float32)
             self._norms += [(index, value) for (index, _), value in zip(present, norms, strict=True)]
 
+    def clear(self) -> None:
+        """The gradients are dropped."""
+        self._norms.clear()
+
     def reset(self) -> None:
         """The step was finite."""
-        self._norms.clear()
         self._skipped = 0
         self._step += 1
 
@@ -50,7 +53,6 @@ class NonFiniteGradients:
             NonFiniteError: on every rank, if the action is ``"stop"`` or no finite step came for long.
         """
         reports: list[tuple[str, float] | None] = gather_objects(self._first(), "finding NaN and Inf in gradients")
-        self._norms.clear()
         self._step += 1
         self._skipped += 1
         found = [(rank, *report) for rank, report in enumerate(reports) if report is not None]

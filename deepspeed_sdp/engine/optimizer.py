@@ -23,7 +23,9 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 
+from deepspeed_sdp.engine.behaviour import GROUP_KEY, Behaviour, constants, state_like
 from deepspeed_sdp.engine.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.frozen import FrozenParameters
 from deepspeed_sdp.engine.groups import Group
 from deepspeed_sdp.engine.local_gradients import LocalGradients
 from deepspeed_sdp.engine.nonfinite import NonFiniteGradients
@@ -33,8 +35,6 @@ from deepspeed_sdp.engine.refresh import Portion, WeightRefresh
 from deepspeed_sdp.engine.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.transport import Transport
 from deepspeed_sdp.errors import ConfigError
-
-GROUP_KEY = "sdp_group"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     Args:
         optimizer: the basic optimizer; its groups carry ``GROUP_KEY``, the index of the client's group, and its
             parameters are replaced by the master shards.
+        behaviour: of ``optimizer``.
         rounds: this rank's buckets by round, with their parameters.
         parameters: of the buckets, by their index there.
         refresh: moves weights after the step.
@@ -68,6 +69,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         clip_grad: largest norm of the gradient, 0 for none.
         state_device: where the master weights and the optimizer's state live.
         nonfinite: what is done about NaN and Inf.
+        frozen: which parameters a step passes over.
         untrained: parameters that get gradients but are in no group; the gradients are dropped.
         traffic: counts bytes sent.
     """
@@ -75,6 +77,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        behaviour: Behaviour,
         rounds: Sequence[Sequence[OwnerBucket]],
         parameters: Mapping[int, nn.Parameter],
         refresh: WeightRefresh,
@@ -88,11 +91,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         clip_grad: float,
         state_device: torch.device,
         nonfinite: NonFiniteGradients,
+        frozen: FrozenParameters,
         untrained: Sequence[nn.Parameter],
         traffic: Traffic,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
+        self.behaviour = behaviour
         self.stage = stage
         self.partition_gradients = stage >= 2
         self.clip_grad = clip_grad
@@ -110,6 +115,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._buckets = [bucket for buckets in rounds for bucket in buckets]
         self._precision = precision
         self._nonfinite = nonfinite
+        self._frozen = frozen
         self._untrained = tuple(untrained)
         self._traffic = traffic
         self._local = LocalGradients(parameters, precision.accumulate)
@@ -122,9 +128,22 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         by_group: dict[int, list[nn.Parameter]] = {}
         for bucket, master in self._masters.items():
             by_group.setdefault(bucket.bucket.group, []).append(master)
-        self.optimizer.state.clear()
+        state = self.optimizer.state
+        # What constructors make of it is the same for all parameters of a group.
+        self._initial = {
+            group[GROUP_KEY]: next((constants(state[p]) for p in group["params"] if state.get(p)), {})
+            for group in self.optimizer.param_groups
+        }
         for group in self.optimizer.param_groups:
             group["params"] = by_group.get(group[GROUP_KEY], [])
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        """The basic optimizer has not stepped yet."""
+        self.optimizer.state.clear()
+        for bucket, master in self._masters.items():
+            if initial := self._initial[bucket.bucket.group]:
+                self.optimizer.state[master].update(state_like(initial, master))
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +167,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         ]
 
     def _on_gradient(self, index: int) -> None:
+        self._frozen.reach(index)
         self._local.add(index)
         if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
             self.reducer.ready(index)
@@ -177,6 +197,37 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Nothing is deferred to the boundary."""
 
+    def enter_backward(self) -> None:
+        """Once per backward pass, through however many forward passes it goes."""
+        state = self._backward_hook_state
+        is_inside = self._backward_active_depth > 0 and state.post_backward_callback_queued
+        if not is_inside or state.post_backward_callback_graph_task_id != torch._C._current_graph_task_id():
+            super().enter_backward()
+
+    def end_backward(self) -> None:
+        """A second pass through the same graph, after ``autograd.grad`` too, has an end of its own."""
+        self._backward_hook_state.post_backward_callback_queued = False
+
+    def check_backward(self) -> None:
+        """Between backward passes: whether the last one was whole.
+
+        Raises:
+            RuntimeError: it was not; gradients are half reduced, and other ranks may be gone.
+        """
+        self.reducer.check()
+        if _in_backward():
+            return
+        if self._backward_active_depth > 0:
+            raise RuntimeError(
+                "the last backward pass ended early, by an exception inside loss.backward() or autograd.grad() that "
+                "was caught; gradients are half reduced, and this engine cannot train on"
+            )
+        if self.reducer.is_half_way:
+            raise RuntimeError(
+                "gradients came by a backward pass that the engine did not see; takes a loss made by engine(...), or "
+                "engine.backward(loss)"
+            )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, averaged ones included."""
         self._local.clear()
@@ -184,6 +235,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             parameter.grad = None
         for bucket in self._buckets:
             bucket.average = None
+        self._nonfinite.clear()
+        self._frozen.clear()
 
     # -- norm and step -----------------------------------------------------------------------------------------------
 
@@ -195,15 +248,20 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             is_counted = self.stage > 0 or bucket.ranks[0] == dist.get_rank()
             if is_counted and bucket.average is not None:
                 squares.append(torch.linalg.vector_norm(bucket.average, dtype=torch.float32).double() ** 2)
-        total = torch.stack(squares).sum()
-        self._traffic.add("norm_all_reduce", all_reduce_bytes(8, dist.get_world_size()))
+        # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
+        changed = torch.tensor(float(self._frozen.have_changed()), dtype=torch.float64, device=self.device)
+        total = torch.stack([torch.stack(squares).sum(), changed])
+        self._traffic.add("norm_all_reduce", all_reduce_bytes(16, dist.get_world_size()))
         with self._world.waiting("the norm of the gradient") as group:
             dist.all_reduce(total, group=group)
-        return total.sqrt()
+        if float(total[1]):
+            self._frozen.agree()
+        return total[0].sqrt()
 
     def step(self, closure: Any = None) -> None:
         """Clip, step the master shards, and send the new weights. Skips on NaN and Inf, on all ranks."""
         assert closure is None, "a closure cannot be combined with ZeRO"
+        self.check_backward()
         self.refresh.settle()
         norm = float(self.scaled_global_norm())
         scale = float(self.loss_scale)
@@ -227,10 +285,10 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def _apply(self, divisor: float) -> None:
         portions = self.refresh.portions
-        if not _counts_steps_by_parameter(self.optimizer):
+        if not self.behaviour.steps_by_parts:
             self._step_part(self._buckets, divisor)
         for index, portion in enumerate(portions):
-            if _counts_steps_by_parameter(self.optimizer):
+            if self.behaviour.steps_by_parts:
                 self._step_portion(portion, divisor)
             self.refresh.issue(index)
 
@@ -246,10 +304,24 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             average, bucket.average = bucket.average, None
             gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
             master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
-        self.optimizer.step()  # passes over parameters without a gradient
+        with self._frozen.kept(part, self.tensors_of):
+            self.optimizer.step()  # passes over parameters without a gradient
+        self._share_counts(part)
         for bucket in part:
             self._masters[bucket].grad = None
             bucket.store(self._masters[bucket].data)
+
+    def _share_counts(self, part: Sequence[OwnerBucket]) -> None:
+        """DeepSpeed's fused optimizers count a call of ``step`` on the last parameter of each group alone."""
+        counted: dict[int, list[dict[str, Any]]] = {}
+        for bucket in part:
+            state = self.optimizer.state.get(self._masters[bucket], {})
+            if isinstance(state.get("step"), int):
+                counted.setdefault(bucket.bucket.group, []).append(state)
+        for states in counted.values():
+            steps = max(state["step"] for state in states)
+            for state in states:
+                state["step"] = steps
 
     # -- what DeepSpeed's engine and its users ask for ----------------------------------------------------------------
 
@@ -267,6 +339,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def masters(self) -> Mapping[OwnerBucket, nn.Parameter]:
         """The master weights ``[shard_numel]`` of this rank's shard of each bucket."""
         return self._masters
+
+    def tensors_of(self, bucket: OwnerBucket) -> dict[str, torch.Tensor]:
+        """Master weights and optimizer state ``[shard_numel]`` of a bucket: ``"master"``, ``"optimizer.<key>"``."""
+        master = self._masters[bucket]
+        state = self.optimizer.state.get(master, {})
+        found = {f"optimizer.{k}": v for k, v in sorted(state.items()) if getattr(v, "shape", None) == master.shape}
+        return {"master": master.data, **found}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -339,9 +418,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         return self.reducer.in_flight_bytes + self.refresh.in_flight_bytes
 
 
-def _counts_steps_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``step`` can be called for some parameters at a time, as DeepSpeed's ZeRO-3 does with its own."""
-    return type(optimizer).__module__.startswith(("torch.optim.", "deepspeed.ops."))
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _is_finite(value: float) -> bool:

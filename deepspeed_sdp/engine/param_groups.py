@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.optimizer import GROUP_KEY
+from deepspeed_sdp.engine.behaviour import GROUP_KEY, constants, state_like
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Subnetwork
@@ -52,18 +52,22 @@ def agree_on_groups(subnetwork: Subnetwork) -> None:
 
 
 def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> None:
-    """Translate the groups of a client's optimizer in place.
+    """Translate the groups of a client's optimizer in place, with the state that its constructor made.
 
     Raises:
         ConfigError: the optimizer has stepped already: its state has the full model's shapes.
     """
-    if any(optimizer.state.values()):
-        raise ConfigError("optimizer: has state already; takes an optimizer that has not stepped")
+    initial = [
+        next(iter([constants(optimizer.state[p]) for p in _members(group["params"]) if optimizer.state.get(p)]), {})
+        for group in optimizer.param_groups
+    ]
     groups = translate_groups(optimizer.param_groups, subnetwork)
     optimizer.state.clear()
     # The very dicts, which a scheduler may hold.
-    for group, translated in zip(optimizer.param_groups, groups, strict=True):
+    for group, translated, state in zip(optimizer.param_groups, groups, initial, strict=True):
         group.update(translated)
+        for parameter in group["params"] if state else ():
+            optimizer.state[parameter].update(state_like(state, parameter))
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[list[str]]:

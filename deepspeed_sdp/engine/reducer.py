@@ -27,6 +27,9 @@ class Reducer:
             reach; the gradients themselves are free after that.
         keep: takes the averaged shard ``[shard_numel]`` of a bucket.
         is_eager: whether a round is launched as soon as it is complete, or by :meth:`launch_before` alone.
+
+    Attributes:
+        is_half_way: whether gradients have come, or rounds been launched, since :meth:`finish`.
     """
 
     def __init__(
@@ -55,18 +58,16 @@ class Reducer:
     def _reset(self) -> None:
         self._waiting = [{index for flat in buckets for index in flat.bucket.items} for buckets in self._rounds]
         self._next = 0
+        self.is_half_way = False
 
     def ready(self, index: int) -> None:
         """Parameter ``index`` has its whole gradient: launch what is complete, in order."""
-        if self._failure is not None:
-            raise RuntimeError(
-                f"an earlier backward pass failed ({type(self._failure).__name__}: {self._failure}) with gradients "
-                "half reduced; this engine cannot train on"
-            )
+        self.check()
         waiting = self._waiting[self._round_of[index]]
         if index not in waiting:
             raise RuntimeError(f"gradient {index} came twice in one backward pass; it may have been reduced already")
         waiting.remove(index)
+        self.is_half_way = True
         if self._is_eager:
             self.launch_before(self._complete())
 
@@ -96,6 +97,14 @@ class Reducer:
             self._take()
         self._reset()
 
+    def check(self) -> None:
+        """Raise a RuntimeError if an earlier backward pass failed."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"an earlier backward pass failed ({type(self._failure).__name__}: {self._failure}) with gradients "
+                "half reduced; this engine cannot train on"
+            )
+
     def fail(self, error: BaseException) -> None:
         """A backward pass ended early. Waiting for what is under way could last for ever: other ranks may be gone."""
         self._failure = self._failure or error
@@ -111,6 +120,7 @@ class Reducer:
         buckets = self._rounds[self._next]
         self._waiting[self._next].clear()
         self._next += 1
+        self.is_half_way = True
         grads = [self._flatten(flat) for flat in buckets]
         self._in_flight.append((buckets, self._transport.reduce(buckets, grads)))
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
@@ -22,12 +21,12 @@ def copies_of_others(
     optimizer: SDPOptimizer,
     groups: OwnerGroups,
     number: int,
-    tensors_of: Callable[[nn.Parameter], Tensors],
+    tensors_of: Callable[[OwnerBucket], Tensors],
 ) -> Iterator[tuple[OwnerBucket, tuple[int, int], Tensors]]:
     """Collective. Copy ``number`` of every share: for each of this rank's buckets the one of which it writes the copy.
 
     Args:
-        tensors_of: state of a master shard, each ``[shard_numel]``; the same kinds in the same order on all ranks.
+        tensors_of: state of a bucket's shard, each ``[shard_numel]``; the same kinds in the same order on all ranks.
 
     Yields:
         bucket, range of its flat vector, and the values of that range; on the CPU where they came from another rank.
@@ -36,7 +35,7 @@ def copies_of_others(
         buckets = [bucket for buckets in portion.owned for bucket in buckets]
         sources = [groups.next_owner(groups.rank, bucket.ranks, -number) for bucket in buckets]
         shares = [bucket.share_of(source) for bucket, source in zip(buckets, sources, strict=True)]
-        own = [tensors_of(optimizer.masters[bucket]) for bucket in buckets]
+        own = [tensors_of(bucket) for bucket in buckets]
         if optimizer.stage == 0:
             values: Sequence[Tensors] = [
                 {kind: value[start:stop] for kind, value in tensors.items()}

@@ -47,9 +47,10 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
-# Updates that depend on a whole weight; a worker steps slices of it, and ZeRO slices of those.
-_NEED_WHOLE_WEIGHTS = ("muon", "lamb", "lars", "adafactor", "shampoo", "lbfgs")
+# Refused by name before anything is built; what other optimizers do is tried (engine/behaviour.py).
+_NEED_WHOLE_WEIGHTS = ("muon", "lamb", "lars", "adafactor", "shampoo", "lbfgs", "muadam", "musgd")
 _COMMUNICATE_THEMSELVES = ("onebit", "zeroone")
+_OF_DEEPSPEED = ("Adam", "AdamW", "Adagrad", "Lion")
 
 
 def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, optimizer: Any, mpu: Any) -> None:
@@ -101,6 +102,12 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         )
     if any(own in name.lower() for own in _COMMUNICATE_THEMSELVES):
         raise ConfigError(f"optimizer: got {name}, which averages gradients over the world; takes AdamW, ...")
+    is_known = name.lower() in {known.lower() for known in _OF_DEEPSPEED}
+    if optimizer is None and not is_known and not isinstance(getattr(torch.optim, name, None), type):
+        raise ConfigError(
+            f"DeepSpeed config: optimizer.type: got {name!r}; takes {', '.join(_OF_DEEPSPEED)} or the name of a class "
+            "of torch.optim (SGD, RMSprop, ...)"
+        )
 
 
 def _check_model(model: torch.nn.Module) -> None:

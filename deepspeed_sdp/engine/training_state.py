@@ -5,7 +5,7 @@ Master weights and optimizer state are logical tensors with the full model's sha
 trained is ``model.<parameter or buffer>``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range, without_groups
+from deepspeed_sdp.engine.agreement import agreed
+from deepspeed_sdp.engine.behaviour import GROUP_KEY, Kept
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.state_copies import copies_of_others
 from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Fragment, Subnetwork
 
 
@@ -41,15 +44,15 @@ class TrainingState:
             copies: how many owners write each element of a logical tensor, each of them once.
         """
         entries: list[Entry] = []
-        for bucket, master in self._optimizer.masters.items():
+        for bucket in self._optimizer.masters:
             start, stop = bucket.share_of(self._rank)
-            for kind, value in self._tensors_of(master).items():
+            for kind, value in self._optimizer.tensors_of(bucket).items():
                 entries += self._of_bucket(bucket, kind, value, self._base(bucket), start, stop)
         entries += self._untrained(is_writing=True)
         for copy in range(1, copies):
             found: list[Entry] = []
             for bucket, (start, stop), values in copies_of_others(
-                self._optimizer, self._groups, copy, self._tensors_of
+                self._optimizer, self._groups, copy, self._optimizer.tensors_of
             ):
                 for kind, value in values.items():
                     found += self._of_bucket(bucket, kind, value, start, start, stop)
@@ -58,7 +61,11 @@ class TrainingState:
         return entries
 
     def to_read(self, state_keys: Sequence[str]) -> list[Entry]:
-        """What this rank needs. ``state_keys`` are tensors of the optimizer's state, which :meth:`take_state` takes."""
+        """What this rank needs; :meth:`take_state` takes it.
+
+        Args:
+            state_keys: tensors of the optimizer's state that there are.
+        """
         entries: list[Entry] = []
         self._read = {}
         for bucket, master in self._optimizer.masters.items():
@@ -66,52 +73,81 @@ class TrainingState:
             shard = (start, min(start + bucket.shard_numel, bucket.bucket.numel))
             base = self._base(bucket)
             entries += self._of_bucket(bucket, "master", master.data, base, *shard)
-            for key in state_keys:
-                value = torch.zeros_like(master.data)
-                self._read.setdefault(master, {})[key] = value
-                entries += self._of_bucket(bucket, f"optimizer.{key}", value, base, *shard)
+            for key, kept in self._kept(bucket).items() if state_keys else ():
+                if kept.by_element:
+                    value = torch.zeros_like(master.data, dtype=kept.dtype)
+                    self._read.setdefault(master, {})[key] = value
+                    entries += self._of_bucket(bucket, f"optimizer.{key}", value, base, *shard)
         return [*entries, *self._untrained(is_writing=False)]
 
     def state_keys(self) -> list[str]:
-        """Names of the optimizer's state tensors on this rank, e.g. ``exp_avg``."""
-        return sorted({key for master in self._optimizer.masters.values() for key in self._tensors(master)})
+        """Names of the optimizer's state tensors, e.g. ``exp_avg``; none before it has any state."""
+        return self._optimizer.behaviour.keys(by_element=True) if any(self._optimizer.state.values()) else []
 
-    def scalars(self) -> dict[str, Any]:
-        """The rest of the optimizer's state, e.g. ``step``, which all parameters share; JSON data.
+    def scalars(self) -> list[dict[str, Any]]:
+        """Collective. The rest of the optimizer's state, e.g. ``step``, which the parameters of a group share.
+
+        Returns:
+            by the client's group, ``{"value": number, "dtype": name or None}`` of every key; the same on all ranks.
 
         Raises:
-            CheckpointError: parameters differ in it.
+            CheckpointError: parameters of a group differ in it; on every rank.
         """
-        found: dict[str, Any] = {}
-        for master in self._optimizer.masters.values():
-            for key, value in self._optimizer.state.get(master, {}).items():
-                if key in self._tensors(master):
-                    continue
-                described = {"value": value, "dtype": None}
-                if isinstance(value, torch.Tensor):
-                    described = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-                if found.setdefault(key, described) != described:
+        mine = agreed(self._own_scalars)
+        told: list[dict[int, dict[str, Any]]] = gather_objects(mine, "agreeing on what the optimizer counts")
+        # A rank may hold nothing of a group.
+        found: dict[int, dict[str, Any]] = {group[GROUP_KEY]: {} for group in self._optimizer.param_groups}
+        for rank, of_rank in enumerate(told):
+            for group, scalars in of_rank.items():
+                found[group] = found[group] or scalars
+                if found[group] != scalars:
                     raise CheckpointError(
-                        f"optimizer: parameters differ in {key!r}: {found[key]['value']} and {described['value']}"
+                        f"optimizer: rank {rank} has {scalars} in group {group}, another {found[group]}"
                     )
+        return [found[group] for group in sorted(found)]
+
+    def _own_scalars(self) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for bucket, master in self._optimizer.masters.items():
+            state = self._optimizer.state.get(master, {})
+            numbers = [key for key, kept in self._kept(bucket).items() if not kept.by_element and key in state]
+            scalars = {key: _described(state[key]) for key in numbers}
+            first = found.setdefault(bucket.bucket.group, scalars)
+            if first != scalars:
+                raise CheckpointError(
+                    f"optimizer: parameters of group {bucket.bucket.group} differ: {first} and {scalars}"
+                )
         return found
 
-    def take_state(self, scalars: dict[str, Any]) -> None:
-        """Make what was read, and what :meth:`scalars` returned, the optimizer's state."""
-        basic = self._optimizer.optimizer
-        counts_in_tensors = type(basic).__module__.startswith("torch.optim")
-        basic.state.clear()
-        for master in self._optimizer.masters.values():
-            basic.state[master].update(self._read.get(master, {}))
-            for key, described in scalars.items():
-                value, dtype = described["value"], described["dtype"]
-                if key == "step":
-                    # DeepSpeed's optimizers count in integers.
-                    value = torch.tensor(float(value)) if counts_in_tensors else int(value)
-                elif dtype is not None:
-                    value = torch.tensor(value, dtype=getattr(torch, dtype))
-                basic.state[master][key] = value
+    def check(self, state_keys: Sequence[str], scalars: Sequence[Mapping[str, Any]]) -> None:
+        """Whether what is saved, if anything, is all that the optimizer remembers.
+
+        Raises:
+            CheckpointError: something lacks; the same on every rank.
+        """
+        for group, state in self._optimizer.behaviour.state.items():
+            for key, kept in state.items() if state_keys or any(scalars) else ():
+                if key not in (state_keys if kept.by_element else scalars[group]):
+                    raise CheckpointError(
+                        f"checkpoint: lacks {key!r}, which {type(self._optimizer.optimizer).__name__} keeps of each "
+                        "parameter (load_optimizer_states=False loads the weights alone)"
+                    )
+
+    def take_state(self, scalars: Sequence[Mapping[str, Any]]) -> None:
+        """Make what was read, and what :meth:`scalars` returned, the optimizer's state, as that optimizer wants it."""
+        self._optimizer.reset_state()
+        for bucket, master in self._optimizer.masters.items():
+            numbers = {
+                key: kept.number(scalars[bucket.bucket.group][key]["value"])
+                for key, kept in self._kept(bucket).items()
+                if not kept.by_element and key in scalars[bucket.bucket.group]
+            }
+            if state := {**self._read.get(master, {}), **numbers}:
+                self._optimizer.optimizer.state[master].update(state)
         self._read = {}
+
+    def _kept(self, bucket: OwnerBucket) -> Mapping[str, Kept]:
+        return self._optimizer.behaviour.state[bucket.bucket.group]
 
     def spread(self) -> None:
         """Collective. The master weights are new: bring them to all who compute with them."""
@@ -119,14 +155,6 @@ class TrainingState:
             for bucket, master in self._optimizer.masters.items():
                 bucket.store(master.data)
         self._optimizer.refresh.send_all()
-
-    def _tensors(self, master: nn.Parameter) -> dict[str, torch.Tensor]:
-        state = self._optimizer.state.get(master, {})
-        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == master.shape}
-
-    def _tensors_of(self, master: nn.Parameter) -> dict[str, torch.Tensor]:
-        state = {f"optimizer.{key}": value for key, value in self._tensors(master).items()}
-        return {"master": master.data, **dict(sorted(state.items()))}
 
     def _base(self, bucket: OwnerBucket) -> int:
         """Where this rank's shard begins in the bucket's flat vector."""
@@ -182,3 +210,9 @@ class TrainingState:
 
     def _writer(self, ranks: Sequence[int], copy: int) -> int:
         return self._groups.next_owner(ranks[0], ranks, copy)
+
+
+def _described(value: Any) -> dict[str, Any]:
+    if isinstance(value, torch.Tensor):
+        return {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    return {"value": value, "dtype": None}

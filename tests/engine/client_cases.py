@@ -26,6 +26,8 @@ def parameter_groups(module, reverse=False):
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, eps=1e-5),
     "adamw-amsgrad": lambda groups: torch.optim.AdamW(groups, eps=1e-5, amsgrad=True),
+    "adamw-fused": lambda groups: torch.optim.AdamW(groups, eps=1e-5, fused=True),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, eps=1e-5, initial_accumulator_value=0.1),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9, nesterov=True),
 }
 

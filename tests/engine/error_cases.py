@@ -1,10 +1,12 @@
 """Jobs that must be refused, with the same words on every rank."""
 
+import functools
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim import lr_scheduler as schedulers
 from transformers import BloomConfig, BloomForCausalLM
 
 import deepspeed_sdp
@@ -112,4 +114,92 @@ def wrong_adapter(kind, ds=None, sdp=None):
         return type(error).__name__, str(error)
     finally:
         restore()
+def _adamw(changed):
+    return lambda model: torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() == 2]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0, **changed},
+        ],
+        lr=1e-3,
+    )
+
+
+def _cosine(length):
+    return lambda optimizer: schedulers.CosineAnnealingLR(optimizer, T_max=length)
+
+
+def _decay(factor):
+    return lambda step: factor**step
+
+
+def _lambda(factor):
+    return lambda optimizer: schedulers.LambdaLR(optimizer, _decay(factor))
+
+
+def _sequence(length):
+    return lambda optimizer: schedulers.SequentialLR(
+        optimizer, [schedulers.ConstantLR(optimizer), _cosine(length)(optimizer)], milestones=[2]
+    )
+
+
+# What one rank has, and what all others have.
+DIFFERENT = {
+    "lr": ({"optimizer": _adamw({"lr": 0.1})}, {"optimizer": _adamw({})}),
+    "betas": ({"optimizer": _adamw({"betas": (0.9, 0.95)})}, {"optimizer": _adamw({})}),
+    "tensor_lr": ({"optimizer": _adamw({"lr": torch.tensor(0.1)})}, {"optimizer": _adamw({"lr": torch.tensor(0.2)})}),
+    "class": ({"optimizer": lambda m: torch.optim.NAdam(m.parameters())}, {"optimizer": _adamw({})}),
+    "none": ({}, {"optimizer": _adamw({})}),
+    "given_groups": (
+        {"model_parameters": lambda m: [{"params": list(m.parameters()), "weight_decay": 0.5}]},
+        {"model_parameters": lambda m: [{"params": list(m.parameters())}]},
+    ),
+    "callable": (
+        {"optimizer": lambda _: lambda given: torch.optim.AdamW(given, lr=0.1)},
+        {"optimizer": lambda _: lambda given: torch.optim.AdamW(given, lr=0.2)},
+    ),
+    "partial": (
+        {"optimizer": lambda _: functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)},
+        {"optimizer": lambda _: functools.partial(torch.optim.SGD, lr=0.1)},
+    ),
+    "made_by_a_callable": (
+        {"optimizer": lambda _: Built({"lr": 0.1})},
+        {"optimizer": lambda _: Built({"lr": 0.2})},
+    ),
+    "failing_callable": ({"optimizer": lambda _: Built({"nothing": 0.1})}, {"optimizer": lambda _: Built({})}),
+    "scheduler": ({"lr_scheduler": _cosine(5)}, {"lr_scheduler": _cosine(6)}),
+    "scheduler_class": ({"lr_scheduler": _lambda(0.5)}, {"lr_scheduler": _cosine(6)}),
+    "closure": ({"lr_scheduler": _lambda(0.5)}, {"lr_scheduler": _lambda(0.25)}),
+    "inner_scheduler": ({"lr_scheduler": _sequence(5)}, {"lr_scheduler": _sequence(6)}),
+    "scheduler_callable": (
+        {"lr_scheduler": lambda _: _cosine(5)},
+        {"lr_scheduler": lambda _: _cosine(6)},
+    ),
+    "dtype": ({"dtype": torch.bfloat16}, {}),
+}
+
+
+class Built:
+    """A callable that shows nothing of what it makes."""
+
+    def __init__(self, options):
+        self.options = options
+
+    def __call__(self, given):
+        return torch.optim.AdamW(given, **self.options)
+
+
+def differing(name, rank):
+    """Rank ``rank`` is given another optimizer, group or scheduler than the rest; the message of all."""
+    values = DIFFERENT[name][0 if rank in ("all", dist.get_rank()) else 1]
+    model = build_model().to(values.get("dtype", torch.float32))
+    arguments = {key: make(model) for key, make in values.items() if key in ("optimizer", "model_parameters")}
+    if "lr_scheduler" in values:
+        arguments["optimizer"] = _adamw({})(model)
+        arguments["lr_scheduler"] = values["lr_scheduler"](arguments["optimizer"])
+    config = ds_config(optimizer=arguments.get("optimizer") is None, zero_allow_untested_optimizer=True)
+    try:
+        engine, *_ = deepspeed_sdp.initialize(model=model, config=config, sdp_config={"coverage": 0.5}, **arguments)
+    except deepspeed_sdp.SDPError as error:
+        return str(error)
+    engine.destroy()
     return None

@@ -14,6 +14,9 @@ def row(how, **values):
 
 ROWS = [
     *(row(how, stage=stage, bucket=4000) for how in ("instance", "callable", "parameters") for stage in (0, 1, 2, 3)),
+    row("instance", stage=2, optimizer="adagrad", bucket=4000),
+    row("callable", stage=0, optimizer="adagrad"),
+    row("instance", stage=2, optimizer="adamw-fused", bucket=4000),
     row("late", stage=1),
     row("instance", stage=2, reverse=True, bucket=4000, clip=1.0),
     row("parameters", stage=1, reverse=True, family="qwen2", scheduler="warmup"),

@@ -210,7 +210,7 @@ ONE_RANK = [
     row("half_meta", "ConfigError", "rank 1: model: model.norm.weight is on the meta device", rank=1, kind="half_meta"),
     row("no_model", "ConfigError", "rank 0: model: got NoneType", rank=0, kind="no_model"),
     row(
-        "stepped", "ConfigError", "ranks disagree on optimizer.param_groups: rank 0 has nothing", rank=2, kind="stepped"
+        "stepped", "ConfigError", "ranks disagree on optimizer: rank 0 has nothing, rank 2 has", rank=2, kind="stepped"
     ),
     row(
         "other_groups",
@@ -226,6 +226,36 @@ ONE_RANK = [
 @pytest.mark.parametrize(("arguments", "error", "words"), ONE_RANK)
 def test_one_rank_that_differs_is_named_on_all(ranks4, arguments, error, words):
     check(ranks4.run(CASE, timeout=25, **arguments), error, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lr", ["ranks disagree on optimizer.param_groups[1].lr: rank 0 has 0.001, rank 2 has 0.1"]),
+        ("betas", ["optimizer.param_groups[1].betas: rank 0 has [0.9, 0.999], rank 2 has [0.9, 0.95]"]),
+        ("tensor_lr", ["optimizer.param_groups[1].lr: rank 0 has 0.2", "rank 2 has 0.1"]),
+        ("class", ["optimizer: rank 0 has", "AdamW", "rank 2 has", "NAdam"]),
+        ("none", ["optimizer: rank 0 has", "AdamW", "rank 2 has nothing"]),
+        ("given_groups", ["model_parameters[0].weight_decay: rank 0 has nothing, rank 2 has 0.5"]),
+        ("callable", ["optimizer.param_groups[0].lr: rank 0 has 0.2, rank 2 has 0.1"]),
+        ("partial", ["ranks disagree on optimizer.keywords.momentum: rank 0 has nothing, rank 2 has 0.9"]),
+        ("made_by_a_callable", ["optimizer.param_groups[0].lr: rank 0 has 0.2, rank 2 has 0.1"]),
+        ("failing_callable", ["rank 2: TypeError: ", "nothing"]),
+        ("scheduler", ["lr_scheduler.T_max: rank 0 has 6, rank 2 has 5"]),
+        ("scheduler_class", ["lr_scheduler: rank 0 has", "CosineAnnealingLR", "LambdaLR"]),
+        ("closure", ["lr_scheduler.lr_lambdas: rank 0 has", "digest"]),
+        ("inner_scheduler", ["lr_scheduler._schedulers[1].T_max: rank 0 has 6, rank 2 has 5"]),
+        ("scheduler_callable", ["lr_scheduler.T_max: rank 0 has 6, rank 2 has 5"]),
+        ("dtype", ["ranks disagree on parameters: rank 0 has", "of float32", "of bfloat16"]),
+    ],
+)
+def test_another_optimizer_or_scheduler_of_one_rank_is_named_on_all(ranks4, name, words):
+    check_words(ranks4.run("tests.engine.error_cases:differing", timeout=40, name=name, rank=2), words)
+
+
+@pytest.mark.parametrize("name", ["lr", "callable", "partial", "made_by_a_callable", "inner_scheduler", "closure"])
+def test_the_same_optimizer_and_scheduler_on_all_ranks_are_taken(ranks4, name):
+    assert ranks4.run("tests.engine.error_cases:differing", timeout=40, name=name, rank="all") == [None] * 4
 
 
 def test_bad_files_are_named(ranks4, tmp_path):
@@ -259,6 +289,12 @@ def test_a_wrong_adapter_is_a_message_on_all_ranks(ranks4, kind, sdp, error, wor
 
 def test_the_ranks_are_whole_after_refusals(ranks4):
     assert ranks4.run(CASE, timeout=40) == [None] * 4
+
+
+def check_words(messages, words):
+    assert len(set(messages)) == 1, messages
+    for word in words:
+        assert word in messages[0]
 
 
 def check(results, error, words):
