@@ -93,8 +93,10 @@ def replace_folder(staged: Path, final: Path) -> None:
     ``final`` is missing; :func:`recover_folder` puts the old one back.
 
     Raises:
-        OSError: it cannot be done; ``final`` is what it was.
+        OSError: it cannot be done, or ``final`` is no folder; it is what it was.
     """
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
     fsync(staged)
     if not final.exists():
         os.rename(staged, final)

@@ -7,11 +7,12 @@ from typing import Any
 
 from deepspeed.utils import logger
 
-from deepspeed_sdp.checkpoint import BackgroundWriter
+from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.checkpointing import load_checkpoint, save_checkpoint
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.failures import on_first_rank
 
 
 class CheckpointFace:
@@ -20,6 +21,7 @@ class CheckpointFace:
     global_rank: int
     sdp_config: SDPConfig
     _checkpoint_writer: BackgroundWriter
+    _checkpoint_locks: FolderLocks
     _stopwatch: Stopwatch
 
     def save_checkpoint(
@@ -40,7 +42,8 @@ class CheckpointFace:
             is ``"continue"``.
 
         Raises:
-            OutputError: it cannot be written; on every rank. What was there before is untouched.
+            OutputError: it cannot be written, or another job saves into ``save_dir``; on every rank. What was there
+                before is untouched.
             CheckpointError: ``client_state`` holds what could not be loaded safely.
         """
         if exclude_frozen_parameters:
@@ -50,6 +53,14 @@ class CheckpointFace:
         saved = self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
         self._stopwatch.checkpoint_stall = time.perf_counter() - began
         return saved and before
+
+    def claim_checkpoints(self, folder: str | Path) -> None:
+        """Collective. Be the one job that saves below ``folder``, until :meth:`destroy`; saving does it by itself.
+
+        Raises:
+            OutputError: another job does, or the folder cannot be written; on every rank.
+        """
+        on_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
 
     def load_checkpoint(
         self,

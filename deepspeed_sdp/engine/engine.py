@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-from deepspeed_sdp.checkpoint import BackgroundWriter
+from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.assemble import assemble
 from deepspeed_sdp.engine.checkpoint_face import CheckpointFace
@@ -46,6 +46,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _stopwatch=Stopwatch(),
             _weights=None,
             _checkpoint_writer=BackgroundWriter(),
+            _checkpoint_locks=FolderLocks(),
         )
         super().__init__(*args, **kwargs)
 
@@ -112,6 +113,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         try:
             self.wait_for_checkpoint()
         finally:
+            self._checkpoint_locks.release()
             super().destroy()
             self._owner_groups.destroy()
 

@@ -219,7 +219,7 @@ def failing_saves(folder, sdp, fails_at=(), slow_finish=False):
             if state.global_step in fails_at and args.should_save:
                 path = Path(folder) / f"checkpoint-{state.global_step}"
                 path.mkdir(exist_ok=True)
-                (path / f".unfinished-global_step{state.global_step}").write_text("")
+                (path / f"global_step{state.global_step}").write_text("")
 
     finish = folders.finish
     if slow_finish:
