@@ -7,6 +7,7 @@ it for finished, two processes do not share it, and the next who writes the same
 import ctypes
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -151,15 +152,22 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove whatever of this module is unfinished below ``folder``, in which nobody else may be writing.
+    """Put right whatever of this module is unfinished below ``folder``, but for what processes of this host are about.
+
+    For who knows that nobody on other hosts writes there.
 
     Raises:
         OSError: it cannot be removed.
     """
     for final in interrupted(folder):
         recover_folder(final)
-    for left in (*folder.glob(f".*{_NEW}*"), *folder.glob(f".*{_OLD}")):
+    for left in folder.glob(f".*{_OLD}"):
         _remove(left)
+    for left in folder.glob(f".*{_NEW}*"):
+        # A file's name ends in its suffix.
+        owner = re.sub(r"(-\d+-\d+)\.\w+$", r"\1", left.name.rpartition(_NEW)[2])
+        if owner == process_name() or not is_running(owner):
+            _remove(left)
 
 
 def _aside(final: Path) -> Path:

@@ -32,11 +32,9 @@ def read_as(path: Path, kind: type[T] | TypeAdapter[T]) -> T:
         CheckpointError: names the file, and the place in it, when it is missing, broken or of another form.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
+        if path.stat().st_size > _MOST_BYTES:
             raise CheckpointError(f"checkpoint: {path} has more than {_MOST_BYTES} bytes")
-        value = json.loads(content, object_pairs_hook=_once, parse_constant=_refuse)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
     return check(value, kind, str(path))

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepspeed_sdp.cli.options import listed
+from deepspeed_sdp.cli.options import listed, written
 from deepspeed_sdp.config import BLOCK, read_json
-from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.presets import model_path, preset_names
 
 if TYPE_CHECKING:
@@ -94,9 +92,9 @@ def _estimate(args: argparse.Namespace) -> None:
     title = _title(str(name), data["parameters"], job, workers, cluster)
     print(json.dumps(data, indent=2) if args.json else "\n\n".join([title, to_table(shown, own), *refused, _NOTE]))
     if args.out:
-        _write(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+        written(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
     if args.plot:
-        _write(args.plot, lambda path: plot_estimates([*own, *shown], [*own, *estimates], cluster, title, path))
+        written(args.plot, lambda path: plot_estimates([*own, *shown], [*own, *estimates], cluster, title, path))
 
 
 _NOTE = (
@@ -187,14 +185,3 @@ def _narrowed(args: argparse.Namespace) -> dict[str, Any]:
         "coverages": args.coverage,
     }
     return {key: value for key, value in chosen.items() if value}
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Beside the file, then in its place."""
-    staging = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(staging)
-        staging.replace(path)
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
-        staging.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error}") from None

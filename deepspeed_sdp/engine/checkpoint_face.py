@@ -55,12 +55,17 @@ class CheckpointFace:
         return saved and before
 
     def claim_checkpoints(self, folder: str | Path) -> None:
-        """Collective. Be the one job that saves below ``folder``, until :meth:`destroy`; saving does it by itself.
+        """Collective. Be the one job that saves below ``folder``, until :meth:`release_checkpoints`
+        or :meth:`destroy`; saving does it by itself.
 
         Raises:
             OutputError: another job does, or the folder cannot be written; on every rank.
         """
         on_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
+
+    def release_checkpoints(self) -> None:
+        """Let other jobs save into the folders of this one, which saves no more."""
+        self._checkpoint_locks.release()
 
     def load_checkpoint(
         self,

@@ -81,7 +81,7 @@ def content():
 
 
 def write_tiny(folder, tag="t", steps=3, change=lambda files: None):
-    """A checkpoint whose checksums hold, whatever ``change`` did to what is in it; raw text or bytes stay as they are."""
+    """A checkpoint whose checksums hold, whatever ``change`` did to it; text and bytes are written as they are."""
     files = content()
     files["meta.json"]["global_steps"] = steps
     change(files)
