@@ -18,7 +18,9 @@ from pathlib import Path
 from deepspeed_sdp.processes import is_running, process_name
 
 _NEW = ".new-"
-_OLD = ".old"
+_OLD = ".replaced-sdp"
+# What is hidden, and the process that writes it; a file keeps its suffix.
+_NAME_OF_NEW = re.compile(r"\..+\.new-(?P<owner>.+@\d+-\d+-\d+)(\.\w+)?")
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _AT_FDCWD = -100
 # What a process that cannot be seen from here left for so long is not written any more.
@@ -164,10 +166,14 @@ def remove_unfinished(folder: Path) -> None:
     for left in folder.glob(f".*{_OLD}"):
         _remove(left)
     for left in folder.glob(f".*{_NEW}*"):
-        # A file's name ends in its suffix.
-        owner = re.sub(r"(-\d+-\d+)\.\w+$", r"\1", left.name.rpartition(_NEW)[2])
-        if owner == process_name() or not is_running(owner):
+        owner = _owner(left)
+        if owner is not None and (owner == process_name() or not is_running(owner)):
             _remove(left)
+
+
+def _owner(left: Path) -> str | None:
+    found = _NAME_OF_NEW.fullmatch(left.name)
+    return found["owner"] if found else None
 
 
 def _aside(final: Path) -> Path:
@@ -177,9 +183,11 @@ def _aside(final: Path) -> Path:
 def _remove_abandoned(folder: Path, head: str, tail: str = "") -> None:
     """Remove what processes that are dead, or this one, began under such names."""
     for left in folder.glob(f"{escape(head)}*{escape(tail)}"):
-        owner = left.name[len(head) : len(left.name) - len(tail)]
-        running = is_running(owner)
+        owner = _owner(left)
+        if owner is None:
+            continue
         with suppress(FileNotFoundError):
+            running = is_running(owner)
             if running is None and time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                 running = False
             if running is False or owner == process_name():

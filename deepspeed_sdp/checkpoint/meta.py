@@ -85,7 +85,9 @@ def read_plan(checkpoint: Path) -> SubnetworkPlan:
 
 
 def full_model(meta: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> tuple[Any, torch.nn.Module]:
-    """Config and full model, on the meta device, of a checkpoint that has all of its weights.
+    """Config and full model, on the meta device, of a checkpoint that has all of its weights and no others.
+
+    A model whose class is the user's own is only known as what transformers makes of its config: it may have others.
 
     Args:
         shapes: of the weights that the checkpoint holds.
@@ -93,7 +95,8 @@ def full_model(meta: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> tup
     Raises:
         CheckpointError: the model cannot be built, or its weights and those in the checkpoint are not the same.
     """
-    from transformers import AutoConfig
+    import transformers
+    from transformers import AutoConfig, PreTrainedModel
 
     from deepspeed_sdp.subnetwork import meta_model
 
@@ -101,7 +104,13 @@ def full_model(meta: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> tup
     try:
         config = AutoConfig.for_model(**meta["model_config"])
         config.architectures = [meta["model_class"]]
-        model = meta_model(config, META)
+        model_class: Any = getattr(transformers, meta["model_class"], None)
+        is_known = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+        if is_known:
+            with torch.device("meta"):
+                model = model_class(config)
+        else:
+            model = meta_model(config, META)
     except SDPError as error:
         raise CheckpointError(f"checkpoint: {error}") from None
     except Exception as error:  # configs raise almost anything for values that they do not take
@@ -109,7 +118,7 @@ def full_model(meta: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> tup
         raise CheckpointError(f"checkpoint: {META}: model_config: {reason}") from None
     wanted = {name: value.shape for name, value in model.named_parameters()}
     known = {name: value.shape for name, value in model.state_dict(keep_vars=True).items()}
-    for name in (*wanted, *shapes):
+    for name in (*wanted, *shapes) if is_known else wanted.keys() & shapes.keys():
         if known.get(name) != shapes.get(name):
             raise CheckpointError(
                 f"checkpoint: {name} has shape {_shown(shapes.get(name))}; the model in {META} takes "

@@ -203,7 +203,7 @@ def save_once(folder, is_async):
 
 
 def dense_saves(folder):
-    """The baseline saves twice under one tag, with other weights, and loads: what is there, and whether it is the last."""
+    """The baseline saves twice under one tag and loads: what is there after each, and whether the last was loaded."""
     engine = initialize_dense(build_model(meta=True), ds_config(stage=1))
     names = []
     for _ in range(2):

@@ -418,7 +418,7 @@ def test_a_folder_that_another_job_writes_is_refused_on_all_ranks(ranks4, tmp_pa
 def test_the_dense_baselines_checkpoints_are_whole_too(ranks4, tmp_path):
     for names, steps, is_last, left in ranks4.run(f"{CASES}:dense_saves", timeout=60, folder=str(tmp_path)):
         assert {"t", "latest"} <= set(names[0])
-        assert not [name for name in names[1] if ".new-" in name or ".old" in name]
+        assert not [name for name in names[1] if ".new-" in name or "replaced" in name]
         assert (steps, is_last) == (2, True)
         assert LOCK not in left
 

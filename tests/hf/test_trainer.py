@@ -245,7 +245,7 @@ def test_another_jobs_output_folder_is_refused_on_all_ranks_and_the_last_step_is
     (tmp_path / "new").touch()
     mode = (tmp_path / "new").stat().st_mode
     assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {mode}
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_stage_3_builds_models_whole(ranks4, tmp_path):
