@@ -2,14 +2,12 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
@@ -17,11 +15,10 @@ from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.full_scale import scaling_of
 from deepspeed_sdp.checkpoint.hf_names import saved_names
 from deepspeed_sdp.checkpoint.index import Place, read_index
-from deepspeed_sdp.checkpoint.json_files import read_json
+from deepspeed_sdp.checkpoint.meta import full_model
+from deepspeed_sdp.checkpoint.model_folder import model_folder
 from deepspeed_sdp.checkpoint.recovery import do_without
-from deepspeed_sdp.checkpoint.writing import META
 from deepspeed_sdp.errors import CheckpointError, OutputError
-from deepspeed_sdp.subnetwork import meta_model
 
 SHARD_BYTES = 2 << 30
 
@@ -47,16 +44,14 @@ def export(
         CheckpointError: the checkpoint is incomplete or damaged, or the family cannot express the subnetwork.
         OutputError: ``out`` cannot be written.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     files = folders.read_manifest(checkpoint)
-    lost = do_without(checkpoint, folders.damage(checkpoint, files))
-    meta = read_json(checkpoint / META)
+    lost, meta = do_without(checkpoint, files, folders.damage(checkpoint, files))
     dtype = dtype or getattr(torch, meta["dtype"])
-    config = AutoConfig.for_model(**meta["model_config"])
+    config, model = full_model(meta, shapes_of(checkpoint))
     config.dtype = dtype
-    config.architectures = [meta["model_class"]]
-    names = saved_names(meta_model(config, META))
+    names = saved_names(model)
     weights = weights_of(checkpoint, lost)
     if subnetwork is None:
         scaled = scaling_of(checkpoint, meta, config)
@@ -66,24 +61,25 @@ def export(
 
         weights = carve(checkpoint, meta, config, subnetwork, weights)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=out))
-        try:
+        with model_folder(out) as staging:
             _write_shards(
                 ((names.get(name, name), _cast(value, dtype)) for name, value in weights), staging, shard_bytes
             )
             config.save_pretrained(staging)
             if tokenizer is not None:
                 AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staging)
-            written = sorted(staging.iterdir())
-            for file in written:
-                os.replace(file, out / file.name)
-            for stale in {*out.glob("model*.safetensors*")} - {out / file.name for file in written}:
-                stale.unlink()
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
         raise OutputError(f"cannot write {out}: {error}") from None
+
+
+def shapes_of(checkpoint: Path) -> dict[str, torch.Size]:
+    """Shapes of the full model's weights in a checkpoint, by their HuggingFace names.
+
+    Raises:
+        CheckpointError: the index is broken.
+    """
+    split = ((name.partition("."), tensor.size) for name, tensor in read_index(checkpoint).items())
+    return {name: size for (kind, _, name), size in split if kind in ("master", "model")}
 
 
 def weights_of(checkpoint: Path, lost: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -105,17 +101,26 @@ def weights_of(checkpoint: Path, lost: Container[str] = ()) -> Iterator[tuple[st
 def read_tensor(
     checkpoint: Path, logical: str, tensor: TensorStorageMetadata, places: dict[MetadataIndex, Place]
 ) -> torch.Tensor:
+    """A logical tensor out of its rectangles.
+
+    Raises:
+        CheckpointError: a file does not hold what the index says.
+    """
     full = torch.empty(tensor.size, dtype=tensor.properties.dtype)
-    covered = 0
     for chunk in tensor.chunks:
         place = places[MetadataIndex(logical, chunk.offsets)]
-        with safe_open(checkpoint / place.file, framework="pt") as file:
-            value = file.get_tensor(place.key)
         ranges = zip(chunk.offsets, chunk.sizes, strict=True)
-        full[tuple(slice(start, start + size) for start, size in ranges)] = value.view(chunk.sizes)
-        covered += value.numel()
-    if covered != full.numel():
-        raise CheckpointError(f"checkpoint: lacks a part of {logical}")
+        try:
+            with safe_open(checkpoint / place.file, framework="pt") as file:
+                value = file.get_tensor(place.key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint: cannot read {checkpoint / place.file}: {error}") from None
+        if (value.shape, value.dtype) != (chunk.sizes, full.dtype):
+            raise CheckpointError(
+                f"checkpoint: {checkpoint / place.file} has {list(value.shape)} {value.dtype} of {logical}; the index "
+                f"says {list(chunk.sizes)} {full.dtype}"
+            )
+        full[tuple(slice(start, start + size) for start, size in ranges)] = value
     return full
 
 

@@ -1,29 +1,53 @@
 """The folder of a job's checkpoints: complete ones under their tags, and ``latest``, DeepSpeed's name for the newest.
 
 A checkpoint is written into a hidden folder beside the others. Its manifest, with sizes and checksums of all files, is
-written last; then the folder is renamed to its tag, and then ``latest`` is replaced. A crash at any moment leaves the
-old ``latest`` and what it names, or the new ones.
+written last; then the folder takes the place of its tag, and then ``latest`` is replaced. A crash at any moment leaves
+the old checkpoint of that tag or the new one, and the old ``latest`` or the new one.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from deepspeed_sdp.checkpoint.json_files import fsync, read_json, write_json
+from deepspeed_sdp.checkpoint.json_files import Count, FileName, Hash, Schema, read_as, write_json
+from deepspeed_sdp.checkpoint.lock import is_taken
+from deepspeed_sdp.checkpoint.meta import read_meta
 from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.files import (
+    interrupted,
+    recover_folder,
+    remove_folder,
+    remove_unfinished,
+    replace_folder,
+    staged_folder,
+    write_text,
+)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 FORMAT = 1
 
-_UNFINISHED = ".unfinished-"
-_REPLACED = ".replaced"
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_log = logging.getLogger(__name__)
+
+
+class _File(Schema):
+    bytes: Count
+    sha256: Hash
+
+
+class _Manifest(Schema):
+    format: Literal[1]
+    tag: str
+    files: dict[FileName, _File]
+    sha256: Hash
 
 
 def check_tag(tag: str) -> str:
@@ -38,19 +62,20 @@ def check_tag(tag: str) -> str:
 
 
 def begin(folder: Path, tag: str) -> Path:
-    """An empty folder to write checkpoint ``tag`` into; what an earlier crash left of unfinished ones is removed."""
-    staging = staging_of(folder, check_tag(tag))
+    """An empty folder to write checkpoint ``tag`` into; what an earlier crash left of unfinished ones is removed.
+
+    For the job that holds the lock of ``folder`` alone.
+
+    Raises:
+        OSError: it cannot be made, or what has the name of ``tag`` is no folder.
+    """
+    staging, final = staged_folder(folder / check_tag(tag)), folder / tag
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
     folder.mkdir(parents=True, exist_ok=True)
-    recover(folder)
-    for left in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(folder)
     staging.mkdir()
     return staging
-
-
-def staging_of(folder: Path, tag: str) -> Path:
-    """The folder that :func:`begin` made, for the other ranks."""
-    return folder / f"{_UNFINISHED}{tag}"
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -60,54 +85,34 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def finish(folder: Path, tag: str, files: Mapping[str, Mapping[str, Any]], is_latest: bool = True) -> Path:
-    """Make what was written under :func:`begin` the checkpoint ``tag``; an older one of that name is replaced.
+def finish(staging: Path, final: Path, files: Mapping[str, Mapping[str, Any]], is_latest: bool = True) -> None:
+    """Make what was written into :func:`begin`'s folder the checkpoint ``final``; an older one there is replaced.
 
     Args:
         files: name -> :func:`describe_file` of every file.
     """
-    staging, final = staging_of(folder, tag), folder / tag
-    body = {"format": FORMAT, "tag": tag, "files": dict(sorted(files.items()))}
+    body = {"format": FORMAT, "tag": final.name, "files": dict(sorted(files.items()))}
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
-    fsync(staging)
-    if final.exists():
-        # Two renames; `recover` knows what a crash between them leaves.
-        replaced = folder / f"{_UNFINISHED}{tag}{_REPLACED}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        staging.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        staging.rename(final)
-    fsync(folder)
+    replace_folder(staging, final)
     if is_latest:
-        set_latest(folder, tag)
-    return final
+        set_latest(final.parent, final.name)
 
 
 def recover(folder: Path) -> None:
-    """After a crash in the middle of replacing the checkpoint that ``latest`` names: take the new one, or the old."""
-    tag = latest(folder)
-    if tag is None or (folder / tag).exists():
-        return
-    for hidden in (staging_of(folder, tag), folder / f"{_UNFINISHED}{tag}{_REPLACED}"):
-        if (hidden / MANIFEST).is_file():
-            try:
-                read_manifest(hidden)
-            except CheckpointError:
-                continue
-            hidden.rename(folder / tag)
-            fsync(folder)
-            return
+    """Put back what a killed job was about to replace, if no job is about it now.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    missing = interrupted(folder)
+    if missing and not is_taken(folder):
+        for final in missing:
+            recover_folder(final)
 
 
 def set_latest(folder: Path, tag: str) -> None:
     """Let ``latest`` name ``tag``."""
-    new = folder / f".{LATEST}.new"
-    new.write_text(tag, encoding="utf-8")
-    fsync(new)
-    os.replace(new, folder / LATEST)
-    fsync(folder)
+    write_text(folder / LATEST, tag)
 
 
 def latest(folder: Path) -> str | None:
@@ -126,9 +131,15 @@ def latest(folder: Path) -> str | None:
 
 
 def tags(folder: Path) -> list[str]:
-    """Complete checkpoints, oldest first."""
-    found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
-    return [path.name for path in sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)]
+    """Complete checkpoints in the order of their steps; those that do not say it come first."""
+    found = [path.parent for path in folder.glob(f"*/{MANIFEST}") if _TAG.fullmatch(path.parent.name)]
+    return [path.name for path in sorted(found, key=lambda path: (_step_of(path, -1), path.name))]
+
+
+def _step_of(checkpoint: Path, default: int) -> int:
+    with suppress(CheckpointError):
+        return int(read_meta(checkpoint)["global_steps"])
+    return default
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -153,12 +164,12 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint: there is no {checkpoint}{_offer(checkpoint)}")
-    manifest = read_json(checkpoint / MANIFEST)
-    digest = manifest.pop("sha256", None)
-    if digest != _digest(manifest):
+    try:
+        manifest = read_as(checkpoint / MANIFEST, _Manifest).model_dump()
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_offer(checkpoint)}") from None
+    if manifest.pop("sha256") != _digest(manifest):
         raise CheckpointError(f"checkpoint: {checkpoint / MANIFEST} is damaged{_offer(checkpoint)}")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint: {checkpoint} has format {manifest['format']}; takes {FORMAT}")
     files: dict[str, dict[str, Any]] = manifest["files"]
     return files
 
@@ -179,13 +190,13 @@ def _difference(path: Path, written: Mapping[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     try:
-        found = describe_file(path)
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            return f"{path} has {size} bytes; it was written with {written['bytes']}"
+        if describe_file(path)["sha256"] != written["sha256"]:
+            return f"{path} is damaged: its checksum differs from the manifest's"
     except OSError as error:
         return f"{path} cannot be read: {error}"
-    if found["bytes"] != written["bytes"]:
-        return f"{path} has {found['bytes']} bytes; it was written with {written['bytes']}"
-    if found["sha256"] != written["sha256"]:
-        return f"{path} is damaged: its checksum differs from the manifest's"
     return None
 
 
@@ -194,17 +205,24 @@ def damaged(checkpoint: Path, what: str) -> CheckpointError:
     return CheckpointError(f"checkpoint: {what}{_offer(checkpoint)}")
 
 
-def remove_old(folder: Path, keep_last: int, is_kept: Callable[[Path], bool]) -> None:
-    """Remove all but the ``keep_last`` newest checkpoints (0: none), what ``latest`` names, and what ``is_kept``."""
+def remove_old(folder: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove all but the checkpoints of the ``keep_last`` latest steps (0: none is removed) and what ``latest`` names.
+
+    Those whose step is a multiple of ``keep_every`` stay, too. What cannot be read or removed is said, and stays.
+    """
     if not keep_last:
         return
-    protected = {latest(folder), *tags(folder)[-keep_last:]}
-    for tag in tags(folder):
-        if tag not in protected and not is_kept(folder / tag):
-            # Invisible first, so that a crash leaves no half checkpoint.
-            hidden = folder / f"{_UNFINISHED}{tag}.removed"
-            (folder / tag).rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+    steps = {tag: _step_of(folder / tag, -1) for tag in tags(folder)}
+    for tag in (tag for tag, step in steps.items() if step < 0):
+        _log.warning("checkpoint: %s is damaged, and is left alone", folder / tag)
+    known = [tag for tag, step in steps.items() if step >= 0]
+    try:
+        protected = {latest(folder), *known[-keep_last:]}
+        for tag in known:
+            if tag not in protected and not (keep_every and steps[tag] % keep_every == 0):
+                remove_folder(folder / tag)
+    except (OSError, CheckpointError) as error:
+        _log.warning("checkpoint: old ones in %s are left: %s", folder, error)
 
 
 def _offer(checkpoint: Path) -> str:

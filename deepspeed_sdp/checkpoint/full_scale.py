@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from deepspeed_sdp.checkpoint.writing import META, PLAN
-from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.checkpoint.meta import META, read_plan
 from deepspeed_sdp.subnetwork import cut_model, meta_model
 
 FULL_SCALE = "full_scale"
@@ -52,8 +51,7 @@ def writes_of(checkpoint: Path, meta: Mapping[str, Any], config: Any) -> frozens
     """
     block = meta["subnetwork_data_parallel"]
     unit: Any = (block.get("block_unit") or "layer") if block["granularity"] == "block" else None
-    plan = SubnetworkPlan.read(checkpoint / PLAN)
-    return cut_model(meta_model(config, META), plan, 0, block_unit=unit).writes
+    return cut_model(meta_model(config, META), read_plan(checkpoint), 0, block_unit=unit).writes
 
 
 def scaling_of(checkpoint: Path, meta: Mapping[str, Any], config: Any) -> Scaling:

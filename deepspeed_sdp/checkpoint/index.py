@@ -1,13 +1,15 @@
 """Which rectangle of which logical tensor lies in which file: ``index.json``."""
 
-import re
-from collections import defaultdict
-from collections.abc import Container, Iterable
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, StringConstraints, TypeAdapter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -17,15 +19,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from deepspeed_sdp.checkpoint.json_files import read_json, write_json
+from deepspeed_sdp.checkpoint.json_files import Count, FileName, Schema, read_as, write_json
 from deepspeed_sdp.errors import CheckpointError
 
 INDEX = "index.json"
 
 _COPY = "@copy"
 
-# Names become folders of other formats.
-_NAME = re.compile(r"\w[\w-]*(\.[\w-]+)+")
+_Sizes = Annotated[list[Count], Field(max_length=8)]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,30 @@ class Place:
 
     file: str
     key: str
+
+
+class _Place(Schema):
+    file: FileName
+    key: Annotated[str, StringConstraints(max_length=128)]
+
+
+class _Chunk(_Place):
+    offsets: _Sizes
+    sizes: _Sizes
+    copies: Annotated[list[_Place], Field(max_length=1 << 16, default_factory=list)]
+
+
+class _Tensor(Schema):
+    dtype: Literal[
+        "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+    ]  # fmt: skip
+    shape: _Sizes
+    chunks: list[_Chunk]
+
+
+# Names become folders of other formats.
+_Name = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*(\.[\w-]+)+$", max_length=1000)]
+_INDEX = TypeAdapter(dict[_Name, _Tensor])
 
 
 def name_of_copy(name: str, copy: int) -> str:
@@ -62,40 +87,68 @@ def write_index(folder: Path, metadata: Metadata, results: Iterable[WriteResult]
 
 
 def read_index(
-    folder: Path, places: dict[MetadataIndex, Place] | None = None, lost: Container[str] = ()
+    folder: Path,
+    places: dict[MetadataIndex, Place] | None = None,
+    lost: Container[str] = (),
+    files: Mapping[str, int] | None = None,
 ) -> dict[str, TensorStorageMetadata]:
     """The logical tensors of a checkpoint.
 
     Args:
         places: learns the place of every rectangle.
         lost: files that cannot be used.
+        files: those that there are, and their bytes.
 
     Raises:
-        CheckpointError: the index is missing or broken, or a rectangle is in lost files alone.
+        CheckpointError: the index is missing or broken; rectangles of a tensor overlap or leave a gap; one is in lost
+            files alone, or in one that is not there or too small.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
-    for name, described in read_json(folder / INDEX).items():
-        if not _NAME.fullmatch(name):
-            raise CheckpointError(f"checkpoint: {folder / INDEX} names a tensor {name!r}; takes dotted names")
+    held: Counter[str] = Counter()
+    for name, described in read_as(folder / INDEX, _INDEX).items():
+        dtype = getattr(torch, described.dtype)
+        if not _is_cover(described):
+            raise CheckpointError(f"checkpoint: {folder / INDEX}: the parts of {name} overlap, or lack a part of it")
         chunks = []
-        for number, chunk in enumerate(described["chunks"]):
-            offsets = torch.Size(chunk["offsets"])
-            chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["sizes"])))
+        for number, chunk in enumerate(described.chunks):
+            offsets = torch.Size(chunk.offsets)
+            chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+            for copy in (chunk, *chunk.copies):
+                held[copy.file] += math.prod(chunk.sizes) * dtype.itemsize
+            place = _place(name, chunk, lost)
             if places is not None:
-                places[MetadataIndex(name, offsets, number)] = _place(folder, name, chunk, lost)
-        dtype = getattr(torch, described["dtype"])
-        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(described["shape"]), chunks)
+                places[MetadataIndex(name, offsets, number)] = place
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(described.shape), chunks)
+    for file, nbytes in held.items():
+        if files is not None and nbytes > files.get(file, -1):
+            found = f"has {files[file]} bytes" if file in files else "is not in the manifest"
+            raise CheckpointError(f"checkpoint: {folder / INDEX} has {nbytes} bytes in {file}, which {found}")
     return tensors
 
 
-def _place(folder: Path, name: str, chunk: dict[str, Any], lost: Container[str]) -> Place:
-    candidates = [Place(c["file"], c["key"]) for c in (chunk, *chunk.get("copies", ()))]
+def _is_cover(tensor: _Tensor) -> bool:
+    """Whether every element is in one rectangle and no rectangle reaches beyond the tensor.
+
+    Corners of a rectangle, with alternating signs, are the mixed differences of the function that is 1 inside and 0
+    outside. Functions are equal where these are: so sums over all rectangles are compared with the whole tensor's.
+    """
+    dims = len(tensor.shape)
+    corners: Counter[tuple[int, ...]] = Counter()
+    whole = ([0] * dims, tensor.shape, -1)
+    for offsets, sizes, sign in (whole, *((chunk.offsets, chunk.sizes, 1) for chunk in tensor.chunks)):
+        if len(offsets) != dims or len(sizes) != dims:
+            return False
+        for ends in itertools.product((0, 1), repeat=dims):
+            corner = tuple(o + s * end for o, s, end in zip(offsets, sizes, ends, strict=True))
+            corners[corner] += sign * (-1) ** sum(ends)
+    return not any(corners.values())
+
+
+def _place(name: str, chunk: _Chunk, lost: Container[str]) -> Place:
+    candidates = (chunk, *chunk.copies)
     for place in candidates:
-        if Path(place.file).name != place.file or place.file == "..":
-            raise CheckpointError(f"checkpoint: {folder / INDEX} names {place.file!r}; takes files beside it")
-    left = [place for place in candidates if place.file not in lost]
-    if not left:
-        raise CheckpointError(
-            f"checkpoint: a part of {name} is in {' and '.join(place.file for place in candidates)} alone"
-        )
-    return left[0]
+        if place.file not in lost:
+            return Place(place.file, place.key)
+    raise CheckpointError(
+        f"checkpoint: a part of {name} is in {' and '.join(place.file for place in candidates)} alone"
+    )

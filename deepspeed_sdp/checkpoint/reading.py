@@ -4,24 +4,42 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.hf_folder import HFFolderReader, is_hf_folder
-from deepspeed_sdp.checkpoint.json_files import read_json
+from deepspeed_sdp.checkpoint.json_files import Schema, check
+from deepspeed_sdp.checkpoint.meta import STATE
 from deepspeed_sdp.checkpoint.planners import EntryLoadPlanner
 from deepspeed_sdp.checkpoint.recovery import do_without
 from deepspeed_sdp.checkpoint.region import Entry
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
-from deepspeed_sdp.checkpoint.writing import META, STATE
 from deepspeed_sdp.errors import CheckpointError
 from deepspeed_sdp.ranks import control_group, gather_objects, meet
 from deepspeed_sdp.waits import waiting
+
+
+class _Scaler(Schema):
+    name: Annotated[str, Field(alias="class")]
+    state: dict[str, Any]
+
+
+class _State(Schema):
+    client_state: dict[Any, Any]
+    optimizer_groups: list[dict[str, Any]]
+    optimizer_scalars: list[dict[str, Any]] | dict[str, Any]
+    lr_scheduler: dict[str, Any] | None
+    loss_scaler: _Scaler
+
+
+class _RankState(Schema):
+    random: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,12 +65,12 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What the job saved beside its tensors."""
-        return {"client_state": {}} if self.has_weights_only else self._load(STATE)
+        return {"client_state": {}} if self.has_weights_only else self._load(STATE, _State)
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
         """What rank ``rank`` of the job saved for itself; ``None`` if the file is lost."""
         name = f"rank-{rank:05d}.pt"
-        return None if name in self.damage else self._load(name)
+        return None if name in self.damage else self._load(name, _RankState)
 
     def read(self, entries: Sequence[Entry]) -> None:
         """Collective. Fill the tensors of ``entries``.
@@ -67,8 +85,7 @@ class Checkpoint:
             reader.read_metadata()
         except CheckpointError as error:
             problem = str(error)
-        for message in filter(None, gather_objects(problem, "reading a checkpoint")):
-            raise CheckpointError(message)
+        _raise_everywhere(problem)
         try:
             with waiting("reading a checkpoint", range(dist.get_world_size())):
                 load({}, storage_reader=reader, planner=EntryLoadPlanner(entries), process_group=control_group())
@@ -76,11 +93,12 @@ class Checkpoint:
             rank, (reason, _) = next(iter(error.failures.items()))
             raise CheckpointError(f"rank {rank}: {reason}") from None
 
-    def _load(self, name: str) -> dict[str, Any]:
+    def _load(self, name: str, kind: type[Schema]) -> dict[str, Any]:
         try:
             loaded: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"checkpoint: {self.path / name} is refused: {str(error).splitlines()[0]}") from None
+        check(loaded, kind, str(self.path / name))
         return loaded
 
 
@@ -88,8 +106,7 @@ def open_checkpoint(folder: Path, tag: str | None) -> Checkpoint | None:
     """Collective. The checkpoint ``tag`` below ``folder``, or the latest; ``None`` where nothing was saved.
 
     Every rank compares its share of the files with the manifest; it does without files of which other owners wrote
-    copies. A HuggingFace folder counts as a checkpoint of weights
-    alone.
+    copies. A HuggingFace folder counts as a checkpoint of weights alone.
 
     Raises:
         CheckpointError: it is missing or damaged; on every rank, naming the file and complete checkpoints beside it.
@@ -120,5 +137,16 @@ def open_checkpoint(folder: Path, tag: str | None) -> Checkpoint | None:
     if found is None:
         return None
     damage = {name: what for _, _, of_rank in outcomes for name, what in sorted(of_rank.items())}
-    do_without(folder / found, damage)
-    return Checkpoint(folder / found, read_json(folder / found / META), damage=damage)
+    meta: dict[str, Any] = {}
+    try:
+        _, meta = do_without(checkpoint, files, damage)
+    except CheckpointError as error:
+        problem = str(error)
+    _raise_everywhere(problem)
+    return Checkpoint(checkpoint, meta, damage=damage)
+
+
+def _raise_everywhere(problem: str | None) -> None:
+    """Collective. Raise what one of the ranks has found on all."""
+    for message in filter(None, gather_objects(problem, "reading a checkpoint")):
+        raise CheckpointError(message)

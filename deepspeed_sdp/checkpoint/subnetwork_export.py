@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from deepspeed_sdp.adapters import PartitionedLinear, PartitionedModule, find_adapter
-from deepspeed_sdp.checkpoint.writing import PLAN
+from deepspeed_sdp.checkpoint.meta import read_plan
 from deepspeed_sdp.errors import CheckpointError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import meta_model
@@ -28,7 +28,7 @@ def carve(
         CheckpointError: no such worker; it was not trained as a model of its own (backward masking); or a config of the
             family has no words for it.
     """
-    plan = SubnetworkPlan.read(checkpoint / PLAN)
+    plan = read_plan(checkpoint)
     block = meta["subnetwork_data_parallel"]
     if not 0 <= worker < plan.num_subnetworks:
         raise CheckpointError(f"--subnetwork: got {worker}; takes 0 to {plan.num_subnetworks - 1}")
@@ -86,7 +86,12 @@ def _carve_units(
         )
     model = meta_model(config, "meta.json")
     modules = {m.space.name: m for m in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))}
-    planned = {p.space.name for p in plan.spaces}
+    planned = {p.space.name: p.space.num_units for p in plan.spaces}
+    other = [name for name, units in planned.items() if name not in modules or modules[name].space.num_units != units]
+    if other:
+        raise CheckpointError(
+            f"checkpoint: the plan is of another model: {other[0]} has {planned[other[0]]} units in it"
+        )
     counts: dict[str, set[int]] = {}
     for name, module in modules.items():
         owned = sum(c.stop - c.start for c in plan.owned(name, worker)) if name in planned else module.space.num_units

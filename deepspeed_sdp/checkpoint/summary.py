@@ -1,13 +1,12 @@
 """What a checkpoint holds, for a person: ``deepspeed-sdp inspect``."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.index import read_index
-from deepspeed_sdp.checkpoint.json_files import read_json
 from deepspeed_sdp.checkpoint.recovery import do_without
-from deepspeed_sdp.checkpoint.writing import META
 from deepspeed_sdp.errors import CheckpointError
 
 
@@ -19,6 +18,8 @@ def locate(path: Path, tag: str | None = None) -> Path:
     """
     if tag is None and (path / folders.MANIFEST).is_file():
         return path
+    with suppress(OSError):  # a folder that cannot be written can still be read
+        folders.recover(path)
     found = folders.check_tag(tag) if tag is not None else folders.latest(path)
     if found is None:
         raise CheckpointError(f"checkpoint: there is none in {path}; takes a checkpoint, or a folder with a `latest`")
@@ -36,8 +37,8 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
     """
     files = folders.read_manifest(checkpoint)
     damage = folders.damage(checkpoint, files) if verify else {}
-    do_without(checkpoint, damage)
-    meta, tensors = read_json(checkpoint / META), read_index(checkpoint)
+    _, meta = do_without(checkpoint, files, damage)
+    tensors = read_index(checkpoint)
     kinds: dict[str, int] = {}
     for name, tensor in tensors.items():
         kind = ".".join(name.split(".")[: 2 if name.startswith("optimizer.") else 1])

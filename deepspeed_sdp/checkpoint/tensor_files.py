@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from deepspeed_sdp.checkpoint.index import Place, read_index, write_index
-from deepspeed_sdp.checkpoint.json_files import fsync
 from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.files import fsync, share
 
 # A file's tensors are copied once more while they are written.
 _FILE_BYTES = 256 << 20
@@ -56,6 +56,7 @@ class TensorFileWriter(StorageWriter):
                 nbytes = value.numel() * value.element_size()
                 results.append(WriteResult(item.index, nbytes, Place(name, str(key))))
             save_file(tensors, self._folder / name)
+            share(self._folder / name)
             fsync(self._folder / name)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -109,6 +110,10 @@ class TensorFileReader(StorageReader):
                         stored = file.get_slice(self._places[item.storage_index].key)
                         ranges = zip(item.storage_offsets, item.lengths, strict=True)
                         value = stored[tuple(slice(start, start + length) for start, length in ranges)]
+                        if value.numel() != item.lengths.numel():
+                            raise CheckpointError(
+                                f"checkpoint: {self._folder / name} lacks a part of {item.storage_index.fqn}"
+                            )
                         target = planner.resolve_tensor(item)
                         target.copy_(value.view(target.shape))
                         planner.commit_tensor(item, target)

@@ -4,7 +4,6 @@ The layout is what ``deepspeed.checkpoint.ds_to_universal`` writes: one folder p
 moments, beside the state that all parameters share.
 """
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,48 +13,45 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.export import read_tensor
+from deepspeed_sdp.checkpoint.export import read_tensor, shapes_of
 from deepspeed_sdp.checkpoint.full_scale import Scaling, scaling_of
 from deepspeed_sdp.checkpoint.index import Place, read_index
-from deepspeed_sdp.checkpoint.json_files import read_json
+from deepspeed_sdp.checkpoint.meta import full_model
 from deepspeed_sdp.checkpoint.reading import Checkpoint
 from deepspeed_sdp.checkpoint.recovery import do_without
-from deepspeed_sdp.checkpoint.writing import META
 from deepspeed_sdp.errors import OutputError
+from deepspeed_sdp.files import begin_folder, fsync, replace_folder, write_text
 
 LATEST = "latest_universal"
 
 
 def export_universal(checkpoint: Path, out: Path) -> Path:
-    """Write ``checkpoint`` below ``out`` under its own tag; one tensor is in memory at a time.
+    """Write ``checkpoint`` below ``out`` under its own tag, in place of what has it; one tensor is in memory at a time.
 
     A DeepSpeed job takes it up with ``"checkpoint": {"load_universal": true}`` and ``load_checkpoint(out)``.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged.
-        OutputError: ``out`` cannot be written, or holds that tag.
+        OutputError: ``out`` cannot be written.
     """
-    damage = folders.damage(checkpoint, folders.read_manifest(checkpoint))
-    lost = do_without(checkpoint, damage)
-    meta = read_json(checkpoint / META)
+    files = folders.read_manifest(checkpoint)
+    damage = folders.damage(checkpoint, files)
+    lost, meta = do_without(checkpoint, files, damage)
     state = Checkpoint(checkpoint, meta, damage=damage).state()
+    config, _ = full_model(meta, shapes_of(checkpoint))
+    scaled = scaling_of(checkpoint, meta, config)
     final = out / checkpoint.name
-    if final.exists():
-        raise OutputError(f"{final}: exists; takes a folder that does not hold it")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        staging = out / f".staging-{os.getpid()}"
-        staging.mkdir()
+        staging = begin_folder(final)
         try:
-            from transformers import AutoConfig
-
-            scaled = scaling_of(checkpoint, meta, AutoConfig.for_model(**meta["model_config"]))
             _write_parameters(checkpoint, staging / "zero", lost, _step(state["optimizer_scalars"]), scaled)
             _write_shared(staging, meta, state)
-            os.replace(staging, final)
+            for path in staging.rglob("*"):
+                fsync(path)
+            replace_folder(staging, final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        (out / LATEST).write_text(checkpoint.name, encoding="utf-8")
+        write_text(out / LATEST, checkpoint.name)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error}") from None
     return final

@@ -12,17 +12,16 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.index import INDEX
-from deepspeed_sdp.checkpoint.json_files import fsync, read_json, write_json
+from deepspeed_sdp.checkpoint.json_files import write_json
+from deepspeed_sdp.checkpoint.lock import FolderLocks
+from deepspeed_sdp.checkpoint.meta import META, PLAN, STATE
 from deepspeed_sdp.checkpoint.planners import EntrySavePlanner
 from deepspeed_sdp.checkpoint.region import Entry
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileWriter
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
+from deepspeed_sdp.files import fsync
 from deepspeed_sdp.ranks import control_group, gather_objects
 from deepspeed_sdp.waits import waiting
-
-META = "meta.json"
-PLAN = "plan.json"
-STATE = "state.pt"
 
 
 def write_checkpoint(
@@ -33,6 +32,7 @@ def write_checkpoint(
     plan_json: str,
     state: Mapping[str, Any],
     rank_state: Mapping[str, Any],
+    locks: FolderLocks,
     *,
     group: dist.ProcessGroup | None = None,
     is_latest: bool = True,
@@ -47,17 +47,27 @@ def write_checkpoint(
         plan_json: of the plan; rank 0's counts.
         state: what ``torch.load(weights_only=True)`` can load; rank 0's counts.
         rank_state: the same, of every rank.
+        locks: rank 0's count: what it writes nobody else may be writing.
         group: of all ranks; default: the package's own. A thread beside the training has another.
         keep_last: older checkpoints than so many are removed, 0 for none;
         keep_every: but for those whose step is a multiple of this.
 
     Raises:
-        OutputError: something cannot be written; on every rank, and nothing has changed for a reader.
+        OutputError: something cannot be written, or another job writes into ``folder``; on every rank, and nothing has
+            changed for a reader.
         CheckpointError: ``state`` holds what cannot be loaded safely, or entries do not cover the model.
     """
     rank = dist.get_rank()
-    staging = folders.staging_of(folder, tag)
-    _together(lambda: folders.begin(folder, tag) if rank == 0 else None, group)
+
+    def begin() -> dict[str, Any] | None:
+        if rank != 0:
+            return None
+        folders.check_tag(tag)
+        locks.take(folder)
+        # Its name says which job it is of, and with that of rank 0 all ranks write into one.
+        return {"name": folders.begin(folder, tag).name}
+
+    staging = folder / _together(begin, group)[0]["name"]
 
     def write() -> dict[str, Any]:
         own = {f"rank-{rank:05d}.pt": _pickled(rank_state, "random state")}
@@ -84,14 +94,10 @@ def write_checkpoint(
 
     def finish() -> None:
         if rank == 0:
-            folders.finish(folder, tag, files, is_latest)
-            folders.remove_old(folder, keep_last, lambda path: bool(keep_every) and _step_of(path) % keep_every == 0)
+            folders.finish(staging, folder / tag, files, is_latest)
+            folders.remove_old(folder, keep_last, keep_every)
 
     _together(finish, group)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(read_json(checkpoint / META)["global_steps"])
 
 
 def _write_tensors(staging: Path, entries: Sequence[Entry], rank: int, group: dist.ProcessGroup | None) -> None:

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepspeed_sdp.cli.options import coverage, listed
+from deepspeed_sdp.cli.options import coverage, listed, written
 from deepspeed_sdp.config import BLOCK, read_block, read_json
-from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.presets import model_path, preset_names
 
 if TYPE_CHECKING:
@@ -113,10 +112,10 @@ def _estimate(args: argparse.Namespace) -> None:
     title = _title(str(name), data["parameters"], job, workers, cluster)
     print(json.dumps(data, indent=2) if args.json else "\n\n".join([title, to_table(shown, own), *refused, _NOTE]))
     if args.out:
-        _write(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+        written(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
     if args.plot:
         bars = [choice.best for choice in (*own, *shown)]
-        _write(args.plot, lambda path: plot_estimates(bars, [*bars[: len(own)], *estimates], cluster, title, path))
+        written(args.plot, lambda path: plot_estimates(bars, [*bars[: len(own)], *estimates], cluster, title, path))
 
 
 def _shown_as_they_go(jobs: Sequence["Job"]) -> Iterable["Job"]:
@@ -212,14 +211,3 @@ def _narrowed(args: argparse.Namespace) -> dict[str, Any]:
         "coverages": args.coverage,
     }
     return {key: value for key, value in chosen.items() if value}
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Beside the file, then in its place."""
-    staging = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(staging)
-        staging.replace(path)
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
-        staging.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error}") from None

@@ -2,9 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deepspeed_sdp.config import read_coverage
+from deepspeed_sdp.errors import OutputError
+from deepspeed_sdp.files import replacing
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -35,3 +38,16 @@ def per_kind(convert: Callable[[str], Any]) -> Any:
 
     parse.__name__ = convert.__name__
     return parse
+
+
+def written(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file; it takes the place of ``path`` when it is whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        with replacing(path) as new:
+            write(new)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
+        raise OutputError(f"cannot write {path}: {error}") from None

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepspeed_sdp.cli.options import coverage, listed, per_kind
+from deepspeed_sdp.cli.options import coverage, listed, per_kind, written
 from deepspeed_sdp.config import SDPConfig, read_block
-from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.presets import model_path, preset_names
 
 if TYPE_CHECKING:
@@ -74,12 +74,7 @@ def _plan(args: argparse.Namespace) -> None:
     plan = plan_for(model, config, config.num_subnetworks)
     summary = plan_summary(plan, sum(parameter.numel() for parameter in model.parameters()), config.masking)
     print(json.dumps(summary, indent=2) if args.json else to_text(summary))
-    for path, write in (
-        (args.out, lambda: args.out.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8")),
-        (args.plot, lambda: plot_plan(plan, args.plot)),
-    ):
-        try:
-            if path:
-                write()
-        except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
-            raise OutputError(f"cannot write {path}: {error}") from None
+    if args.out:
+        written(args.out, lambda path: path.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8"))
+    if args.plot:
+        written(args.plot, lambda path: plot_plan(plan, path))

@@ -7,12 +7,13 @@ from typing import Any
 
 from deepspeed.utils import logger
 
-from deepspeed_sdp.checkpoint import BackgroundWriter
+from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.checkpointing import load_checkpoint, save_checkpoint
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.stopwatch import Stopwatch
 from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.failures import on_first_rank
 
 
 class CheckpointFace:
@@ -21,6 +22,7 @@ class CheckpointFace:
     global_rank: int
     sdp_config: SDPConfig
     _checkpoint_writer: BackgroundWriter
+    _checkpoint_locks: FolderLocks
     _stopwatch: Stopwatch
 
     @while_alive
@@ -42,7 +44,8 @@ class CheckpointFace:
             is ``"continue"``.
 
         Raises:
-            OutputError: it cannot be written; on every rank. What was there before is untouched.
+            OutputError: it cannot be written, or another job saves into ``save_dir``; on every rank. What was there
+                before is untouched.
             CheckpointError: ``client_state`` holds what could not be loaded safely.
         """
         if exclude_frozen_parameters:
@@ -52,6 +55,20 @@ class CheckpointFace:
         saved = self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
         self._stopwatch.checkpoint_stall = time.perf_counter() - began
         return saved and before
+
+    @while_alive
+    def claim_checkpoints(self, folder: str | Path) -> None:
+        """Collective. Be the one job that saves below ``folder``, until :meth:`release_checkpoints`
+        or :meth:`destroy`; saving does it by itself.
+
+        Raises:
+            OutputError: another job does, or the folder cannot be written; on every rank.
+        """
+        on_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
+
+    def release_checkpoints(self) -> None:
+        """Let other jobs save into the folders of this one, which saves no more."""
+        self._checkpoint_locks.release()
 
     @while_alive
     def load_checkpoint(

@@ -71,6 +71,7 @@ def save_checkpoint(
             }
         ),
         {"random": _random_state()},
+        engine._checkpoint_locks,
         is_latest=is_latest,
         keep_last=sdp.checkpoint_keep_last,
         keep_every=sdp.checkpoint_keep_every,

@@ -1,8 +1,11 @@
 """The dense baseline: plain DeepSpeed, from the same initial values, behind the methods that a run uses."""
 
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -12,23 +15,28 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import SafetensorError
 from torch import nn
 
+from deepspeed_sdp.checkpoint import FolderLocks, model_folder
+from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.engine.agreement import agreed
 from deepspeed_sdp.engine.evaluation import eval_mode, mean_over_ranks, nothing, sum_of_losses
 from deepspeed_sdp.engine.initialize import engine_class
 from deepspeed_sdp.engine.memory import model_state_bytes
 from deepspeed_sdp.engine.stopwatch import Stopwatch
-from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError
+from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError, SDPError
 from deepspeed_sdp.failures import on_first_rank
+from deepspeed_sdp.files import replace_folder
 from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import cut_model, materialize, plan_for
+
+T = TypeVar("T")
 
 
 class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
     """``DeepSpeedEngine`` with the names that :class:`SDPEngine` has for the full model, and times of its phases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_stopwatch"] = Stopwatch()
+        self.__dict__.update(_stopwatch=Stopwatch(), _checkpoint_locks=FolderLocks())
         super().__init__(*args, **kwargs)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -80,7 +88,8 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
             config = self.module.config
             config.use_cache = self._uses_cache
             try:
-                self.module.save_pretrained(folder)
+                with model_folder(Path(folder)) as staging:
+                    self.module.save_pretrained(staging)
             except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
                 raise OutputError(f"save_hf: cannot write {folder}: {getattr(error, 'strerror', error)}") from None
             finally:
@@ -88,20 +97,39 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
 
         on_first_rank(write)
 
-    def save_checkpoint(self, save_dir: Any, *args: Any, **kwargs: Any) -> bool:
-        """DeepSpeed's.
+    def save_checkpoint(
+        self,
+        save_dir: Any,
+        tag: str | None = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """DeepSpeed's; complete or not there, as those of :class:`SDPEngine`.
 
         Raises:
-            OutputError: it cannot be written; on every rank.
+            OutputError: it cannot be written, or another job saves into ``save_dir``; on every rank.
         """
+        folder, tag = Path(save_dir), tag or f"global_step{self.global_steps}"
+        self.claim_checkpoints(folder)
+        began = on_first_rank(lambda: _written(lambda: folders.begin(folder, tag).name, folder))
+        staging = folder / str(object_of_first(began, "beginning a checkpoint"))
 
         def save() -> bool:
-            try:
-                return bool(super(DenseEngine, self).save_checkpoint(str(save_dir), *args, **kwargs))
-            except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full disk
-                raise OutputError(f"cannot write a checkpoint to {save_dir}: {error}") from None
+            state, frozen = client_state or {}, exclude_frozen_parameters
+            return bool(super(DenseEngine, self).save_checkpoint(str(staging), tag, state, False, frozen))
 
-        return agreed(save)
+        saved = agreed(lambda: _written(save, folder))
+        on_first_rank(lambda: _written(lambda: _finish(staging, folder / tag, save_latest), folder))
+        return saved
+
+    def claim_checkpoints(self, folder: str | Path) -> None:
+        """As :meth:`SDPEngine.claim_checkpoints`."""
+        on_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
+
+    def destroy(self) -> None:
+        self._checkpoint_locks.release()
+        super().destroy()
 
     def load_checkpoint(self, load_dir: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
         """DeepSpeed's, which takes the number of ranks that a checkpoint was made on.
@@ -110,6 +138,9 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
             CheckpointError: the ranks are more or fewer, a file is missing, or it is an SDP engine's; on every rank.
         """
         # Rank 0's view counts: a shared folder may show a file to some later than to others.
+        with suppress(OSError):  # a folder that cannot be written can still be read
+            if dist.get_rank() == 0:
+                folders.recover(Path(load_dir))
         if not object_of_first(Path(load_dir, "latest").is_file(), "finding the latest checkpoint"):
             return None, None
 
@@ -143,6 +174,26 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
             "seconds": self.phase_seconds,
             "grad_norm": None if norm is None else float(norm),
         }
+
+
+def _written(work: Callable[[], T], folder: Path) -> T:
+    try:
+        return work()
+    except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full disk
+        if isinstance(error, SDPError):
+            raise
+        raise OutputError(f"cannot write a checkpoint to {folder}: {error}") from None
+
+
+def _finish(staging: Path, final: Path, is_latest: bool) -> None:
+    """What DeepSpeed wrote below ``staging``: the checkpoint, and scripts that it puts beside all of them."""
+    replace_folder(staging / final.name, final)
+    if is_latest:
+        folders.set_latest(final.parent, final.name)
+    for file in staging.iterdir():
+        if file.is_file():
+            os.replace(file, final.parent / file.name)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def initialize_dense(model: nn.Module, config: Mapping[str, Any], seed: int = 0) -> DenseEngine:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-from deepspeed_sdp.checkpoint import BackgroundWriter
+from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.agreement import agree, agreed
 from deepspeed_sdp.engine.assemble import assemble
@@ -51,6 +51,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _weights=None,
             _is_destroyed=False,
             _checkpoint_writer=BackgroundWriter(),
+            _checkpoint_locks=FolderLocks(),
         )
         super().__init__(*args, **kwargs)
         # One that a callable made is compared here for the first time.
@@ -137,6 +138,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
                 if self.__dict__.get(hook) is not None:
                     stack.callback(self.__dict__.pop(hook).remove)
             stack.callback(super().destroy)
+            stack.callback(self._checkpoint_locks.release)
             self.wait_for_checkpoint()
 
     # -- what DeepSpeed's engine asks for ----------------------------------------------------------------------------

@@ -1,8 +1,5 @@
 """The full model, out of all subnetworks: as a state dict on rank 0 and as a HuggingFace folder."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from deepspeed_sdp.checkpoint import model_folder
 from deepspeed_sdp.engine.gather import Access, full_parameters
 from deepspeed_sdp.errors import OutputError
 from deepspeed_sdp.ranks import object_of_first
@@ -42,10 +40,7 @@ def full_state_dict(
 
 
 def save_hf(subnetwork: Subnetwork, folder: Path, access: Access, dtype: torch.dtype | None = None) -> None:
-    """Collective; see :meth:`SDPEngine.save_hf`.
-
-    Files are written aside and moved into the folder one by one, so that a failed save leaves an older one whole.
-    """
+    """Collective; see :meth:`SDPEngine.save_hf`."""
     weights = full_state_dict(subnetwork, access, dtype)
     failure = object_of_first(_write(subnetwork, folder, weights) if weights is not None else None, "save_hf")
     if failure is not None:
@@ -59,24 +54,12 @@ def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
-    staging = None
     try:
         model = skeleton_to_save(subnetwork, next(iter(weights.values())).dtype)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Inside the folder, which may be a mount point of its own.
-        staging = tempfile.mkdtemp(prefix=".staging-", dir=folder)
-        model.save_pretrained(staging, state_dict=weights)
-        written = sorted(Path(staging).iterdir())
-        for file in written:
-            os.replace(file, folder / file.name)
-        # Weights of an earlier save with other shards would be loaded instead of these.
-        for stale in {*folder.glob("model*.safetensors*")} - {folder / file.name for file in written}:
-            stale.unlink()
+        with model_folder(folder) as staging:
+            model.save_pretrained(staging, state_dict=weights)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
         return f"save_hf: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
     except Exception as error:  # the other ranks wait for word of this one, whatever it is
         return f"save_hf: cannot save the model to {folder}: {type(error).__name__}: {error}"
-    finally:
-        if staging:
-            shutil.rmtree(staging, ignore_errors=True)
     return None

@@ -88,7 +88,11 @@ def open_universal(folder: Path, tag: str | None) -> UniversalCheckpoint | None:
     def look() -> dict[str, Any]:
         path = _find(folder, tag)
         if path is not None:
-            found.append(_open(path))
+            try:
+                found.append(_open(path))
+                found[0].state()
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise CheckpointError(f"checkpoint: {path} is not of the universal format: {error!r}") from None
         return {"universal checkpoint": str(path)}
 
     agree(look)
@@ -98,7 +102,7 @@ def open_universal(folder: Path, tag: str | None) -> UniversalCheckpoint | None:
 def _find(folder: Path, tag: str | None) -> Path | None:
     for name in ("latest", LATEST) if tag is None else ():
         if (folder / name).is_file():
-            tag = (folder / name).read_text(encoding="utf-8").strip()
+            tag = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
             if not (folder / tag / "zero").is_dir() and name == "latest" and (folder / LATEST).is_file():
                 continue
             break

@@ -1,7 +1,6 @@
 """``transformers.Trainer`` with SDP: what it evaluates and saves is the full model."""
 
 import copy
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,14 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import Trainer
+from transformers.utils import logging
 
-from deepspeed_sdp.checkpoint import has_checkpoint
+from deepspeed_sdp.checkpoint import has_checkpoint, model_folder
 from deepspeed_sdp.config import BLOCK
 from deepspeed_sdp.engine import SDPEngine
-from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.failures import report_uncaught
+from deepspeed_sdp.errors import ConfigError, OutputError
+from deepspeed_sdp.failures import on_first_rank, report_uncaught
+from deepspeed_sdp.files import remove_folder, remove_unfinished
 from deepspeed_sdp.ranks import meet
+
+logger = logging.get_logger(__name__)
 
 Original = Callable[..., Any]
 
@@ -74,10 +78,20 @@ def save_model(
         return
     _calibrate(trainer, engine)
     weights = engine.full_state_dict()
-    if weights is not None:
+    folder = Path(output_dir or str(trainer.args.output_dir))
+
+    def write() -> None:
+        assert weights is not None
         skeleton = engine.full_skeleton(next(iter(weights.values())).dtype)
-        with _stands_for(trainer, skeleton):
-            trainer._save(output_dir, state_dict=weights)
+        try:
+            with model_folder(folder) as staging, _stands_for(trainer, skeleton):
+                trainer._save(str(staging), state_dict=weights)
+        except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
+            raise OutputError(
+                f"save_model: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
+            ) from None
+
+    on_first_rank(write)
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
@@ -124,12 +138,15 @@ def finalize_training(trainer: Trainer, original: Original, *args: Any, **kwargs
         engine.wait_for_checkpoint()
         if trainer.args.should_save and _saved_steps(trainer):
             _remove_old_checkpoints(trainer)
+        engine.release_checkpoints()
     return original(*args, **kwargs)
 
 
 def save_checkpoint(trainer: Trainer, original: Original, *args: Any, **kwargs: Any) -> None:
     """No complete ``checkpoint-*`` is removed before a newer one is complete; one that could not be written is."""
     engine, limit = sdp_engine(trainer), trainer.args.save_total_limit
+    if engine is not None:
+        engine.claim_checkpoints(str(trainer.args.output_dir))
     if engine is None or trainer.args.save_only_model:
         original(*args, **kwargs)
         return
@@ -156,8 +173,12 @@ def _remove_old_checkpoints(trainer: Trainer, under_way: int | None = None) -> N
     if limit:
         of_best = {step for step in complete if best is not None and by_step[step].name == Path(best).name}
         gone |= set(complete) - of_best - set(complete[-max(1, limit - len(of_best)) :])
-    for step in gone:
-        shutil.rmtree(by_step[step], ignore_errors=True)
+    try:
+        remove_unfinished(Path(str(trainer.args.output_dir)))
+        for step in gone:
+            remove_folder(by_step[step])
+    except OSError as error:
+        logger.warning(f"checkpoints that are not needed any more are left in {trainer.args.output_dir}: {error}")
 
 
 def _saved_steps(trainer: Trainer) -> set[int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_sdp.checkpoint import LOCK
 from deepspeed_sdp.engine import Peak, gradient_peak
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.failures import on_first_rank
@@ -33,7 +34,8 @@ class LoopSettings:
         tokens_per_step: over all ranks.
         flops_per_token: training FLOPs of this rank's worker.
         peak_flops: FLOPs per second of the device; ``None``: unknown.
-        log_interval, eval_interval, checkpoint_interval: steps between them; 0 checkpoints: only when asked to stop.
+        log_interval, eval_interval, checkpoint_interval: steps between them; 0 checkpoints: only when asked to stop;
+            else the last step has one, too.
         eval_sequences: held-out sequences of an evaluation in mid-run, 0: all; the last one takes all.
         calibration_sequences: of a step's text, on which the full model is calibrated before it is evaluated or saved.
         restart: begin anew where there is a checkpoint to go on from.
@@ -81,11 +83,16 @@ class Loop:
         Raises:
             ConfigError: the run has done more steps already.
             DataError: the checkpoint was made with another text.
-            OutputError: it was asked to stop, and no checkpoint could be written.
+            OutputError: it was asked to stop, and no checkpoint could be written; or another job writes them.
         """
         settings = self.settings
-        if settings.restart:
+        if settings.restart and on_every_rank(self.checkpoints.exists):
+            # Not those of a job that writes them.
+            self.engine.claim_checkpoints(self.checkpoints)
             on_first_rank(self._set_aside)
+        if settings.checkpoint_interval:
+            # Rather now than after an interval of work.
+            self.engine.claim_checkpoints(self.checkpoints)
         done = self._resume()
         if done > settings.steps:
             raise ConfigError(
@@ -117,7 +124,8 @@ class Loop:
         for step in range(done + 1, settings.steps + 1):
             micro_batches = self._one_step(batches, metrics, is_measured=step == min(done + 2, settings.steps))
             is_asked = self._stop.agreed()
-            is_saved = is_asked or bool(settings.checkpoint_interval and step % settings.checkpoint_interval == 0)
+            interval = settings.checkpoint_interval
+            is_saved = is_asked or bool(interval and (step % interval == 0 or step == settings.steps))
             # A job that goes on from a checkpoint knows nothing of losses that were not written by then.
             if step % settings.log_interval == 0 or step == settings.steps or is_saved:
                 line = metrics.write_step(step)
@@ -194,11 +202,11 @@ class Loop:
 
     def _set_aside(self) -> None:
         """Checkpoints of a run that is begun anew: nothing saved is lost, and nobody goes on from them by mistake."""
-        if not self.checkpoints.exists():
-            return
         names = (self.checkpoints.with_name(f"checkpoints-before-{number}") for number in itertools.count(1))
         try:
-            os.rename(self.checkpoints, next(name for name in names if not name.exists()))
+            aside = next(name for name in names if not name.exists())
+            os.rename(self.checkpoints, aside)
+            (aside / LOCK).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"--restart: cannot rename {self.checkpoints}: {error.strerror or error}") from None
 

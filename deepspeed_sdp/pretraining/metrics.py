@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.errors import OutputError
+from deepspeed_sdp.files import write_text
 from deepspeed_sdp.ranks import gather_objects
 
 PHASES = ("data", "forward", "backward", "step", "communication", "exposed")
@@ -153,9 +153,7 @@ class Metrics:
         try:
             lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
-            staging = self._file.with_suffix(".staging")
-            staging.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(staging, self._file)
+            write_text(self._file, "".join(f"{line}\n" for line in kept))
         except OSError as error:
             raise OutputError(f"--output_dir: cannot write {self._file}: {error.strerror or error}") from None
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from deepspeed_sdp.files import replacing, write_text
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.report.plots import plot_loss, plot_plan
 
@@ -103,12 +104,13 @@ class RunReport:
             OSError: the folder cannot be written.
         """
         data = self.to_dict()
-        (folder / "report.json").write_text(
-            json.dumps(_finite(data), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        (folder / "report.md").write_text(to_markdown(data), encoding="utf-8")
-        plot_loss(data, folder / "loss.png")
-        plot_plan(self.plan, folder / "plan.png")
+        write_text(folder / "report.md", to_markdown(data))
+        with replacing(folder / "loss.png") as path:
+            plot_loss(data, path)
+        with replacing(folder / "plan.png") as path:
+            plot_plan(self.plan, path)
+        # Last: where it is, the run was finished.
+        write_text(folder / "report.json", json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
 
     def closing_lines(self, folder: Path) -> str:
         """What a user sees at the end."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.engine import initialize_dense
 from tests.engine.cases import build_model, ds_config, face, run_steps
 
 HALF = {"coverage": 0.5}
@@ -184,3 +185,35 @@ def save_errors(folder, sdp, ds):
     engine.save_checkpoint(Path(folder) / "ok")
     engine.destroy()
     return messages, losses
+
+
+def save_once(folder, is_async):
+    """The message of a save that is refused, and what the job does after it."""
+    engine = start({**HALF, "checkpoint_async": is_async}, {"stage": 1})
+    run_steps(engine, 1)
+    message = None
+    try:
+        engine.save_checkpoint(folder)
+        engine.wait_for_checkpoint()
+    except deepspeed_sdp.SDPError as error:
+        message = f"{type(error).__name__}: {error}"
+    losses = run_steps(engine, 1)["losses"]
+    engine.destroy()
+    return message, losses
+
+
+def dense_saves(folder):
+    """The baseline saves twice under one tag and loads: what is there after each, and whether the last was loaded."""
+    engine = initialize_dense(build_model(meta=True), ds_config(stage=1))
+    names = []
+    for _ in range(2):
+        run_steps(engine, 1)
+        engine.save_checkpoint(folder, tag="t", client_state={"steps": engine.global_steps})
+        names.append(sorted(path.name for path in Path(folder).iterdir()))
+    saved = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    run_steps(engine, 1)
+    _, state = engine.load_checkpoint(folder)
+    is_last = all(torch.equal(value, saved[name]) for name, value in engine.module.state_dict().items())
+    engine.destroy()
+    dist.barrier()
+    return names, state["steps"], is_last, sorted(path.name for path in Path(folder).iterdir())

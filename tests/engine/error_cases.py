@@ -114,6 +114,8 @@ def wrong_adapter(kind, ds=None, sdp=None):
         return type(error).__name__, str(error)
     finally:
         restore()
+
+
 def _adamw(changed):
     return lambda model: torch.optim.AdamW(
         [

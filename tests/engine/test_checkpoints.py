@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepspeed_sdp.checkpoint import LOCK, FolderLocks
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.export import export
 from deepspeed_sdp.checkpoint.summary import locate
@@ -372,7 +373,7 @@ def test_names_that_lead_out_of_a_folder_are_refused(checkpoint, tmp_path, capsy
         body["files"]["index.json"] = folders.describe_file(folder / "index.json")
         (folder / "manifest.json").write_text(json.dumps({**body, "sha256": folders._digest(body)}))
         assert main(["export", str(folder), str(tmp_path / "u"), "--universal"]) == 1
-        assert "names a tensor" in capsys.readouterr().err
+        assert f"index.json: {bad}" in capsys.readouterr().err
         assert not list(tmp_path.glob("u/*"))
 
 
@@ -397,6 +398,29 @@ def test_a_save_that_fails_says_so_on_all_ranks_and_the_job_goes_on(ranks4, tmp_
         assert messages[1].startswith("CheckpointError: rank 0: client_state: cannot be loaded safely")
         assert losses
     assert [path.name for path in (tmp_path / "ok").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_folder_that_another_job_writes_is_refused_on_all_ranks(ranks4, tmp_path, is_async):
+    locks = FolderLocks()
+    locks.take(tmp_path)
+    results = ranks4.run(f"{CASES}:save_once", timeout=60, folder=str(tmp_path), is_async=is_async)
+    assert os.listdir(tmp_path) == [LOCK]
+    locks.release()
+    assert len({message for message, _ in results}) == 1
+    assert results[0][0].startswith("OutputError: rank 0: checkpoint: ")
+    assert f"is written by process {os.getpid()} on " in results[0][0]
+    assert all(losses for _, losses in results)
+    assert ranks4.run(f"{CASES}:save_once", timeout=60, folder=str(tmp_path), is_async=is_async)[0][0] is None
+    assert sorted(os.listdir(tmp_path)) == ["global_step1", "latest"]
+
+
+def test_the_dense_baselines_checkpoints_are_whole_too(ranks4, tmp_path):
+    for names, steps, is_last, left in ranks4.run(f"{CASES}:dense_saves", timeout=60, folder=str(tmp_path)):
+        assert {"t", "latest"} <= set(names[0])
+        assert not [name for name in names[1] if ".new-" in name or "replaced" in name]
+        assert (steps, is_last) == (2, True)
+        assert LOCK not in left
 
 
 WATCHED = """

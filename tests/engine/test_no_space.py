@@ -54,7 +54,7 @@ def removing(folder):
 
     def remove():
         while not stop.is_set():
-            for path in folder.glob(".unfinished-*"):
+            for path in folder.glob(".*.new-*"):
                 subprocess.run(["rm", "-rf", path], check=False, stderr=subprocess.DEVNULL)
             time.sleep(0.0005)
 

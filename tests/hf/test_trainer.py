@@ -1,5 +1,6 @@
 """The real Trainer on real ranks: every habit of its users goes on working, and what it shows is the full model."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepspeed_sdp.checkpoint import LOCK, FolderLocks
 from tests.hf.trainer_cases import HALF, Rows
 from tests.support.models import tiny_model
 
@@ -229,6 +231,21 @@ def test_no_complete_checkpoint_is_removed_for_one_that_is_not(ranks4, tmp_path)
     seen, left = results[0]
     assert all(any(complete for _, complete in of_step) for of_step in seen[2:])
     assert left == [("checkpoint-4", True)]
+
+
+def test_another_jobs_output_folder_is_refused_on_all_ranks_and_the_last_step_is_saved(ranks4, tmp_path):
+    locks = FolderLocks()
+    locks.take(tmp_path)
+    for message, steps, names in ranks4.run(f"{CASES}:save_beside_another_job", timeout=90, folder=str(tmp_path)):
+        assert message.startswith(f"OutputError: checkpoint: {tmp_path} is written by process {os.getpid()} on ")
+        assert (steps, names) == (2, [LOCK])
+    locks.release()
+    for message, steps, names in ranks4.run(f"{CASES}:save_beside_another_job", timeout=90, folder=str(tmp_path)):
+        assert (message, steps, names) == (None, 3, ["checkpoint-2", "checkpoint-3"])
+    (tmp_path / "new").touch()
+    mode = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {mode}
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_stage_3_builds_models_whole(ranks4, tmp_path):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from deepspeed_sdp import SDPError
 from deepspeed_sdp.hf import SDPTrainer
 from tests.support.models import tiny_model
 
@@ -219,7 +220,7 @@ def failing_saves(folder, sdp, fails_at=(), slow_finish=False):
             if state.global_step in fails_at and args.should_save:
                 path = Path(folder) / f"checkpoint-{state.global_step}"
                 path.mkdir(exist_ok=True)
-                (path / f".unfinished-global_step{state.global_step}").write_text("")
+                (path / f"global_step{state.global_step}").write_text("")
 
     finish = folders.finish
     if slow_finish:
@@ -460,3 +461,16 @@ def accelerate_loop(folder, sdp):
         expected.append(float(loss.detach()))
     engine.destroy()
     return losses, expected, weights, full, again
+
+
+def save_beside_another_job(folder):
+    """The message of training where another job saves, steps that were done, and what is in the folder."""
+    trainer = make(folder, HALF, max_steps=3, save_strategy="steps", save_steps=2)
+    message = None
+    try:
+        trainer.train()
+    except SDPError as error:
+        message = f"{type(error).__name__}: {error}"
+    close(trainer)
+    dist.barrier()
+    return message, trainer.state.global_step, sorted(path.name for path in Path(folder).iterdir())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from deepspeed_sdp.cli import main
 from deepspeed_sdp.data import open_shards, separate_documents
 from tests.launch.jobs import RANK_VARIABLES, assert_ended_badly
 from tests.launch.recipe_jobs import PRETRAIN, RECIPE, RecipePlace
@@ -28,7 +29,7 @@ def stopping(engine, batches):
 loop.train_step = stopping
 """
 # Restarts of attention at documents reach every layer of the evaluation.
-CHANGES = {"pretraining.document_reset": "attention"}
+CHANGES = {"pretraining.document_reset": "attention", "pretraining.checkpoint_interval": 5}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,16 @@ def test_the_exported_model_has_the_reported_loss(run, place):
         count += predicted
     report = json.loads((place.output / "report.json").read_text())
     assert report["full_model_val_loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_the_last_step_has_a_checkpoint_which_is_the_final_model(run, place, tmp_path):
+    checkpoints = place.output / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} - {"latest"} == {f"global_step{n}" for n in (5, 10, 12)}
+    assert main(["export", str(checkpoints), str(tmp_path / "hf")]) == 0
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    final = weights(place)
+    assert set(exported) == set(final)
+    assert all(exported[name].equal(final[name]) for name in final)
 
 
 @pytest.mark.slow
