@@ -74,7 +74,7 @@ def export(
             )
             config.save_pretrained(staging)
             if tokenizer is not None:
-                AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staging)
+                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(staging)
             written = sorted(staging.iterdir())
             for file in written:
                 os.replace(file, out / file.name)

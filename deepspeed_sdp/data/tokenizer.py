@@ -113,7 +113,7 @@ def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _load(folder: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # damaged files raise almost anything, Rust's errors included
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {reason}") from None
