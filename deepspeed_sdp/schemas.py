@@ -1,16 +1,12 @@
 """JSON objects from files, held to a schema with bounds before anything is made of them."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deepspeed_sdp.config import read_json
-from deepspeed_sdp.errors import ConfigError, SDPError
-
-# Of what was got, so much is repeated in a message.
-_SHOWN = 60
+from deepspeed_sdp.errors import SDPError
+from deepspeed_sdp.json_text import parse_json, shown
 
 # Numbers of bytes, tokens and the like: they fit an int64, and so do their sums.
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -29,11 +25,15 @@ def read_object(path: Path, schema: type[BaseModel], error: type[SDPError]) -> d
         error: in one line: the file is missing, holds no JSON object, or not what ``schema`` takes.
     """
     try:
-        value = read_json(path, path.name)
-    except ConfigError as reason:
-        raise error(str(reason)) from None
-    except (ValueError, RecursionError):  # numbers of thousands of digits, thousands of brackets
-        raise error(f"{path.name}: {path} is not usable JSON") from None
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror or reason}") from None
+    except UnicodeDecodeError:
+        raise error(f"{path}: is not a text file") from None
+    except ValueError as reason:
+        raise error(f"{path}: {reason}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds {shown(value)}; takes a JSON object")
     check_object(value, schema, error, str(path))
     return value
 
@@ -48,16 +48,8 @@ def check_object(value: Any, schema: type[BaseModel], error: type[SDPError], pla
         schema.model_validate(value)
     except ValidationError as found:
         first = found.errors(include_url=False, include_context=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "JSON"
-        got = "nothing" if first["type"] == "missing" else shown(first["input"])
-        message = "is required" if first["type"] == "missing" else f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise error(f"{place}: {key}: got {got}; {message}") from None
-
-
-def shown(value: Any) -> str:
-    """A value in a message: one line, and not all of a long one."""
-    try:
-        text = json.dumps(value, default=str)
-    except (ValueError, RecursionError):
-        text = type(value).__name__
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        key = ".".join(shown(part).strip('"') for part in first["loc"])
+        if first["type"] == "missing":
+            raise error(f"{place}: {key}: got nothing; it is required") from None
+        takes = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise error(f"{place}: {key}: got {shown(first['input'])}; {takes}") from None

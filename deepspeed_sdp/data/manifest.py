@@ -10,7 +10,8 @@ from pydantic import Field
 
 from deepspeed_sdp.data.shard_writer import file_sizes, shards_of
 from deepspeed_sdp.errors import DataError
-from deepspeed_sdp.schemas import Count, Schema, read_object, shown
+from deepspeed_sdp.json_text import shown
+from deepspeed_sdp.schemas import Count, Schema, read_object
 
 # Changes with what is made of the same text, or with how it is stored.
 FORMAT = 1

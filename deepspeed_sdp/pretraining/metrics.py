@@ -150,7 +150,7 @@ class Metrics:
     def _drop_after(self, step: int) -> None:
         """A job that goes on from a checkpoint does the steps after it again; a half-written line is dropped too."""
         try:
-            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
             staging = self._file.with_suffix(".staging")
             staging.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -192,5 +192,5 @@ def _rounded(value: Any) -> Any:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
