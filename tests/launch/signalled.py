@@ -1,7 +1,6 @@
 """Jobs that are sent a signal in mid-run, at the process that a user or a scheduler would signal."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -75,6 +74,3 @@ def run_signalled(workplace, launcher, number, whom="launcher", switches=()):
 def was_saved(workplace, job):
     """Whether the job said so, and there is a checkpoint to go on from."""
     return "the same command goes on from" in job.output and (workplace.output / "checkpoints" / "latest").exists()
-
-
-USR1, TERM, INT = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
