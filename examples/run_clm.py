@@ -112,14 +112,19 @@ def main() -> None:
     set_seed(training_args.seed)
 
     source = model_args.config_name or model_args.model_name_or_path
-    config = AutoConfig.from_pretrained(source) if source else CONFIG_MAPPING[model_args.model_type]()
+    # What a folder brings along is read, never executed.
+    if source:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    else:
+        config = CONFIG_MAPPING[model_args.model_type]()
     if model_args.config_overrides:
         config.update_from_string(model_args.config_overrides)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
-    if model_args.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, config=config)
+    name = model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, trust_remote_code=False)
+    if name:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, trust_remote_code=False)
     else:
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
 

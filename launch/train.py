@@ -186,7 +186,7 @@ def measure_dense(args: argparse.Namespace, corpus: "Corpus") -> list[dict[str, 
     from deepspeed_sdp.pretraining.text import PackedText
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(full_config(args, corpus))
+    model = AutoModelForCausalLM.from_config(full_config(args, corpus), trust_remote_code=False)
     engine, *_ = deepspeed.initialize(model=model, config=dense_config(args), model_parameters=model.parameters())
     size = engine.train_micro_batch_size_per_gpu()
     batches = PackedText.of(corpus, args.seed).batches(dist.get_rank(), dist.get_world_size(), size, 0)

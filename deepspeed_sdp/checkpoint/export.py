@@ -67,7 +67,7 @@ def export(
             )
             config.save_pretrained(staging)
             if tokenizer is not None:
-                AutoTokenizer.from_pretrained(tokenizer).save_pretrained(staging)
+                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(staging)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
         raise OutputError(f"cannot write {out}: {error}") from None
 

@@ -21,7 +21,7 @@ from deepspeed_sdp.checkpoint.index import Place
 from deepspeed_sdp.checkpoint.json_files import FileName, Schema, read_as
 from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.errors import CheckpointError, SDPError
-from deepspeed_sdp.subnetwork import meta_model
+from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
 _FILES = "*.safetensors"
 
@@ -72,10 +72,8 @@ class HFFolderReader(TensorFileReader):
 
     def _own_names(self) -> dict[str, str]:
         """Name in the folder -> name in the model, for a family that transformers knows."""
-        from transformers import AutoConfig
-
         try:
-            names = saved_names(meta_model(AutoConfig.from_pretrained(self._folder), "config.json"))
+            names = saved_names(meta_model(read_model_config(self._folder, "config.json"), "config.json"))
         except (OSError, ValueError, SDPError):  # then they are taken as they are
             return {}
         return {saved: name for name, saved in names.items()}

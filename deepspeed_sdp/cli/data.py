@@ -86,11 +86,11 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _inspect(folder: Path, verify: bool, as_json: bool) -> None:
-    from deepspeed_sdp.data.manifest import check_sizes, damaged_files, read_manifest
+    from deepspeed_sdp.data.manifest import check_files, damaged_files, read_manifest
 
     manifest = read_manifest(folder)
     _print(folder, manifest, as_json)
-    check_sizes(folder, manifest)
+    check_files(folder, manifest)
     if verify:
         damaged = [name for name, is_damaged in damaged_files(folder, manifest) if is_damaged]
         if damaged:

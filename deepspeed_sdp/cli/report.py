@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepspeed_sdp.config import read_json
+from deepspeed_sdp.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepspeed_sdp.cli.options import Commands
@@ -21,6 +21,14 @@ def add_commands(commands: "Commands") -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from deepspeed_sdp.report import to_markdown
+    from deepspeed_sdp.report.report_file import read_report, with_nan
 
-    data = read_json(args.folder / "report.json", "report")
-    print(json.dumps(data, indent=2) if args.json else to_markdown(data))
+    data = read_report(args.folder)
+    if args.json:
+        print(json.dumps(data, indent=2))
+        return
+    try:
+        page = to_markdown(with_nan(data))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # of another version
+        raise ConfigError(f"{args.folder / 'report.json'}: is no report of this version: {error!r}") from None
+    print(page)

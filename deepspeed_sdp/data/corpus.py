@@ -2,28 +2,35 @@
 
 import hashlib
 import json
-import os
 import platform
-import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
+from deepspeed_sdp.data import manifest as manifests
 from deepspeed_sdp.data.builtin_text import builtin_documents
 from deepspeed_sdp.data.packing import Tokens, pack, tokenize_documents, unigram_loss
 from deepspeed_sdp.data.split import split_documents
 from deepspeed_sdp.data.text_files import read_documents
 from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer
 from deepspeed_sdp.errors import DataError, OutputError
+from deepspeed_sdp.files import begin_folder, replace_folder
+from deepspeed_sdp.schemas import Schema, read_object
 
-# Changes with what is made of the same text.
-_FORMAT = 2
+# Changes with what is made of the same text, or with how it is stored.
+_FORMAT = 3
 _MANIFEST = "manifest.json"
+
+
+class _Manifest(Schema):
+    fingerprint: str
+    unigram_val_loss: float
+    files: list[manifests.File]
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,19 @@ def prepare_corpus(folder: Path, spec: CorpusSpec, *, progress: bool = False) ->
     """
     folder = folder.resolve()
     fingerprint = spec.fingerprint()
-    if _is_prepared(folder, fingerprint):
-        return load_corpus(folder)
     staging = None
     try:
-        staging = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
-        staging.mkdir(parents=True)
-        _build(staging, spec, fingerprint, progress)
-        if folder.exists():
-            _remove_prepared(folder)
-        os.replace(staging, folder)
+        if _is_prepared(folder, fingerprint):
+            with suppress(OSError):  # it may be there to be read alone
+                begin_folder(folder).rmdir()
+            return load_corpus(folder)
+        staging = begin_folder(folder)
+        # What was interrupted is put back there.
+        if not _is_prepared(folder, fingerprint):
+            _build(staging, spec, fingerprint, progress)
+            if folder.exists():
+                _check_replaceable(folder)
+            replace_folder(staging, folder)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -112,12 +122,21 @@ def load_corpus(folder: Path) -> Corpus:
         DataError: there is none, or it cannot be read.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        train = np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False)
-        heldout = np.load(folder / "heldout.npy", mmap_mode="r", allow_pickle=False)
-        return Corpus(folder / "tokenizer", train, heldout, float(manifest["unigram_val_loss"]))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise DataError(f"--data_cache: {folder} holds no prepared text on this node: {error}") from None
+        manifest = read_object(folder / _MANIFEST, _Manifest, DataError)
+        train, heldout = (_load(folder / name) for name in ("train.npy", "heldout.npy"))
+        if train.shape[1] != heldout.shape[1]:
+            raise DataError(f"sequences of {train.shape[1]} and {heldout.shape[1]} tokens")
+    except Exception as error:  # damaged arrays raise almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"--data_cache: {folder} holds no prepared text on this node: {reason}") from None
+    return Corpus(folder / "tokenizer", train, heldout, float(manifest["unigram_val_loss"]))
+
+
+def _load(path: Path) -> Tokens:
+    sequences: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(sequences, np.memmap) or sequences.dtype != np.int32 or sequences.ndim != 2:
+        raise DataError(f"{path} holds no sequences of int32")
+    return sequences
 
 
 def _build(staging: Path, spec: CorpusSpec, fingerprint: str, progress: bool) -> None:
@@ -142,28 +161,32 @@ def _build(staging: Path, spec: CorpusSpec, fingerprint: str, progress: bool) ->
         "bytes": sum(len(text.encode()) for text in documents),
         "sequences": {"train": len(train), "heldout": len(heldout)},
         "unigram_val_loss": unigram_loss(train, heldout, len(tokenizer)),
+        "files": manifests.list_files(staging),
     }
     (staging / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_prepared(folder: Path, fingerprint: str) -> bool:
+    """Whether all that a corpus of this fingerprint needs is there, as it was made; reads all of it."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        corpus = load_corpus(folder)
-        load_tokenizer(corpus.tokenizer_folder)
-    except (OSError, ValueError, DataError):
+        manifest = read_object(folder / _MANIFEST, _Manifest, DataError)
+        if manifest["fingerprint"] != fingerprint:
+            return False
+        there = manifests.list_files(folder)
+        load_tokenizer(load_corpus(folder).tokenizer_folder)
+    except (OSError, DataError):
         return False
-    sizes = {"train": len(corpus.train), "heldout": len(corpus.heldout)}
-    return bool(manifest.get("fingerprint") == fingerprint and manifest.get("sequences") == sizes)
+    needed = {file["name"] for file in there if file["name"].startswith(("train.", "heldout.", "tokenizer/"))}
+    listed = {file["name"]: file for file in manifest["files"]}
+    return needed <= listed.keys() and all(file in there for file in listed.values())
 
 
-def _remove_prepared(folder: Path) -> None:
-    """Delete an outdated corpus, and nothing that is something else."""
+def _check_replaceable(folder: Path) -> None:
+    """An outdated corpus is, and nothing that is something else."""
     known = {_MANIFEST, "train.npy", "heldout.npy", "tokenizer"}
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
     if foreign:
         raise OutputError(f"--data_cache: {folder} holds other files ({foreign[0]}); takes a new or a prepared folder")
-    shutil.rmtree(folder)
 
 
 def _stat(path: Path) -> list[Any]:

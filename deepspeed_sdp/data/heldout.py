@@ -1,13 +1,10 @@
 """The first held-out sequences of a source, read once and kept in a file."""
 
-import contextlib
 import json
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +14,20 @@ from tqdm import tqdm
 from deepspeed_sdp.data.documents import stream_documents
 from deepspeed_sdp.data.encoding import DocumentEncoder, Ids
 from deepspeed_sdp.data.faults import Skipped
+from deepspeed_sdp.data.manifest import Skips
 from deepspeed_sdp.data.separation import Reset, packed_example
 from deepspeed_sdp.data.source import Source
 from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.errors import DataError, OutputError
+from deepspeed_sdp.files import replacing
+from deepspeed_sdp.schemas import Schema, check_object
+
+_ABOUT_BYTES = 1 << 20
+
+
+class _About(Schema):
+    identity: dict[str, Any]
+    skipped: dict[str, Skips]
 
 
 @dataclass(frozen=True)
@@ -53,30 +60,38 @@ class HeldoutSequences:
             OutputError: it cannot be written.
         """
         about = json.dumps({"identity": identity, "skipped": self.skipped.to_json()}, sort_keys=True)
-        staging = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         try:
-            with staging.open("wb") as file:
+            with replacing(path) as new, new.open("wb") as file:
                 np.savez_compressed(file, ids=self.ids, starts=self.starts, about=np.array(about))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staging, path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                staging.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any]) -> "HeldoutSequences | None":
-        """What :meth:`save` wrote; ``None`` if it is not there, damaged, or of another identity."""
+        """What :meth:`save` wrote; ``None`` if it is not there, damaged, or of another identity.
+
+        Args:
+            identity: its ``count`` and ``seq_length`` are the shape ``[n, T]``.
+        """
+        shape = identity["count"], identity["seq_length"]
+        # A token and the start of a document for each, and what is said about them.
+        most = shape[0] * shape[1] * (4 + 8) + _ABOUT_BYTES
         try:
+            with ZipFile(path) as packed:
+                if sum(part.file_size for part in packed.infolist()) > most:
+                    return None
             with np.load(path, allow_pickle=False) as saved:
                 about = json.loads(str(saved["about"]))
-                if about["identity"] != json.loads(json.dumps(identity)):
-                    return None
-                return cls(saved["ids"], saved["starts"], Skipped.from_json(about["skipped"]))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+                check_object(about, _About, DataError, str(path))
+                ids, starts = saved["ids"], saved["starts"]
+        except Exception:  # damaged archives raise almost anything
             return None
+        is_fit = ids.shape == shape and ids.dtype in ("<u2", "<u4") and starts.ndim == 1 and starts.dtype == np.int64
+        if not is_fit or (np.diff(starts, prepend=-1, append=ids.size) <= 0).any():
+            return None
+        if about["identity"] != json.loads(json.dumps(identity)):
+            return None
+        return cls(ids, starts, Skipped.from_json(about["skipped"]))
 
 
 def read_heldout(

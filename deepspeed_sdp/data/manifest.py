@@ -2,18 +2,86 @@
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from deepspeed_sdp.data.shard_writer import file_sizes, shards_of
 from deepspeed_sdp.errors import DataError
+from deepspeed_sdp.json_text import shown
+from deepspeed_sdp.schemas import Count, Schema, read_object
 
 # Changes with what is made of the same text, or with how it is stored.
 FORMAT = 1
 NAME = "manifest.json"
-_KEYS = {"format", "fingerprint", "request", "tokenizer", "dtype", "shard_tokens", "splits", "files", "skipped"}
+TOKENIZER = "tokenizer"
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Format(Schema):
+    format: int
+
+
+class File(Schema):
+    """Of a list of files."""
+
+    name: str = Field(min_length=1, max_length=1000)
+    bytes: Count
+    sha256: _Sha256
+
+
+class _Split(Schema):
+    tokens: Count
+    documents: Count
+    bytes: Count
+    characters: Count
+    shards: Count
+
+
+class _Splits(Schema):
+    train: _Split
+    heldout: _Split
+
+
+class _Tokenizer(Schema):
+    sha256: _Sha256
+    origin: str = Field(alias="from")
+    vocab_size: int = Field(ge=1, le=1 << 32)
+    eos_token_id: Count
+    bos_token_id: Count | None
+
+
+class _Source(Schema):
+    paths: list[str] = Field(min_length=1)
+    config: str | None
+    files: list[Any]
+
+
+class _Request(Schema):
+    source: _Source
+
+
+class Skips(Schema):
+    """What was skipped for one reason."""
+
+    count: int = Field(ge=1, le=1 << 60)
+    first: list[str] = Field(min_length=1)
+
+
+class _Manifest(Schema):
+    format: Literal[1]
+    fingerprint: _Sha256
+    request: _Request
+    commit: str | None
+    tokenizer: _Tokenizer
+    dtype: Literal["<u2", "<u4"]
+    shard_tokens: int = Field(ge=1, le=1 << 60)
+    splits: _Splits
+    skipped: dict[str, Skips]
+    seconds: float = Field(ge=0)
+    files: list[File]
 
 
 def fingerprint(request: Mapping[str, Any]) -> str:
@@ -22,40 +90,78 @@ def fingerprint(request: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of finished shards.
+    """The manifest of finished shards, which lists every file that its figures take.
 
     Raises:
-        DataError: there are none, or they were made by another version.
+        DataError: there are none, they were made by another version, or the manifest is damaged or contradicts itself.
     """
-    try:
-        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{folder}: holds no finished shards; 'deepspeed-sdp data' makes them") from None
-    except OSError as error:
-        raise DataError(f"{folder / NAME}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise DataError(f"{folder / NAME}: is damaged: {error}") from None
-    if not isinstance(manifest, dict) or not set(manifest) >= _KEYS:
-        raise DataError(f"{folder / NAME}: is no manifest of shards")
-    if manifest["format"] != FORMAT:
-        raise DataError(f"{folder}: has format {manifest['format']}; this version takes {FORMAT}")
+    path = folder / NAME
+    if not path.exists():
+        raise DataError(f"{folder}: holds no finished shards; 'deepspeed-sdp data' makes them")
+    made_by = read_object(path, _Format, DataError)["format"]
+    if made_by != FORMAT:
+        raise DataError(f"{folder}: has format {shown(made_by)}; this version takes {FORMAT}")
+    manifest = read_object(path, _Manifest, DataError)
+    _check(path, manifest)
     return manifest
 
 
-def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the size of every file with the manifest.
+def _check(path: Path, manifest: Mapping[str, Any]) -> None:
+    sizes: dict[str, int] = {}
+    for file in manifest["files"]:
+        name = file["name"]
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or parts.as_posix() != name or "\0" in name:
+            raise DataError(f"{path}: lists {shown(name)}; takes names of files within the folder")
+        if name in sizes:
+            raise DataError(f"{path}: lists {shown(name)} twice")
+        sizes[name] = file["bytes"]
+    vocab_size, width = manifest["tokenizer"]["vocab_size"], int(manifest["dtype"][-1])
+    if vocab_size > 1 << 8 * width or max(_special_ids(manifest)) >= vocab_size:
+        raise DataError(f"{path}: a vocabulary of {vocab_size} does not go with its dtype and special tokens")
+    for split, counts in manifest["splits"].items():
+        if counts["shards"] != shards_of(counts["tokens"], manifest["shard_tokens"]) or counts["shards"] > len(sizes):
+            raise DataError(f"{path}: lists {len(sizes)} files; {counts['tokens']} {split} tokens take others")
+        if bool(counts["documents"]) != bool(counts["tokens"]) or counts["documents"] > counts["tokens"]:
+            raise DataError(f"{path}: has {counts['documents']} {split} documents of {counts['tokens']} tokens")
+        for name, size in file_sizes(split, counts, manifest["shard_tokens"], width).items():
+            if sizes.get(name) != size:
+                got = f"with {sizes[name]} bytes" if name in sizes else "not at all"
+                raise DataError(f"{path}: lists {name} {got}; its figures take {size} bytes")
+    if not any(name.startswith(f"{TOKENIZER}/") for name in sizes):
+        raise DataError(f"{path}: lists no file of a tokenizer")
+
+
+def _special_ids(manifest: Mapping[str, Any]) -> list[int]:
+    about = manifest["tokenizer"]
+    return [about["eos_token_id"], *([] if about["bos_token_id"] is None else [about["bos_token_id"]])]
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file's size with the manifest, and the tokenizer's content, of which all files are read.
 
     Raises:
-        DataError: a file is missing or has another size.
+        DataError: a file is missing, has another size, lies outside of the folder, or is the tokenizer's and differs
+            or is not listed.
     """
-    for file in manifest["files"]:
-        path = folder / file["name"]
+    whole = folder.resolve()
+    listed = {file["name"]: file for file in manifest["files"]}
+    found = {path.relative_to(folder).as_posix() for path in (folder / TOKENIZER).rglob("*") if not path.is_dir()}
+    if found - listed.keys():
+        raise DataError(f"{folder / NAME}: does not list {min(found - listed.keys())}; takes the folder as it was made")
+    for name, file in listed.items():
+        path = folder / name
         try:
+            if not path.resolve().is_relative_to(whole) or not path.is_file():
+                raise DataError(f"{path}: is no file within {folder}")
             size = path.stat().st_size
+            is_changed = name.startswith(f"{TOKENIZER}/") and size == file["bytes"] and checksum(path) != file["sha256"]
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         if size != file["bytes"]:
             raise DataError(f"{path}: has {size} bytes; the manifest says {file['bytes']}")
+        if is_changed:
+            raise DataError(f"{path}: differs from the manifest's checksum")
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -77,16 +183,3 @@ def checksum(path: Path) -> str:
     """SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, and on disk."""
-    staging = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)

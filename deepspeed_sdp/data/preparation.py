@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -25,16 +26,40 @@ from deepspeed_sdp.data.faults import Skipped
 from deepspeed_sdp.data.reading import START, Place
 from deepspeed_sdp.data.shard_options import ShardOptions
 from deepspeed_sdp.data.shard_worker import Block, ShardWorker, Task, start_worker, work
-from deepspeed_sdp.data.shard_writer import SplitWriter
+from deepspeed_sdp.data.shard_writer import SplitWriter, file_sizes
 from deepspeed_sdp.data.source import Source
 from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 from deepspeed_sdp.errors import DataError
+from deepspeed_sdp.files import remove_unfinished, write_text
+from deepspeed_sdp.schemas import Count, Schema, read_object
 
 PROGRESS = "progress.json"
 LOCK = "lock"
 _SECONDS_BETWEEN_SYNCS = 10.0
 _TOKENIZER_CHARACTERS = 16_000_000
+
+
+class _Counts(Schema):
+    tokens: Count
+    documents: Count
+    bytes: Count
+    characters: Count
+
+
+class _SplitCounts(Schema):
+    train: _Counts
+    heldout: _Counts
+
+
+class _Progress(Schema):
+    fingerprint: str
+    counts: _SplitCounts
+    file: Count
+    place: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    skipped: dict[str, manifests.Skips]
+    heldout_documents_left_out: Count
+    seconds: float = Field(ge=0)
 
 
 class Preparation:
@@ -65,7 +90,7 @@ class Preparation:
         self.next = (state["file"], Place(*state["place"])) if state else (0, START)
         if not state:
             self._make_tokenizer(tokenizer)
-        self.encoder = DocumentEncoder(load_tokenizer(staging / "tokenizer"), options.add_bos)
+        self.encoder = DocumentEncoder(load_tokenizer(staging / manifests.TOKENIZER), options.add_bos)
         counts = state.get("counts", {})
         self.train = self._writer("train", options.max_tokens, counts)
         self.heldout = self._writer("heldout", options.max_heldout_tokens, counts)
@@ -110,7 +135,7 @@ class Preparation:
 
     def _blocks(self, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Block]]:
         arguments = (
-            self.source, self.staging / "tokenizer", self.options.heldout_fraction, self.options.add_bos,
+            self.source, self.staging / manifests.TOKENIZER, self.options.heldout_fraction, self.options.add_bos,
         )  # fmt: skip
         if workers == 1:
             worker = ShardWorker(*arguments)
@@ -137,7 +162,7 @@ class Preparation:
                 f"--heldout_fraction: got {self.options.heldout_fraction}, by which none of "
                 f"{self.train.counts['documents']} documents is held out; takes more, or 0"
             )
-        manifests.write_json(self.staging / manifests.NAME, self._manifest())
+        write_text(self.staging / manifests.NAME, json.dumps(self._manifest(), indent=2) + "\n")
 
     def _manifest(self) -> dict[str, Any]:
         encoder = self.encoder
@@ -172,11 +197,12 @@ class Preparation:
         }
 
     def _make_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        folder = self.staging / manifests.TOKENIZER
         if tokenizer is None:
             assert self.options.train_tokenizer is not None
-            train_tokenizer(self._first_documents(), self.options.train_tokenizer, self.staging / "tokenizer")
+            train_tokenizer(self._first_documents(), self.options.train_tokenizer, folder)
         else:
-            tokenizer.save_pretrained(self.staging / "tokenizer")
+            tokenizer.save_pretrained(folder)
 
     def _first_documents(self) -> list[str]:
         texts, size = [], 0
@@ -200,12 +226,22 @@ class Preparation:
         )  # fmt: skip
 
     def _saved(self) -> dict[str, Any]:
-        """Where an earlier process stopped, or nothing."""
+        """Where an earlier process stopped, if all is there that it wrote until then; or nothing."""
         try:
-            state: dict[str, Any] = json.loads((self.staging / PROGRESS).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            state = read_object(self.staging / PROGRESS, _Progress, DataError)
+            if state["fingerprint"] != self.fingerprint or state["file"] > len(self.source.files):
+                return {}
+            tokenizer = load_tokenizer(self.staging / manifests.TOKENIZER)
+        except DataError:
             return {}
-        return state if state.get("fingerprint") == self.fingerprint else {}
+        itemsize = DocumentEncoder(tokenizer).dtype.itemsize
+        sizes: dict[str, int] = {}
+        for split, counts in state["counts"].items():
+            if counts["tokens"] > len(list(self.staging.glob(f"{split}-*.bin"))) * self.options.shard_tokens:
+                return {}
+            sizes |= file_sizes(split, counts, self.options.shard_tokens, itemsize)
+        there = {path.name: path.stat().st_size for path in self.staging.iterdir()}
+        return state if all(there.get(name, -1) >= size for name, size in sizes.items()) else {}
 
     def _state(self) -> dict[str, Any]:
         """Between two blocks: what was made of those before."""
@@ -222,7 +258,7 @@ class Preparation:
         """The state after the last whole block; what lies on disk of the next one is cut off by who goes on."""
         self.train.sync()
         self.heldout.sync()
-        manifests.write_json(self.staging / PROGRESS, {**self._done, "seconds": self.seconds})
+        write_text(self.staging / PROGRESS, json.dumps({**self._done, "seconds": self.seconds}, indent=2) + "\n")
 
 
 def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) -> Iterator[tuple[Task, Block]]:
@@ -248,8 +284,9 @@ def _in_order(pool: ProcessPoolExecutor, tasks: Iterator[Task], ahead: int) -> I
 
 def _clear(staging: Path, all_of_it: bool) -> None:
     """Remove what an earlier process left: all of it, or what it was writing when it was killed."""
+    remove_unfinished(staging)
     for entry in staging.iterdir():
-        if not all_of_it and not entry.name.startswith((f".{PROGRESS}-", f".{manifests.NAME}-")):
+        if not (all_of_it or entry.name.startswith(".")):
             continue
         if entry.is_dir():
             shutil.rmtree(entry)

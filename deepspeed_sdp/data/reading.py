@@ -183,6 +183,9 @@ def _parquet_chunks(
                     reason = f"damaged row group: {group}: {reason_of(error)}"
                     raise _Broken(reason, position + 1) from None
                 yield Chunk(group, index, sum(sizes[:group]) + index * chunk_rows, rows)
+                if len(rows) < min(chunk_rows, sizes[group] - index * chunk_rows):
+                    reason = f"damaged row group: {group}: has fewer rows than the {sizes[group]} of its footer"
+                    raise _Broken(reason, position + 1)
 
 
 def _values(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Any]:

@@ -31,7 +31,7 @@ class Shards:
     @property
     def tokenizer_folder(self) -> Path:
         """An ordinary HuggingFace tokenizer."""
-        return self.folder / "tokenizer"
+        return self.folder / manifests.TOKENIZER
 
     @property
     def vocab_size(self) -> int:
@@ -63,11 +63,12 @@ def open_shards(folder: str | Path) -> Shards:
     """Finished shards.
 
     Raises:
-        DataError: there are none in ``folder``, a file is missing or has another size, or another version made them.
+        DataError: there are none in ``folder``, another version made them, the manifest is damaged or does not list
+            what it needs, a file is missing or has another size, or the tokenizer's files differ.
     """
     folder = Path(folder)
     manifest = manifests.read_manifest(folder)
-    manifests.check_sizes(folder, manifest)
+    manifests.check_files(folder, manifest)
     return Shards(folder, manifest)
 
 
@@ -103,23 +104,43 @@ class ShardSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return packed_example(self.tokens(first), self.starts(first), self.reset)
 
     def tokens(self, first: int) -> npt.NDArray[Any]:
-        """``T`` ids from token ``first`` of the split on."""
-        parts, left = [], self.seq_length
+        """``T`` ids from token ``first`` of the split on.
+
+        Raises:
+            DataError: one is past the tokenizer's largest.
+        """
+        place, parts, left = first, [], self.seq_length
         while left:
             number, offset = divmod(first, self._shard_tokens)
             part = self._shards()[number][offset : offset + left]
             parts.append(part)
             first += len(part)
             left -= len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if ids.max() >= self.shards.vocab_size:
+            raise self._damaged(shard_name(self.split, place // self._shard_tokens), f"holds the id {ids.max()}")
+        return ids
 
     def starts(self, first: int) -> npt.NDArray[np.int64]:
-        """Where documents begin in ``[first, first + T)``, from ``first``."""
+        """Where documents begin in ``[first, first + T)``, from ``first``.
+
+        Raises:
+            DataError: they are not in ascending order.
+        """
         if self._starts is None:
             self._starts = np.memmap(self.shards.folder / index_name(self.split), dtype="<i8", mode="r")
         # Both of the index's own type, else all of it would be converted.
         low, high = np.searchsorted(self._starts, np.array([first, first + self.seq_length], dtype="<i8"))
-        return np.asarray(self._starts[low:high]) - first
+        found = np.asarray(self._starts[low:high]) - first
+        if (np.diff(found, prepend=-1, append=self.seq_length) <= 0).any():
+            raise self._damaged(index_name(self.split), "is not in ascending order")
+        return found
+
+    def _damaged(self, name: str, how: str) -> DataError:
+        place = self.shards.folder
+        return DataError(
+            f"{place / name}: {how}; 'deepspeed-sdp data --inspect {place} --verify' finds what is damaged"
+        )
 
     def _shards(self) -> list[npt.NDArray[Any]]:
         if self._mapped is None:

@@ -1,6 +1,7 @@
 """The token files of one split, written in order, and continued where an earlier process was stopped."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from deepspeed_sdp.data.shard_worker import Documents
 
-_COUNTS = ("tokens", "documents", "bytes", "characters")
+COUNTS = ("tokens", "documents", "bytes", "characters")
+_OFFSET_BYTES = 8
 
 
 def shard_name(split: str, number: int) -> str:
@@ -19,6 +21,19 @@ def shard_name(split: str, number: int) -> str:
 def index_name(split: str) -> str:
     """File name of a split's index: where its documents begin, int64 in tokens from the start of the split."""
     return f"{split}-documents.idx"
+
+
+def shards_of(tokens: int, shard_tokens: int) -> int:
+    """Files that a split takes; only the last may be short."""
+    return -(-tokens // shard_tokens)
+
+
+def file_sizes(split: str, counts: Mapping[str, int], shard_tokens: int, itemsize: int) -> dict[str, int]:
+    """Name and bytes of every file of a split of so many ``tokens`` and ``documents``."""
+    whole, rest = divmod(counts["tokens"], shard_tokens)
+    tokens = [shard_tokens] * whole + [rest] * bool(rest)
+    sizes = {shard_name(split, number): count * itemsize for number, count in enumerate(tokens)}
+    return {**sizes, index_name(split): counts["documents"] * _OFFSET_BYTES}
 
 
 class SplitWriter:
@@ -42,7 +57,7 @@ class SplitWriter:
         self.dtype = dtype
         self.shard_tokens = shard_tokens
         self.limit = limit
-        self.counts = dict(counts) if counts else dict.fromkeys(_COUNTS, 0)
+        self.counts = dict(counts) if counts else dict.fromkeys(COUNTS, 0)
         self._cut_back()
         self._index = self._append_to(index_name(split))
         self._shard: IO[bytes] | None = None
@@ -55,7 +70,7 @@ class SplitWriter:
     @property
     def shards(self) -> int:
         """Files so far; only the last may be short."""
-        return -(-self.counts["tokens"] // self.shard_tokens)
+        return shards_of(self.counts["tokens"], self.shard_tokens)
 
     def append(self, documents: Documents) -> None:
         """Write as many as fit; the last one is cut at the limit, where ``bytes`` and ``characters`` count it whole."""
@@ -108,15 +123,11 @@ class SplitWriter:
         return open(self.folder / name, "ab")
 
     def _cut_back(self) -> None:
-        whole, rest = divmod(self.counts["tokens"], self.shard_tokens)
-        sizes = {shard_name(self.split, number): self.shard_tokens for number in range(whole)}
-        sizes |= {shard_name(self.split, whole): rest} if rest else {}
+        sizes = file_sizes(self.split, self.counts, self.shard_tokens, self.dtype.itemsize)
         for path in self.folder.glob(f"{self.split}-*.bin"):
             if path.name not in sizes:
                 path.unlink()
-        expected = {name: size * self.dtype.itemsize for name, size in sizes.items()}
-        expected[index_name(self.split)] = self.counts["documents"] * 8
-        for name, size in expected.items():
+        for name, size in sizes.items():
             with open(self.folder / name, "ab") as file:
                 if file.tell() < size:
                     raise ValueError(f"{self.folder / name} is shorter than was written")

@@ -2,8 +2,8 @@
 
 import contextlib
 import fcntl
-import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,12 @@ from deepspeed_sdp.data.shard_options import ShardOptions, request_of
 from deepspeed_sdp.data.source import find_source
 from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.errors import ConfigError, DataError, OutputError
+from deepspeed_sdp.files import recover_folder, replace_folder
+
+# What there is in a folder of shards.
+_OWN = re.compile(
+    rf"(train|heldout)-(\d+\.bin|documents\.idx)|{manifests.TOKENIZER}|{manifests.NAME}|{PROGRESS}|{LOCK}"
+)
 
 
 def prepare_shards(
@@ -39,16 +45,20 @@ def prepare_shards(
     tokenizer = None if options.tokenizer is None else find_tokenizer(options.tokenizer)
     request = request_of(options, source, tokenizer)
     try:
+        staging = folder.with_name(f".{folder.name}.partial")
         found = _finished(folder, request, overwrite)
         if found is not None:
+            if staging.exists():
+                with contextlib.suppress(OSError), _lock(staging):
+                    _remove_replaced(staging, folder)
             return found
-        staging = folder.with_name(f".{folder.name}.partial")
         staging.mkdir(parents=True, exist_ok=True)
         with _lock(staging):
-            _put_back(folder)
+            recover_folder(folder)
             # What was put back is replaced only where that was asked for.
             found = _finished(folder, request, overwrite)
             if found is not None:
+                _remove_replaced(staging, folder)
                 return found
             if not _is_made(staging, request):
                 Preparation(staging, options, source, tokenizer, request, skipped, progress).run(workers)
@@ -72,7 +82,7 @@ def _finished(folder: Path, request: dict[str, Any], overwrite: bool) -> dict[st
             return None
         raise OutputError(f"{error}; --overwrite makes it anew") from None
     if manifest["fingerprint"] == manifests.fingerprint(request) and not overwrite:
-        manifests.check_sizes(folder, manifest)
+        manifests.check_files(folder, manifest)
         return manifest
     if overwrite:
         return None
@@ -96,45 +106,27 @@ def _lock(staging: Path) -> Iterator[None]:
 def _publish(staging: Path, folder: Path) -> None:
     if folder.exists():
         # Made by an earlier preparation, and to be overwritten; anything else was refused.
-        known = {file["name"].split("/")[0] for file in _files_of(folder)} | {manifests.NAME}
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+        foreign = sorted(entry.name for entry in folder.iterdir() if not _OWN.fullmatch(entry.name))
         if foreign:
             raise OutputError(f"{folder}: holds other files too ({foreign[0]}); move them before --overwrite")
     for name in (PROGRESS, LOCK):
         (staging / name).unlink(missing_ok=True)
-    # Whatever instant this is killed at, the old shards or the new ones are whole.
-    if folder.exists():
-        os.replace(folder, _aside(folder))
-    os.replace(staging, folder)
-    shutil.rmtree(_aside(folder), ignore_errors=True)
+    replace_folder(staging, folder)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
-
-
-def _put_back(folder: Path) -> None:
-    """Shards that a process killed between two renames left aside; those it has replaced are removed."""
-    aside = _aside(folder)
-    if aside.exists() and not folder.exists():
-        os.replace(aside, folder)
-    elif aside.exists():
-        shutil.rmtree(aside)
+def _remove_replaced(staging: Path, folder: Path) -> None:
+    """What a process left that was killed when it had put ``folder`` in place; not work to go on with."""
+    manifest = staging / manifests.NAME
+    is_newer = manifest.exists() and manifest.stat().st_mtime_ns > (folder / manifests.NAME).stat().st_mtime_ns
+    if not is_newer and not (staging / PROGRESS).exists():
+        shutil.rmtree(staging)
 
 
 def _is_made(staging: Path, request: dict[str, Any]) -> bool:
     """Whether only the renaming is missing."""
     try:
         manifest = manifests.read_manifest(staging)
-        manifests.check_sizes(staging, manifest)
+        manifests.check_files(staging, manifest)
     except DataError:
         return False
     return bool(manifest["fingerprint"] == manifests.fingerprint(request))
-
-
-def _files_of(folder: Path) -> list[dict[str, Any]]:
-    try:
-        files: list[dict[str, Any]] = json.loads((folder / manifests.NAME).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return files

@@ -143,7 +143,7 @@ def _local_file(path: Path, option: str) -> DataFile:
 
 
 def _hub_source(spec: SourceSpec) -> Source:
-    """``datasets`` says which files a config and split are, and at which commit."""
+    """``datasets`` says which files a config and split are, and at which commit. It runs no loading scripts."""
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi, RepoFile
     from huggingface_hub.constants import is_offline_mode

@@ -3,9 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from deepspeed_sdp.data.background import Ahead, check_stop
@@ -18,6 +19,7 @@ from deepspeed_sdp.data.separation import Reset, check_reset, packed_example
 from deepspeed_sdp.data.source import Source, SourceSpec, find_source
 from deepspeed_sdp.data.tokenizer import tokenizer_hash
 from deepspeed_sdp.errors import ConfigError, DataError
+from deepspeed_sdp.schemas import Count, Schema, check_object
 
 Example = dict[str, torch.Tensor]
 
@@ -25,6 +27,11 @@ _Rows = list[tuple[int, LaneSequence]]
 
 _FORMAT = 1
 _MOST_LANES = 64
+
+
+class _Lanes(Schema):
+    num_lanes: int = Field(ge=1)
+    lanes: dict[str, Annotated[list[Count], Field(min_length=7, max_length=7)]]
 
 
 class StreamedSequences:
@@ -162,12 +169,13 @@ class StreamedSequences:
         other = [key for key, value in {"format": _FORMAT, **self._identity}.items() if state.get(key) != value]
         if other:
             raise DataError(f"stream state: was saved with another {', '.join(other)}; takes the same to go on")
-        lanes = {int(lane): Position(*position) for lane, position in state["lanes"].items()}
-        if set(lanes) != set(range(state["num_lanes"])):
+        check_object(dict(state), _Lanes, DataError, "stream state")
+        lanes = {lane: Position(*position) for lane, position in state["lanes"].items()}
+        if len(lanes) != state["num_lanes"] or set(lanes) != set(map(str, range(state["num_lanes"]))):
             raise DataError(
                 f"stream state: has {len(lanes)} of {state['num_lanes']} lanes; takes the merged state of all ranks"
             )
-        self._set_lanes(int(state["num_lanes"]), lanes)
+        self._set_lanes(state["num_lanes"], {int(lane): position for lane, position in lanes.items()})
 
     def heldout(self, count: int, progress: bool = False) -> HeldoutSequences:
         """The first ``count`` sequences of held-out documents, in the order of the source: the same on every rank.

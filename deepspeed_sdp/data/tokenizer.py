@@ -17,6 +17,9 @@ from deepspeed_sdp.errors import DataError
 _TRAINING_CHARACTERS = 4_000_000
 # sentencepiece passes over longer lines without a word.
 _LINE_BYTES = 1 << 16
+# An embedding has a row for every id up to the largest, in use or not; what is reserved lies just above the vocabulary.
+_MOST_GAPS = 4
+_MOST_ENTRIES_ADDED = 1 << 16
 _CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "legacy": False,
@@ -113,13 +116,16 @@ def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _load(folder: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # damaged files raise almost anything, Rust's errors included
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"--tokenizer: {folder} holds no HuggingFace tokenizer: {reason}") from None
     # transformers makes an empty tokenizer of a folder that lacks the vocabulary.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise DataError(f"--tokenizer: {folder} holds no vocabulary (tokenizer.json or the like)")
+    entries, largest = len(tokenizer.get_vocab()), vocab_size(tokenizer)
+    if largest > _MOST_GAPS * entries + _MOST_ENTRIES_ADDED:
+        raise DataError(f"--tokenizer: {folder} has ids up to {largest - 1} for {entries} entries")
     if tokenizer.eos_token_id is None:
         raise DataError(f"--tokenizer: {folder} has no end-of-sequence token, which separates documents")
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

@@ -151,7 +151,7 @@ class Metrics:
     def _drop_after(self, step: int) -> None:
         """A job that goes on from a checkpoint does the steps after it again; a half-written line is dropped too."""
         try:
-            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
             write_text(self._file, "".join(f"{line}\n" for line in kept))
         except OSError as error:
@@ -186,5 +186,5 @@ def _rounded(value: Any) -> Any:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepspeed_sdp.config import BLOCK, SDPConfig, read_json
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.json_text import parse_json, shown
 from deepspeed_sdp.presets import model_path
 
 PRETRAINING = "pretraining"
+# Steps, sequences.
+_MOST = 1 << 60
+_MOST_BATCH = 1 << 31
 _AUTO_STEPS = ("total_num_steps", "warmup_num_steps")
 # Top-level keys of a DeepSpeed config (its documentation's, and those of its config classes).
 _DEEPSPEED_KEYS = frozenset(
@@ -40,8 +43,8 @@ class Pretraining(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     model: str = Field(description="HuggingFace config.json, a folder with one, or a preset")
-    seq_length: int = Field(ge=2, description="tokens of one training sequence")
-    tokens: float = Field(ge=1, description="training tokens of the dense baseline, over all ranks")
+    seq_length: int = Field(ge=2, le=1 << 24, description="tokens of one training sequence")
+    tokens: float = Field(ge=1, le=1e18, description="training tokens of the dense baseline, over all ranks")
     match: Literal["tokens", "flops"] = Field(
         "tokens", description="as many tokens as the dense baseline, or as many as its FLOPs allow"
     )
@@ -49,14 +52,18 @@ class Pretraining(BaseModel):
     document_reset: Literal["none", "positions", "attention"] = Field(
         "none", description="what begins anew at each document of a sequence, besides the end-of-sequence token before"
     )
-    seed: int = Field(0, ge=0, description="order of the training sequences")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="order of the training sequences")
     activation_checkpointing: bool = Field(
         False, description="compute each layer's activations again in the backward pass"
     )
-    log_interval: int = Field(10, ge=1, description="steps between two lines of metrics")
-    eval_interval: int = Field(200, ge=1, description="steps between evaluations of the full model")
-    eval_sequences: int = Field(256, ge=0, description="held-out sequences of an evaluation in mid-run; 0: all")
-    checkpoint_interval: int = Field(200, ge=0, description="steps between checkpoints; 0: only when asked to stop")
+    log_interval: int = Field(10, ge=1, le=_MOST, description="steps between two lines of metrics")
+    eval_interval: int = Field(200, ge=1, le=_MOST, description="steps between evaluations of the full model")
+    eval_sequences: int = Field(
+        256, ge=0, le=_MOST, description="held-out sequences of an evaluation in mid-run; 0: all"
+    )
+    checkpoint_interval: int = Field(
+        200, ge=0, le=_MOST, description="steps between checkpoints; 0: only when asked to stop"
+    )
 
 
 class Recipe:
@@ -119,7 +126,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: names the file and key that is missing, unknown or impossible.
     """
-    data = copy.deepcopy(read_json(path, "--recipe"))
+    data = read_json(path, "--recipe")
     for change in changes:
         _set(data, change)
     block = data.pop(PRETRAINING, None)
@@ -131,8 +138,11 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
     _check_keys(data)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if not isinstance(data.get(key), int) or isinstance(data.get(key), bool) or data[key] < 1:
-            raise ConfigError(f"{key}: got {json.dumps(data.get(key))}; takes a whole number from 1 on, in a recipe")
+        value = data.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_BATCH:
+            raise ConfigError(
+                f"{key}: got {shown(value)}; takes a whole number from 1 on, up to {_MOST_BATCH}, in a recipe"
+            )
     sdp_block = data.get(BLOCK)
     if sdp_block is None:
         raise ConfigError(f'--recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
@@ -149,19 +159,19 @@ def _check_keys(data: Mapping[str, Any]) -> None:
             inside = [name for name in _inner_names() if name.endswith(f".{key}")]
             near = inside or difflib.get_close_matches(key, [*known, PRETRAINING], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{key}: got {json.dumps(value)}; takes no such key at the top of a recipe{hint}")
+            raise ConfigError(f"{key}: got {shown(value)}; takes no such key at the top of a recipe{hint}")
     if "gradient_accumulation_steps" in data:
         raise ConfigError(
-            f"gradient_accumulation_steps: got {json.dumps(data['gradient_accumulation_steps'])}; takes none in a "
+            f"gradient_accumulation_steps: got {shown(data['gradient_accumulation_steps'])}; takes none in a "
             "recipe, it follows from train_batch_size and the number of ranks"
         )
     if "scheduler" in data:
         scheduler = data["scheduler"]
         if not isinstance(scheduler, Mapping) or not isinstance(scheduler.get("type"), str):
-            raise ConfigError(f'scheduler: got {json.dumps(scheduler)}; takes an object with "type" and "params"')
+            raise ConfigError(f'scheduler: got {shown(scheduler)}; takes an object with "type" and "params"')
         params = scheduler.get("params", {})
         if not isinstance(params, Mapping):
-            raise ConfigError(f"scheduler.params: got {json.dumps(params)}; takes an object")
+            raise ConfigError(f"scheduler.params: got {shown(params)}; takes an object")
         for key, value in params.items():
             if value == "auto" and key not in _AUTO_STEPS:
                 raise ConfigError(
@@ -185,18 +195,20 @@ def _set(data: dict[str, Any], change: str) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"--set: got {change!r}; {'.'.join(keys[: i + 1])} is no block")
     try:
-        data[keys[-1]] = json.loads(text)
-    except json.JSONDecodeError:
+        data[keys[-1]] = parse_json(text)
+    except ValueError:
         data[keys[-1]] = text
 
 
 def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """Beyond the largest float it stays what it is, and is refused."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1000
+    return float(value) if is_number else value
 
 
 def _describe(item: Any) -> str:
     key = ".".join([PRETRAINING, *(str(part) for part in item["loc"])])
-    got = json.dumps(item.get("input"), default=str)
+    got = shown(item.get("input"))
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key, got {got}; takes {', '.join(Pretraining.model_fields)}"
     if item["type"] == "missing":

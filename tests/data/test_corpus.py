@@ -224,7 +224,7 @@ def test_a_linked_folder_is_filled_where_it_lies(tmp_path, make_spec):
 
 def test_a_folder_that_cannot_be_written(tmp_path, make_spec):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"--data_cache: cannot write .*file/data: Not a directory"):
+    with pytest.raises(OutputError, match=r"--data_cache: cannot write .*file/data: (Not a directory|File exists)"):
         prepare_corpus(tmp_path / "file" / "data", make_spec())
     with pytest.raises(OutputError, match=r"--data_cache: cannot write .*file: Not a directory"):
         prepare_corpus(tmp_path / "file", make_spec())

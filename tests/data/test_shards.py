@@ -206,33 +206,6 @@ def test_a_finished_folder_is_reused_and_others_are_left_alone(tmp_path, options
         prepare_shards(tmp_path / "full", options(), overwrite=True)
 
 
-@pytest.mark.parametrize("renames", [0, 1])
-def test_a_kill_while_shards_are_replaced_loses_neither_the_old_nor_the_new(tmp_path, options, monkeypatch, renames):
-    out, replace, done = tmp_path / "out", os.replace, []
-    old = prepare_shards(out, options(), workers=1)
-    new = prepare_shards(tmp_path / "new", options(max_tokens=500), workers=1)
-
-    def killed(source, target):
-        if Path(source).is_dir():
-            if len(done) == renames:
-                raise KeyboardInterrupt
-            done.append(source)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_shards(out, options(max_tokens=500), workers=1, overwrite=True)
-    monkeypatch.undo()
-    whole = out if renames == 0 else tmp_path / ".out.replaced"
-    assert open_shards(whole).manifest == old
-    with pytest.raises(OutputError, match="another max_tokens"):
-        prepare_shards(out, options(max_tokens=400), workers=1)
-    assert open_shards(out).manifest == old
-    monkeypatch.setattr(Preparation, "run", None)  # made already
-    assert sums(prepare_shards(out, options(max_tokens=500), workers=1, overwrite=True)) == sums(new)
-    assert not list(tmp_path.glob(".out*"))
-
-
 def test_faults_stop_with_what_was_done_kept_and_go_on_when_allowed(tmp_path, options, source):
     (source / "b2.jsonl.gz").write_bytes((source / "b.jsonl.gz").read_bytes()[:300])
     with pytest.raises(DataError, match=r"b2\.jsonl\.gz: damaged or cut off"):

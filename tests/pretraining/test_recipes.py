@@ -119,7 +119,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(world_size):
         (["gradient_cliping=0.1"], "did you mean 'gradient_clipping'"),
         (["pretrainig.tokens=1e6"], "did you mean 'pretraining'"),
         (["gradient_accumulation_steps=3"], "gradient_accumulation_steps: got 3; takes none in a recipe"),
-        (["pretraining.tokens=Infinity"], "pretraining.tokens: got Infinity"),
+        (["pretraining.tokens=Infinity"], 'pretraining.tokens: got "Infinity"'),
         (["scheduler=null"], 'scheduler: got null; takes an object with "type"'),
         (["scheduler.params=null"], "scheduler.params: got null; takes an object"),
         (["scheduler.params.warmup_max_lr=auto"], 'scheduler.params.warmup_max_lr: got "auto"; takes that for'),
