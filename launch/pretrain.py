@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
-    from deepspeed_sdp.pretraining.console import quiet
+    from deepspeed_sdp.pretraining.console import quiet, say
 
     quiet(args.verbose)
     import torch.distributed as dist
@@ -62,20 +62,18 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
         fraction = heldout_fraction(args)
         text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
     job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps))
-    if dist.get_rank() == 0:
-        print("\n".join(f"{name:<12} {value}" for name, value in describe(job).items()), flush=True)
+    about = describe(job)
+    say(about)
     if args.dry_run:
         leave()
         return
     engine = build_engine(job)
     report = RunReport(
-        plan=job.plan,
-        tokens_per_step=job.length.tokens_per_step,
+        facts=job.facts,
         unigram_val_loss=text.unigram_val_loss,
-        masking=recipe.sdp.masking if recipe.sdp.enabled else "dense",
-        run=describe(job),
+        run=about,
     )
-    settings = loop_settings(job, engine, output, args.peak_tflops and args.peak_tflops * 1e12)
+    settings = loop_settings(job, output, args.peak_tflops and args.peak_tflops * 1e12)
     loop = Loop(engine, text, report, dataclasses.replace(settings, restart=args.restart), stop)
     outcome = loop.run()
     if outcome is Outcome.FINISHED:

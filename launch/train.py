@@ -6,6 +6,7 @@
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
-    from deepspeed_sdp.pretraining.console import quiet
+    from deepspeed_sdp.pretraining.console import quiet, say
 
     quiet(args.verbose)
     import torch.distributed as dist
@@ -39,8 +40,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     import deepspeed_sdp
     from deepspeed_sdp.config import SDPConfig
     from deepspeed_sdp.data import load_corpus
-    from deepspeed_sdp.engine import check_job, start_communication
+    from deepspeed_sdp.engine import check_job, reduce_bucket_numel, start_communication
     from deepspeed_sdp.estimate.flops import flops_per_token
+    from deepspeed_sdp.pretraining.job import make_facts
     from deepspeed_sdp.pretraining.loop import Loop, LoopSettings, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.text import PackedText
     from deepspeed_sdp.report import RunReport
@@ -70,16 +72,16 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     sdp = SDPConfig.parse(block)
     plan = plan_for(model, sdp, dist.get_world_size())
     flops = flops_per_token(model, args.seq_length, sdp, plan)
-    engine, *_ = deepspeed_sdp.initialize(args=args, config=dense_config(args), model=model, sdp_config=block)
-    tokens_per_step = engine.train_batch_size() * args.seq_length
-    report = RunReport(
-        plan=engine.plan, tokens_per_step=tokens_per_step, unigram_val_loss=corpus.unigram_val_loss, masking=sdp.masking
-    )
+    config = dense_config(args)
+    facts = make_facts(model, sdp, plan, flops)
+    about = facts.describe()
+    say(about)
+    engine, *_ = deepspeed_sdp.initialize(args=args, config=config, model=model, sdp_config=block)
+    facts = dataclasses.replace(facts, tokens_per_step=engine.train_batch_size() * args.seq_length)
+    report = RunReport(facts=facts, unigram_val_loss=corpus.unigram_val_loss, run=about)
     settings = LoopSettings(
         output=output,
-        steps=args.steps or max(1, round(args.tokens / tokens_per_step)),
-        tokens_per_step=tokens_per_step,
-        flops_per_token=flops.workers[engine.subnetwork_index],
+        steps=args.steps or max(1, round(args.tokens / facts.tokens_per_step)),
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,
         eval_sequences=args.eval_sequences,
@@ -95,10 +97,11 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         return
     conclude(loop)
     if args.compare_dense:
+        report.reduce_bucket_numel = reduce_bucket_numel(engine)
         engine.destroy()
         # All that refers to the subnetwork's memory; the dense model may need it.
         del engine, model, loop.engine
-        report.dense_state_bytes = measure_dense(args, corpus)
+        report.dense_state_bytes = measure_dense(args, corpus, report.reduce_bucket_numel)
         on_first_rank(lambda: report.write(output))
     if dist.get_rank() == 0:
         print(report.closing_lines(output), flush=True)
@@ -136,8 +139,11 @@ def dense_config(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != BLOCK}
 
 
-def measure_dense(args: argparse.Namespace, corpus: "Corpus") -> list[dict[str, int]]:
-    """Collective. Model state of plain DeepSpeed with the dense model: one step, measured on the live tensors."""
+def measure_dense(args: argparse.Namespace, corpus: "Corpus", bucket_numel: int) -> list[dict[str, int]]:
+    """Collective. Model state of plain DeepSpeed with the dense model: one step, measured on the live tensors.
+
+    Its buckets of gradients are as large as SDP's, whose default is another.
+    """
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -149,7 +155,9 @@ def measure_dense(args: argparse.Namespace, corpus: "Corpus") -> list[dict[str, 
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(full_config(args, corpus))
-    engine, *_ = deepspeed.initialize(model=model, config=dense_config(args), model_parameters=model.parameters())
+    config = dense_config(args)
+    config["zero_optimization"] = {**config.get("zero_optimization", {}), "reduce_bucket_size": bucket_numel}
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
     size = engine.train_micro_batch_size_per_gpu()
     batches = PackedText.of(corpus, args.seed).batches(dist.get_rank(), dist.get_world_size(), size, 0)
     with gradient_peak(engine) as peak:

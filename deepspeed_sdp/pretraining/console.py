@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,6 +26,14 @@ def quiet(verbose: bool) -> None:
         log: Any = transformers_logging
         log.set_verbosity_error()
         log.disable_progress_bar()
+
+
+def say(rows: Mapping[str, str]) -> None:
+    """Print ``name  text`` lines, on rank 0."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print("\n".join(f"{name:<12} {value}" for name, value in rows.items()), flush=True)
 
 
 def progress_bar(steps: int, rank: int, done: int) -> Any:
