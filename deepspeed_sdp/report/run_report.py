@@ -157,8 +157,8 @@ def to_markdown(data: dict[str, Any]) -> str:
         "",
         *(
             [
-                f"Tokens/s: over {data['timed_steps']:,} steps, without evaluations, calibration, checkpoints and "
-                "logging, and without the first two steps of a job, which compile, allocate and are measured.",
+                f"Tokens/s: over {data['timed_steps']:,} steps of training, without evaluations, calibration, checkpoints "
+                "and logging, and without the first two steps of a job, which compile, allocate and are measured.",
                 "",
             ]
             if speed
@@ -201,7 +201,7 @@ def _bucket_sentence(data: dict[str, Any]) -> str:
     bucket = data["reduce_bucket_numel"]
     return (
         f"Both with `reduce_bucket_size` {bucket:,} elements: the largest rank holds {_ratio(data, 'total'):.2f} of "
-        f"dense's; without gradients, on which alone the bucket bears, {_ratio(data, *KINDS[::2]):.2f}."
+        f"dense's; without gradients, which alone depend on it, {_ratio(data, *KINDS[::2]):.2f}."
     )
 
 
