@@ -157,8 +157,9 @@ def to_markdown(data: dict[str, Any]) -> str:
         "",
         *(
             [
-                f"Tokens/s: over {data['timed_steps']:,} steps of training, without evaluations, calibration, checkpoints "
-                "and logging, and without the first two steps of a job, which compile, allocate and are measured.",
+                f"Tokens/s: over {data['timed_steps']:,} steps of training, without evaluations, calibration, "
+                "checkpoints and logging, and without the first two steps of a job, which compile, allocate and are "
+                "measured.",
                 "",
             ]
             if speed
