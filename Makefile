@@ -14,7 +14,7 @@ export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all bench-quality bench-quality-quick bench-systems checks format clean
+.PHONY: help setup demo test test-all bench-quality bench-quality-quick docs-quality bench-systems checks format clean
 
 help:
 	@echo "make setup     .venv with pinned dependencies and this package"
@@ -57,9 +57,13 @@ bench-quality: setup
 	$(QUALITY).run --output $(QUALITY_RESULTS) --size narrow --groups main --equal flops
 	$(QUALITY).run --output $(QUALITY_RESULTS) --size deep --groups main --equal flops
 	$(QUALITY).run --output $(QUALITY_RESULTS) --size wide --rows dense "forward, neurons, 1/2" --equal flops --seeds 1
-	$(QUALITY).tables --results $(QUALITY_RESULTS) --summary benchmarks/results/quality.json --plot docs/quality.png
+	$(QUALITY).tables --results $(QUALITY_RESULTS) --summary benchmarks/results/quality.json
 	for size in long narrow deep wide; do $(QUALITY).tables --results $(QUALITY_RESULTS) --size $$size \
-	    --summary benchmarks/results/quality_$$size.json --plot docs/quality_$$size.png || exit 1; done
+	    --summary benchmarks/results/quality_$$size.json || exit 1; done
+	$(QUALITY).documents
+
+docs-quality: setup
+	$(QUALITY).documents
 
 bench-quality-quick: setup
 	$(BIN)/python -m benchmarks.quality.run --quick --output runs/quality/quick.jsonl
@@ -91,7 +95,7 @@ bench-systems: setup
 	$(SYSTEMS) --ranks 2 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_2.json $(BENCH_ARGS)
 	$(SYSTEMS) --ranks 8 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_8.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/systems/run.py $(LARGER) --output $(RESULTS)/systems_134m.json
-	$(BIN)/python benchmarks/systems/documents.py --results $(RESULTS) --docs $(DOCS)
+	PYTHONPATH=. $(BIN)/python benchmarks/systems/documents.py --results $(RESULTS) --docs $(DOCS)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -50,8 +50,8 @@ def main() -> None:
 
 
 def run_stage(args: argparse.Namespace, stage: int) -> Rows:
-    impossible = {0: "all_to_all", 3: "backward"}.get(stage, "nothing")
-    names = [name for name in args.contenders if impossible not in name]
+    impossible = {0: ("transport", "all_to_all"), 3: ("masking", "backward")}.get(stage)
+    names = [name for name in args.contenders if impossible not in (CONTENDERS[name] or {}).items()]
     engines = {name: build(args, stage, CONTENDERS[name]) for name in names}
     for engine in engines.values():
         train(args, engine, 2)

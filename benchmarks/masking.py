@@ -210,7 +210,7 @@ def plot(rows: Rows, path: Path) -> None:
     left.set_xlabel("MB per rank")
     left.legend(frameon=False, fontsize=8)
     for row in rows:
-        if "recomputed" not in row["contender"]:
+        if not CONTENDERS[row["contender"]].get("recompute_frozen"):
             right.plot(
                 [point["flops"] / 1e12 for point in row["losses"]],
                 [point["loss"] for point in row["losses"]],

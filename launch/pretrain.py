@@ -39,14 +39,14 @@ def main(argv: list[str]) -> None:
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
-    from deepspeed_sdp.pretraining.console import quiet
+    from deepspeed_sdp.pretraining.console import quiet, say
 
     quiet(args.verbose)
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
     from deepspeed_sdp.engine import agreed, check_job, start_communication
-    from deepspeed_sdp.pretraining.job import build_engine, describe, in_lines, loop_settings, make_job
+    from deepspeed_sdp.pretraining.job import build_engine, describe, loop_settings, make_job
     from deepspeed_sdp.pretraining.loop import Loop, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.monitors import add_monitors, check_monitors
     from deepspeed_sdp.pretraining.recipe import read_recipe
@@ -76,17 +76,15 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
         fraction = heldout_fraction(args)
         text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
     job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps))
-    if dist.get_rank() == 0:
-        print(in_lines(describe(job)), flush=True)
+    about = describe(job)
+    say(about)
     engine = build_engine(job)
     report = RunReport(
-        plan=job.plan,
-        tokens_per_step=job.length.tokens_per_step,
+        facts=job.facts,
         unigram_val_loss=text.unigram_val_loss,
-        masking=recipe.sdp.masking if recipe.sdp.enabled else "dense",
-        run=describe(job),
+        run=about,
     )
-    settings = loop_settings(job, engine, output, args.peak_tflops and args.peak_tflops * 1e12)
+    settings = loop_settings(job, output, args.peak_tflops and args.peak_tflops * 1e12)
     loop = Loop(engine, text, report, dataclasses.replace(settings, restart=args.restart), stop)
     outcome = loop.run()
     if outcome is Outcome.FINISHED:
@@ -103,10 +101,10 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
 
 def dry_run(args: argparse.Namespace) -> None:
     """Say what a job would do, in one process and for any number of ranks."""
-    from deepspeed_sdp.pretraining.console import quiet
+    from deepspeed_sdp.pretraining.console import in_lines, quiet
 
     quiet(args.verbose)
-    from deepspeed_sdp.pretraining.job import check, describe, in_lines, make_job
+    from deepspeed_sdp.pretraining.job import check, describe, make_job
     from deepspeed_sdp.pretraining.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, args.set)

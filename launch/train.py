@@ -6,6 +6,7 @@
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from contextlib import closing
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
-    from deepspeed_sdp.pretraining.console import quiet
+    from deepspeed_sdp.pretraining.console import quiet, say
 
     quiet(args.verbose)
     import torch.distributed as dist
@@ -42,8 +43,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     import deepspeed_sdp
     from deepspeed_sdp.config import SDPConfig
     from deepspeed_sdp.data import load_corpus
-    from deepspeed_sdp.engine import check_job, from_first_rank, start_communication
+    from deepspeed_sdp.engine import check_job, from_first_rank, reduce_bucket_numel, start_communication
     from deepspeed_sdp.estimate.flops import flops_per_token
+    from deepspeed_sdp.pretraining.job import make_facts
     from deepspeed_sdp.pretraining.loop import Loop, LoopSettings, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.text import PackedText
     from deepspeed_sdp.report import RunReport
@@ -73,16 +75,16 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     sdp = SDPConfig.parse(block)
     plan = from_first_rank(lambda: plan_for(model, sdp, dist.get_world_size()))
     flops = flops_per_token(model, args.seq_length, sdp, plan)
-    engine, *_ = deepspeed_sdp.initialize(args=args, config=dense_config(args), model=model, sdp_config=block)
-    tokens_per_step = engine.train_batch_size() * args.seq_length
-    report = RunReport(
-        plan=engine.plan, tokens_per_step=tokens_per_step, unigram_val_loss=corpus.unigram_val_loss, masking=sdp.masking
-    )
+    config = dense_config(args)
+    facts = make_facts(model, sdp, plan, flops)
+    about = facts.describe()
+    say(about)
+    engine, *_ = deepspeed_sdp.initialize(args=args, config=config, model=model, sdp_config=block)
+    facts = dataclasses.replace(facts, tokens_per_step=engine.train_batch_size() * args.seq_length)
+    report = RunReport(facts=facts, unigram_val_loss=corpus.unigram_val_loss, run=about)
     settings = LoopSettings(
         output=output,
-        steps=args.steps or max(1, round(args.tokens / tokens_per_step)),
-        tokens_per_step=tokens_per_step,
-        flops_per_token=flops.workers[engine.subnetwork_index],
+        steps=args.steps or max(1, round(args.tokens / facts.tokens_per_step)),
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,
         eval_sequences=args.eval_sequences,
@@ -98,10 +100,11 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         return
     conclude(loop)
     if args.compare_dense:
+        report.reduce_bucket_numel = reduce_bucket_numel(engine)
         engine.destroy()
         # All that refers to the subnetwork's memory; the dense model may need it.
         del engine, model, loop.engine
-        report.dense_state_bytes = measure_dense(args, corpus)
+        report.dense_state_bytes = measure_dense(args, corpus, report.reduce_bucket_numel)
         on_first_rank(lambda: report.write(output))
     if dist.get_rank() == 0:
         print(report.closing_lines(output), flush=True)
@@ -110,13 +113,13 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 
 def dry_run(args: argparse.Namespace) -> None:
     """Say what a job would do, in one process and for any number of ranks."""
-    from deepspeed_sdp.pretraining.console import quiet
+    from deepspeed_sdp.pretraining.console import in_lines, quiet
 
     quiet(args.verbose)
     from deepspeed_sdp.config import read_json, split_block
     from deepspeed_sdp.estimate import Job, flops_per_token
     from deepspeed_sdp.estimate.job_file import job_of
-    from deepspeed_sdp.pretraining.job import check, flops_in_words, in_lines, method, model_config
+    from deepspeed_sdp.pretraining.job import check, make_facts, model_config
     from deepspeed_sdp.subnetwork import meta_model, plan_for
 
     ds_config = read_json(args.deepspeed_config, "--deepspeed_config")
@@ -128,16 +131,16 @@ def dry_run(args: argparse.Namespace) -> None:
     world_size = dry_world_size(args, sdp.num_subnetworks)
     plan = plan_for(model, sdp, world_size)
     check(ds_config, sdp, model, plan)
-    numel = sum(parameter.numel() for parameter in model.parameters())
     shape = job_of(ds_config, Job(world_size, seq_length=args.seq_length))
     each = shape.tokens * world_size
     steps = args.steps or max(1, round(args.tokens / each))
+    about = make_facts(model, sdp, plan, flops_per_token(model, args.seq_length, sdp, plan)).describe()
     rows = {
-        "model": f"{type(model).__name__}, {numel / 1e6:,.1f} M parameters, a vocabulary of {config.vocab_size}",
-        "method": method(sdp, plan, numel),
+        "model": f"{about['model']}, a vocabulary of {config.vocab_size}",
+        "method": about["method"],
         "ranks": f"{world_size}, each {shape.accumulation} micro-batches of {shape.micro_batch} sequences of "
         f"{args.seq_length} tokens",
-        "FLOPs/token": flops_in_words(flops_per_token(model, args.seq_length, sdp, plan)),
+        "FLOPs/token": about["FLOPs/token"],
         "length": f"{steps:,} steps, {steps * each:,} tokens",
     }
     print(in_lines(rows), flush=True)
@@ -174,8 +177,11 @@ def dense_config(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != BLOCK}
 
 
-def measure_dense(args: argparse.Namespace, corpus: "Corpus") -> list[dict[str, int]]:
-    """Collective. Model state of plain DeepSpeed with the dense model: one step, measured on the live tensors."""
+def measure_dense(args: argparse.Namespace, corpus: "Corpus", bucket_numel: int) -> list[dict[str, int]]:
+    """Collective. Model state of plain DeepSpeed with the dense model: one step, measured on the live tensors.
+
+    Its buckets of gradients are as large as SDP's, whose default is another.
+    """
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -187,7 +193,9 @@ def measure_dense(args: argparse.Namespace, corpus: "Corpus") -> list[dict[str, 
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(full_config(args, corpus), trust_remote_code=False)
-    engine, *_ = deepspeed.initialize(model=model, config=dense_config(args), model_parameters=model.parameters())
+    config = dense_config(args)
+    config["zero_optimization"] = {**config.get("zero_optimization", {}), "reduce_bucket_size": bucket_numel}
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
     size = engine.train_micro_batch_size_per_gpu()
     batches = PackedText.of(corpus, args.seed).batches(dist.get_rank(), dist.get_world_size(), size, 0)
     with gradient_peak(engine) as peak:

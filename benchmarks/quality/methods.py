@@ -34,6 +34,7 @@ class Row:
         method: what is trained.
         like: the row whose tuned learning rate it takes; ``None``: it is tuned itself.
         equal_tokens: whether it is run at equal tokens as well; others are the same there, or vary a row.
+        variant: what it changes of the row it varies.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Row:
     method: Method
     like: str | None = None
     equal_tokens: bool = False
+    variant: str | None = None
 
 
 DENSE = Method()
@@ -59,6 +61,12 @@ def _block(masking: str, units: str, coverage: str) -> dict[str, Any]:
 
 
 _NEURON, _BLOCK = "forward, neurons, 1/2", "forward, blocks, 1/2"
+ENDS_SHARED = f"{_NEURON}; first and last shared rest at 1 4"
+# Curves of a picture: the rows that differ in coverage alone.
+CURVES = {
+    f"{masking} masking of {units}": [f"{masking}, {units}, {coverage}" for coverage in COVERAGES]
+    for masking, units in itertools.product(MASKINGS, UNITS)
+}
 
 
 def _main() -> list[Row]:
@@ -115,12 +123,13 @@ def _product() -> list[Row]:
         parent = f"{masking}, {units}, {coverage}"
         name = ", ".join([*([scaling] if masking == "forward" else []), design, resampled])
         method = Method(block, same_split=design == "same split", resample_interval=int(resampled == "resampled"))
-        rows.append(Row(f"{parent}; {name}", "product", method, like=parent))
+        rows.append(Row(f"{parent}; {name}", "product", method, like=parent, variant=name))
     return rows
 
 
 def _of(group: str, parent: str, **variants: Method) -> list[Row]:
-    return [Row(f"{parent}; {name.replace('_', ' ')}", group, m, like=parent) for name, m in variants.items()]
+    named = {name.replace("_", " "): method for name, method in variants.items()}
+    return [Row(f"{parent}; {name}", group, m, like=parent, variant=name) for name, m in named.items()]
 
 
 def _defaults() -> list[Row]:
@@ -128,7 +137,7 @@ def _defaults() -> list[Row]:
     first, last = "model.layers.0", "model.layers.{last}"
     ends_shared = with_sdp(NEURON, shared_modules=[first, last], coverage=0.25)
     return [
-        Row(f"{_NEURON}; first and last shared rest at 1 4", "main", ends_shared),
+        Row(ENDS_SHARED, "main", ends_shared),
         *_of(
             "defaults",
             _NEURON,
@@ -164,11 +173,17 @@ def _averaged() -> list[Row]:
     """What calibration amounts to, in initial values and learning rates: nothing is left to calibrate."""
     name, method = f"{_NEURON}; scaling by inverse coverage and writes x 0 5", averaged(NEURON)
     backward = {"masking": "backward", "output_scaling": "none"}
+    ends = {
+        "last 10 percent dense": Phase(0.1, {"coverage": 1.0}),
+        "last 20 percent dense": Phase(0.2, {"coverage": 1.0}),
+        "last 20 percent backward masking": Phase(0.2, backward),
+    }
     return [
         Row(name, "main", method),
-        Row(f"{name} then last 10 percent dense", "gap", replace(method, last=Phase(0.1, {"coverage": 1.0})), name),
-        Row(f"{name} then last 20 percent dense", "gap", replace(method, last=Phase(0.2, {"coverage": 1.0})), name),
-        Row(f"{name} then last 20 percent backward masking", "gap", replace(method, last=Phase(0.2, backward)), name),
+        *(
+            Row(f"{name} then {end}", "gap", replace(method, last=phase), like=name, variant=end)
+            for end, phase in ends.items()
+        ),
     ]
 
 

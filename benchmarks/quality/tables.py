@@ -110,12 +110,12 @@ class Results:
             "tokens": first["tokens"],
             "spectral_gap": first["spectral_gap"],
             "equal_flops": mean_and_error(list(flops.values())),
-            "equal_flops_beside_dense": _paired(flops, self.losses(DENSE, "flops")),
-            "equal_flops_beside_parent": _paired(flops, self.losses(parent, "flops")) if parent else None,
+            "equal_flops_beside_dense": paired(flops, self.losses(DENSE, "flops")),
+            "equal_flops_beside_parent": paired(flops, self.losses(parent, "flops")) if parent else None,
             "equal_tokens": _mean(self.losses(name, "tokens")) if not parent else None,
-            "equal_tokens_beside_dense": _paired(self.losses(name, "tokens"), self.losses(DENSE, "tokens")),
+            "equal_tokens_beside_dense": paired(self.losses(name, "tokens"), self.losses(DENSE, "tokens")),
             "as_trained": _mean(as_trained),
-            "calibration_changes": _paired(flops, as_trained),
+            "calibration_changes": paired(flops, as_trained),
             "calibration": sorted(self.losses(name, "flops", "calibration").values()),
             "state": memory.state,
             "activations": memory.activations,
@@ -160,7 +160,8 @@ def _mean(losses: Losses) -> tuple[float, float] | None:
     return mean_and_error(list(losses.values())) if losses else None
 
 
-def _paired(losses: Losses, others: Losses) -> tuple[float, float] | None:
+def paired(losses: Losses, others: Losses) -> tuple[float, float] | None:
+    """The mean difference over the seeds that both have, and its standard error."""
     differences = [losses[seed] - others[seed] for seed in sorted(losses) if seed in others]
     return mean_and_error(differences) if differences else None
 
@@ -184,10 +185,10 @@ def main_table(rows: list[dict[str, Any]]) -> str:
             row["name"],
             f"{row['flop_ratio']:.3f}",
             f"{_value(row['equal_flops'])} ({row['seeds']})",
-            _difference(row["equal_flops_beside_dense"]),
+            difference(row["equal_flops_beside_dense"]),
             _value(row["as_trained"]),
             f"{_value(row['equal_tokens'])} ({row['seeds_at_equal_tokens']})" if row["equal_tokens"] else "",
-            _difference(row["equal_tokens_beside_dense"]),
+            difference(row["equal_tokens_beside_dense"]),
             *_percent(row["state_ratio"]),
             f"{100 * row['activation_ratio']:.0f} %",
             *_percent(row["preset_state_ratio"]),
@@ -206,12 +207,12 @@ def options_table(rows: list[dict[str, Any]], parent: str) -> str:
     mine = [row for row in rows if parent in (row["name"], row["parent"])]
     for row in sorted(mine, key=lambda row: (row["equal_flops_beside_parent"] or (0.0,))[0]):
         cells = [
-            row["name"].removeprefix(f"{parent}; ") if row["parent"] else "as it is",
+            ROWS[row["name"]].variant if row["parent"] else "as it is",
             str(row["seeds"]),
             f"{row['flop_ratio']:.3f}",
             _value(row["equal_flops"]),
-            _difference(row["equal_flops_beside_parent"]),
-            _difference(row["equal_flops_beside_dense"]),
+            difference(row["equal_flops_beside_parent"]),
+            difference(row["equal_flops_beside_dense"]),
             _value(row["as_trained"]),
             ", ".join(f"{factor:g}" for factor in row["calibration"]),
             _percent(row["state_ratio"])[0],
@@ -224,7 +225,8 @@ def _value(value: tuple[float, float] | None) -> str:
     return "" if value is None else f"{value[0]:.3f}{_error(value[1])}"
 
 
-def _difference(value: tuple[float, float] | None) -> str:
+def difference(value: tuple[float, float] | None) -> str:
+    """``+0.012 ± 0.024``."""
     return "" if value is None or value[0] == 0.0 else f"{value[0]:+.3f}{_error(value[1])}"
 
 

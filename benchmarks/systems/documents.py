@@ -1,6 +1,6 @@
 """Put tables and the figure of measured results into the documents.
 
-    python benchmarks/systems/documents.py
+    PYTHONPATH=. python benchmarks/systems/documents.py
 
 A document says where a table goes by a pair of comments, ``<!-- begin systems -->`` and ``<!-- end systems -->``;
 everything between them is replaced. Results that were not measured yet leave their place as it is.
@@ -8,16 +8,15 @@ everything between them is replaced. Results that were not measured yet leave th
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from figure import plot
 from sweep_tables import fastest_on_links, link_table, sweep_table
 from tables import Results, contender_table, memory_table, settings_note, summary_table
 
-from deepspeed_sdp.errors import DataError, OutputError, SDPError
+from benchmarks.blocks import fill
+from deepspeed_sdp.errors import DataError, SDPError
 from deepspeed_sdp.options import OptionParser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +53,7 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
     written = []
     if systems is not None:
         picture = docs / "systems.png"
-        _atomically(picture, lambda staging: plot(systems, staging))
+        written(picture, lambda path: plot(systems, path))
         written.append(picture)
         tables["systems"] = f"{settings_note(systems)}\n\n{contender_table(systems)}"
         tables["when"] = summary_table(systems)
@@ -77,39 +76,6 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
         fill(docs / name, {key: tables[key] for key in keys if key in tables})
         written.append(docs / name)
     return written
-
-
-def fill(document: Path, tables: Mapping[str, str]) -> None:
-    """Replace what stands between the comments of each table.
-
-    Raises:
-        OutputError: the document, or a pair of comments in it, is missing.
-    """
-    try:
-        text = document.read_text()
-    except OSError as error:
-        raise OutputError(f"{document}: {error.strerror}") from None
-    for name, table in tables.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise OutputError(f"{document}: takes a place for the table, between the lines {begin} and {end}")
-        # A command at its beginning is indented.
-        body = table.strip("\n")
-        text = f"{before}{begin}\n\n{body}\n\n{end}{after}"
-    _atomically(document, lambda staging: staging.write_text(text) and None)
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    staging = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(staging)
-        os.replace(staging, path)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
-    finally:
-        staging.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Results | None:

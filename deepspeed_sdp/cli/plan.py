@@ -57,7 +57,7 @@ def add_commands(commands: "Commands") -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from deepspeed_sdp.report import plan_summary, plot_plan, to_text
+    from deepspeed_sdp.report import count_parameters, plan_summary, plot_plan, to_text
     from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
     block = read_block(args.sdp_config, "--sdp_config") if args.sdp_config else {}
@@ -72,7 +72,7 @@ def _plan(args: argparse.Namespace) -> None:
         )
     model = meta_model(read_model_config(model_path(args.model, "--model"), "--model"), "--model")
     plan = plan_for(model, config, config.num_subnetworks)
-    summary = plan_summary(plan, sum(parameter.numel() for parameter in model.parameters()), config.masking)
+    summary = plan_summary(plan, count_parameters(model), config.masking)
     print(json.dumps(summary, indent=2) if args.json else to_text(summary))
     if args.out:
         written(args.out, lambda path: path.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The DeepSpeed extension. Everything that knows DeepSpeed from inside lives here."""
 
 from deepspeed_sdp.engine.agreement import agreed, from_first_rank
+from deepspeed_sdp.engine.assemble import reduce_bucket_numel
 from deepspeed_sdp.engine.communication import start_communication
 from deepspeed_sdp.engine.dense import DenseEngine, initialize_dense
 from deepspeed_sdp.engine.engine import SDPEngine
@@ -21,5 +22,6 @@ __all__ = [
     "initialize",
     "initialize_dense",
     "model_state_bytes",
+    "reduce_bucket_numel",
     "start_communication",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from torch import nn
 
@@ -68,12 +69,10 @@ def assemble(
     behaviour = agreed(lambda: behaviour_of(optimizer, state_device), lambda _: describe_optimizer(optimizer))
     if subnetwork.masking == "backward":
         agree_on_groups(subnetwork)
-    default_numel = _ROUND_NUMEL.get(backend, _DEFAULT_ROUND_NUMEL)
     group_of = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in subnetwork.module.named_parameters() if id(p) in group_of}
     agreed(lambda: _check_dtypes(subnetwork, trained, dtype))
-    round_numel = _asked_numel(engine._config, "reduce_bucket_size") or default_numel
-    layout = make_layout(subnetwork, groups, group_of, stage=stage, round_numel=round_numel)
+    layout = make_layout(subnetwork, groups, group_of, stage=stage, round_numel=reduce_bucket_numel(engine))
     for_weights = transport("weights", groups.for_weights, dtype)
     weights = None
     if stage == 3:
@@ -89,7 +88,7 @@ def assemble(
     if subnetwork.masking == "backward":
         exchange = Exchange(groups.for_weights, stage > 0, engine.device, dtype, traffic, stopwatch)
     is_lazy = exchange is not None and sdp.overlap_refresh
-    portion_numel = _asked_numel(engine._config, "allgather_bucket_size") or default_numel
+    portion_numel = _asked_numel(engine._config, "allgather_bucket_size") or _default_numel()
     refresh = WeightRefresh(
         layout.portions(portion_numel, is_gathered=0 < stage < 3, is_exchanged=exchange is not None),
         for_weights,
@@ -164,6 +163,15 @@ def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRe
         for module in part.modules if needed else ():
             refresh.settle_before(module, max(needed))
     refresh.settle_before_state_dict(subnetwork.module)
+
+
+def reduce_bucket_numel(engine: Any) -> int:
+    """Elements of the full model in a bucket of gradients, of an engine of this package."""
+    return _asked_numel(engine._config, "reduce_bucket_size") or _default_numel()
+
+
+def _default_numel() -> int:
+    return _ROUND_NUMEL.get(dist.get_backend(), _DEFAULT_ROUND_NUMEL)
 
 
 def _asked_numel(config: Any, key: str) -> int | None:

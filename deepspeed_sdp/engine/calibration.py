@@ -6,38 +6,122 @@ so that the full model wants about the mean of what its subnetworks add, ``cover
 One number says it, the *full scale*: what the full model's writes (``o_proj``, ``down_proj``) are multiplied by.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.plan import SubnetworkPlan
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, torch.Tensor]
 
 # Of neighbours in the search, a quarter of an octave: between them a parabola is as good as the loss.
 _STEP = 2.0**0.25
-_LEAST, _MOST = 2.0**-6, 2.0**6
+# Powers of the coverage in the factor of a subnetwork's units.
+_POWERS = {"none": 0.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 1.0}
 
 
-def best_scale(loss: Callable[[float], float], start: float) -> float:
-    """The full scale with the least loss, from three neighbours on a logarithmic scale around it.
+def calibrated(loss: Callable[[float, Sequence[Batch]], float], batches: Sequence[Batch], scales: list[float]) -> float:
+    """Collective. The full scale with the least loss on one half of the text, if the other half bears it out; else 1.
+
+    Says in words, on rank 0, where the text is too little, the scale is at a bound, or no better than none.
 
     Args:
-        loss: of the full model at a scale; called four or five times if ``start`` is near.
-        start: where the search begins; what is returned if the loss is not a number there.
+        loss: collective; of the full model at a scale, over the batches of all ranks.
+        batches: this rank's, ``labels`` ``[B, T]`` in each.
+        scales: what is tried, see :func:`scales_to_try`.
     """
-    known: dict[float, float] = {}
+    fitted, held_back, count = halves(batches)
+    if count < 2:
+        _warn(f"calibrate: got {count} sequences over all ranks, takes 2 or more; the full model's scale is 1")
+        return 1.0
+    found = best_scale(lambda scale: loss(scale, fitted), scales)
+    before, after = (loss(scale, held_back) for scale in (1.0, found))
+    if not after < before:
+        _warn(
+            f"calibrate: scale {found:.3f} is no better on text held back for it (loss {after:.4f}, {before:.4f} "
+            "without); the full model's scale is 1"
+        )
+        return 1.0
+    if found in (scales[0], scales[-1]):
+        _warn(
+            f"calibrate: scale {found:.3f} is the {'least' if found == scales[0] else 'largest'} that is tried (loss "
+            f"{after:.4f}, {before:.4f} without): the model is trained too little, or the text too short, to find one"
+        )
+    return found
 
-    def at(steps: int) -> float:
-        scale = start * _STEP**steps
-        if not _LEAST <= scale <= _MOST:
-            return math.inf
-        if steps not in known:
-            found = loss(scale)
-            known[steps] = found if math.isfinite(found) else math.inf
-        return known[steps]
 
-    if at(0) == math.inf:
-        return start
-    middle, way = 0, 1 if at(1) < at(-1) else -1
-    while at(middle + way) < at(middle):
-        middle += way
-    below, here, above = at(middle - 1), at(middle), at(middle + 1)
+def scales_to_try(plan: SubnetworkPlan, sdp: SDPConfig) -> list[float]:
+    """From the mean of what subnetworks add to the sum of strangers, a step beyond each; ascending.
+
+    Units that pull together add in proportion to their number: all of them ``1 / C`` of what a subnetwork's do, and
+    that has the factor ``C ** -power``. Units that know nothing of each other add like a root. A trained model lies
+    between the two; where a scale far below them has the least loss, the model is better silent: it was hardly trained.
+    """
+    coverages = [plan.coverage_of_kind(planned.space.kind) for planned in plan.spaces]
+    power = _POWERS[sdp.output_scaling]
+    least = min(coverage ** (1.0 - power) for coverage in coverages)
+    most = max(coverage ** (0.5 - power) for coverage in coverages)
+    # Rounded before: a whole number of steps is none more for an error in the last digit.
+    steps = math.ceil(round(math.log(most / least, _STEP), 6))
+    return [least * _STEP**step for step in range(-1, steps + 2)]
+
+
+def best_scale(loss: Callable[[float], float], scales: Sequence[float]) -> float:
+    """The scale with the least loss, from three neighbours around it; at an end of ``scales``, that end.
+
+    Args:
+        loss: of the full model at a scale; called for each of ``scales``, for an early training has several minima.
+        scales: equal steps on a logarithmic scale.
+    """
+    found = [loss(scale) for scale in scales]
+    losses = [math.inf, *(value if math.isfinite(value) else math.inf for value in found), math.inf]
+    middle = min(range(1, len(scales) + 1), key=lambda place: losses[place])
+    below, here, above = losses[middle - 1 : middle + 2]
     bend = below - 2 * here + above
     vertex = (below - above) / (2 * bend) if 0 < bend < math.inf else 0.0
-    return float(start * _STEP ** (middle + vertex))
+    return float(scales[middle - 1] * _STEP**vertex)
+
+
+def halves(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch], int]:
+    """Collective. Every other sequence of all ranks, the others, and how many there are.
+
+    Sequences count in the order in which a step deals them, micro-batch by micro-batch over all ranks, so that the
+    halves are the same on any number of ranks. Those without a token to predict are left out. A batch that cannot be
+    cut into sequences, as not all of its tensors begin with their number, counts as one.
+    """
+    mine = [(batch, _sequences(batch)) for batch in batches]
+    counts: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(counts, [len(sequences) for _, sequences in mine])
+    found: tuple[list[Batch], list[Batch]] = ([], [])
+    for number, (batch, sequences) in enumerate(mine):
+        first = sum(sum(ranks[:number]) for ranks in counts)
+        first += sum(ranks[number] for ranks in counts[: dist.get_rank()] if number < len(ranks))
+        for parity, half in enumerate(found):
+            rows = [row for place, row in enumerate(sequences, first) if place % 2 == parity]
+            if rows:
+                half.append(_part(batch, rows))
+    return *found, sum(map(sum, counts))
+
+
+def _sequences(batch: Batch) -> list[int | None]:
+    """Rows of a batch with a token to predict; ``None``: the batch as it is."""
+    labels = batch["labels"]
+    is_predicted = (labels[:, 1:] != -100).any(1)
+    if any(not value.ndim or len(value) != len(labels) for value in batch.values()):
+        return [None] if is_predicted.any() else []
+    return list(is_predicted.nonzero().flatten().tolist())
+
+
+def _part(batch: Batch, rows: list[int | None]) -> Batch:
+    return batch if rows == [None] else {name: value[rows] for name, value in batch.items()}
+
+
+def _warn(message: str) -> None:
+    if dist.get_rank() == 0:
+        log.warning(message)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.calibration import best_scale
+from deepspeed_sdp.engine.calibration import calibrated, scales_to_try
 from deepspeed_sdp.engine.evaluation import evaluate_full
 from deepspeed_sdp.engine.full_model import full_state_dict, save_hf, skeleton_to_save
 from deepspeed_sdp.engine.gather import Access
@@ -80,32 +80,34 @@ class FullModelFace:
         """Collective. Find the full scale: what the full model's writes are multiplied by from now on.
 
         Under forward masking, and coverage below 1, the sum of all units is louder than what each subnetwork was
-        trained with. The scale with the least loss on ``batches`` is sought, from the mean of the subnetworks on; it
-        takes four or five evaluations. Training goes on as before; :meth:`evaluate_full`, :meth:`full_model`,
-        :meth:`full_state_dict`, :meth:`save_hf` and ``deepspeed-sdp export`` apply it, and checkpoints keep it.
+        trained with. The scale with the least loss on half of ``batches`` is sought, between the mean of the
+        subnetworks and the sum of strangers, and taken if it is better than none on the other half; rank 0 says in
+        words if it is not, or is at an end. It takes five evaluations of one half at coverage 1/2, seven at 1/4, and
+        two of the other. Training goes on as before; :meth:`evaluate_full`, :meth:`full_model`,
+        :meth:`full_state_dict`, :meth:`save_hf` and ``deepspeed-sdp export`` apply the scale, and checkpoints keep it.
 
         Args:
-            batches: as in :meth:`evaluate_full`; of the text that is trained on, as what is held out shall judge.
+            batches: as in :meth:`evaluate_full`, two sequences or more over all ranks; of the text that is trained on,
+                as what is held out shall judge.
 
         Returns:
-            The scale; 1 where there is nothing to find.
+            The scale, of all ranks; 1 where there is nothing to find.
         """
-        subnetwork, sdp = self._subnetwork, self.sdp_config
+        subnetwork = self._subnetwork
         mine = list(batches)
         if not subnetwork.is_louder:
             return 1.0
-        power = {"none": 1.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 0.0}[sdp.output_scaling]
 
-        def loss(scale: float) -> float:
+        def loss(scale: float, part: Iterable[Mapping[str, torch.Tensor]]) -> float:
             subnetwork.full_scale = scale
-            return self.evaluate_full(mine)
+            return self.evaluate_full(part)
 
-        before = subnetwork.full_scale
+        scale = subnetwork.full_scale
         try:
-            before = best_scale(loss, self.plan.coverage**power)
+            scale = calibrated(loss, mine, scales_to_try(self.plan, self.sdp_config))
         finally:
-            subnetwork.full_scale = before
-        return before
+            subnetwork.full_scale = scale
+        return scale
 
     @while_alive
     @contextmanager

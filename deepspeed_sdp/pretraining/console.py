@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,6 +26,19 @@ def quiet(verbose: bool) -> None:
         log: Any = transformers_logging
         log.set_verbosity_error()
         log.disable_progress_bar()
+
+
+def say(rows: Mapping[str, str]) -> None:
+    """Print :func:`in_lines`, on rank 0."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print(in_lines(rows), flush=True)
+
+
+def in_lines(rows: Mapping[str, str]) -> str:
+    """A ``name  text`` line for each."""
+    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
 
 
 def progress_bar(steps: int, rank: int, done: int) -> Any:

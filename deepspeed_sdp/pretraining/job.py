@@ -19,6 +19,8 @@ from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.pretraining.length import Length, make_length
 from deepspeed_sdp.pretraining.loop import LoopSettings
 from deepspeed_sdp.pretraining.recipe import Recipe
+from deepspeed_sdp.report import RunFacts, count_parameters
+from deepspeed_sdp.report.facts import millions
 from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
 
@@ -28,9 +30,10 @@ class Job:
 
     Attributes:
         recipe: what was read.
-        model: the full model, on the meta device.
+        model: the full model, on the meta device; :func:`build_engine` cuts it.
         plan: who owns what; of the dense baseline: everybody everything.
         flops: training FLOPs per token.
+        facts: what of these is shown.
         length: steps and tokens.
         micro_batches: gradient accumulation steps.
         world_size: ranks.
@@ -41,6 +44,7 @@ class Job:
     model: nn.Module
     plan: SubnetworkPlan
     flops: FlopsPerToken
+    facts: RunFacts
     length: Length
     micro_batches: int
     world_size: int
@@ -66,14 +70,35 @@ def make_job(recipe: Recipe, world_size: int, tokenizer_folder: Path | None = No
     sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0, "seq_length": about.seq_length})
     plan = plan_for(model, sdp, world_size)
     flops = flops_per_token(model, about.seq_length, recipe.sdp, plan)
-    length = make_length(
-        about.tokens, about.match, int(recipe.ds_config["train_batch_size"]) * about.seq_length, flops.mean, flops.dense
-    )
+    tokens_per_step = int(recipe.ds_config["train_batch_size"]) * about.seq_length
+    facts = make_facts(model, recipe.sdp, plan, flops, tokens_per_step)
+    length = make_length(about.tokens, about.match, tokens_per_step, flops.mean, flops.dense)
     how_long = f"matched by {about.match}"
     if steps is not None:
         how_long = "by --steps"
         length = Length(steps, length.tokens_per_step, flops.mean, flops.dense, about.tokens)
-    return Job(recipe, model, plan, flops, length, micro_batches, world_size, how_long)
+    return Job(recipe, model, plan, flops, facts, length, micro_batches, world_size, how_long)
+
+
+def make_facts(
+    model: nn.Module, sdp: SDPConfig, plan: SubnetworkPlan, flops: FlopsPerToken, tokens_per_step: int = 0
+) -> RunFacts:
+    """What a run shows of itself.
+
+    Args:
+        model: the full model, not cut yet.
+        tokens_per_step: 0: only the engine will know.
+    """
+    return RunFacts(
+        model_class=type(model).__name__,
+        parameters=count_parameters(model),
+        plan=plan,
+        masking=sdp.masking if sdp.enabled else "dense",
+        granularity=sdp.granularity,
+        tokens_per_step=tokens_per_step,
+        dense_flops_per_token=flops.dense,
+        flops_per_token=flops.workers or (flops.dense,) * plan.num_subnetworks,
+    )
 
 
 def model_config(path: Path, seq_length: int, tokenizer_folder: Path | None, key: str = "--model_config") -> Any:
@@ -129,15 +154,12 @@ def peak_flops(ds_config: Mapping[str, Any]) -> float | None:
     return gpu.flops(dtype) if gpu is not None else None
 
 
-def loop_settings(job: Job, engine: Any, output: Path, known_peak: float | None) -> LoopSettings:
+def loop_settings(job: Job, output: Path, known_peak: float | None) -> LoopSettings:
     """How the loop runs; ``known_peak``: FLOPs per second of the device, else by its name."""
     about = job.recipe.about
-    worker = getattr(engine, "subnetwork_index", None)
     return LoopSettings(
         output=output,
         steps=job.length.steps,
-        tokens_per_step=job.length.tokens_per_step,
-        flops_per_token=job.flops.dense if worker is None else job.flops.workers[worker],
         peak_flops=known_peak or peak_flops(job.recipe.ds_config),
         log_interval=about.log_interval,
         eval_interval=about.eval_interval,
@@ -149,18 +171,16 @@ def loop_settings(job: Job, engine: Any, output: Path, known_peak: float | None)
 
 def describe(job: Job) -> dict[str, str]:
     """What will be done, for a person."""
-    recipe, length, flops = job.recipe, job.length, job.flops
-    total = sum(parameter.numel() for parameter in job.model.parameters())
+    recipe, length, facts = job.recipe, job.length, job.facts.describe()
     batch, micro = (recipe.ds_config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
-    who = method(recipe.sdp, job.plan, total) if recipe.sdp.enabled else "dense baseline, plain DeepSpeed"
     against = length.flops / length.dense_flops
     rows = {
         "recipe": str(recipe.path),
-        "model": f"{type(job.model).__name__}, {total / 1e6:,.1f} M parameters",
-        "method": who,
+        "model": facts["model"],
+        "method": facts["method"],
         "ranks": f"{job.world_size}, global batch {batch} sequences of {recipe.about.seq_length} tokens "
         f"({job.micro_batches} micro-batches of {micro} on each)",
-        "FLOPs/token": flops_in_words(flops),
+        "FLOPs/token": facts["FLOPs/token"],
         "length": f"{job.how_long}: {length.steps:,} steps, {_tokens(length.tokens)}, {length.flops:.3g} FLOPs",
         "baseline": f"{_tokens(length.dense_tokens)}, {length.dense_flops:.3g} FLOPs: this run takes "
         f"{length.tokens / length.dense_tokens:.3f} of its tokens, {against:.3f} of its FLOPs",
@@ -173,31 +193,5 @@ def describe(job: Job) -> dict[str, str]:
     return rows
 
 
-def in_lines(rows: Mapping[str, str]) -> str:
-    """What :func:`describe` says, a line for each."""
-    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
-
-
-def method(sdp: SDPConfig, plan: SubnetworkPlan, numel: int) -> str:
-    """SDP in words, for a full model of ``numel`` parameters."""
-    most = numel - plan.total_numel + max(plan.owned_numel(w) for w in range(plan.num_subnetworks))
-    return (
-        f"SDP, {sdp.masking} masking by {sdp.granularity}, {plan.num_subnetworks} subnetworks, coverage "
-        f"{plan.coverage:.3g}: each worker trains {most / 1e6:,.1f} M parameters ({most / numel:.0%})"
-    )
-
-
-def flops_in_words(flops: FlopsPerToken) -> str:
-    """Per token, of the full model and of the workers."""
-    return (
-        f"dense {_short(flops.dense)}, worker {_short(flops.mean)} ({flops.mean / flops.dense:.3f}; "
-        f"largest {flops.max / flops.mean:.3f} of the mean)"
-    )
-
-
 def _tokens(count: float) -> str:
-    return f"{count / 1e6:,.1f} M tokens" if count >= 1e6 else f"{count:,.0f} tokens"
-
-
-def _short(flops: float) -> str:
-    return f"{flops / 1e9:,.3g} G" if flops >= 1e8 else f"{flops / 1e6:,.3g} M"
+    return f"{millions(count)} tokens" if count >= 1e6 else f"{count:,.0f} tokens"

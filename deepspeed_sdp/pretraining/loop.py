@@ -1,9 +1,11 @@
 """The training loop: steps, evaluations of the full model, checkpoints, a clean stop, the report."""
 
 import itertools
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +18,7 @@ from deepspeed_sdp.checkpoint import LOCK
 from deepspeed_sdp.engine import Peak, gradient_peak
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.failures import on_first_rank
+from deepspeed_sdp.pretraining.clock import TrainingClock
 from deepspeed_sdp.pretraining.console import progress_bar
 from deepspeed_sdp.pretraining.metrics import Metrics
 from deepspeed_sdp.pretraining.text import Batch, Text, heldout_batches
@@ -31,8 +34,6 @@ class LoopSettings:
     Attributes:
         output: folder of the run.
         steps: optimizer steps in all.
-        tokens_per_step: over all ranks.
-        flops_per_token: training FLOPs of this rank's worker.
         peak_flops: FLOPs per second of the device; ``None``: unknown.
         log_interval, eval_interval, checkpoint_interval: steps between them; 0 checkpoints: only when asked to stop;
             else the last step has one, too.
@@ -43,8 +44,6 @@ class LoopSettings:
 
     output: Path
     steps: int
-    tokens_per_step: int
-    flops_per_token: float
     peak_flops: float | None = None
     log_interval: int = 10
     eval_interval: int = 50
@@ -108,45 +107,41 @@ class Loop:
 
     def _train(self, done: int) -> Outcome:
         settings, engine, report = self.settings, self.engine, self.report
-        metrics = Metrics(
-            settings.output,
-            engine,
-            settings.tokens_per_step,
-            settings.flops_per_token,
-            settings.peak_flops,
-            first_step=done,
-        )
+        metrics = Metrics(settings.output, engine, report.facts, settings.peak_flops, first_step=done)
         batches = self.text.batches(
             dist.get_rank(), dist.get_world_size(), engine.train_micro_batch_size_per_gpu(), engine.global_samples
         )
         progress = progress_bar(settings.steps, dist.get_rank(), done)
-        began = time.monotonic() - report.seconds
+        began, clock = time.monotonic() - report.seconds, TrainingClock()
         for step in range(done + 1, settings.steps + 1):
-            micro_batches = self._one_step(batches, metrics, is_measured=step == min(done + 2, settings.steps))
+            is_measured = step == min(done + 2, settings.steps)
+            # The first step compiles and allocates, and measuring takes time.
+            is_timed = not (is_measured or step == done + 1)
+            with nullcontext() if is_timed else clock.aside():
+                micro_batches = self._one_step(batches, metrics, is_measured, is_timed)
+            if is_timed:
+                clock.count()
             is_asked = self._stop.agreed()
             interval = settings.checkpoint_interval
             is_saved = is_asked or bool(interval and (step % interval == 0 or step == settings.steps))
             # A job that goes on from a checkpoint knows nothing of losses that were not written by then.
             if step % settings.log_interval == 0 or step == settings.steps or is_saved:
-                line = metrics.write_step(step)
+                lap = clock.lap()
+                report.add_lap(*lap)
+                with clock.aside():
+                    line = metrics.write_step(step, lap)
                 report.train_losses.append((step, line["loss"]))
-                progress.set_postfix(
-                    loss=f"{line['loss']:.3f}",
-                    val=f"{report.val_loss:.3f}" if report.val_losses else "-",
-                    tok_s=f"{line['tokens_per_second']:.0f}",
-                    **({"MFU": f"{line['mfu']:.1%}"} if settings.peak_flops else {}),
-                )
+                self._show(progress, line)
             progress.update()
-            aside = time.perf_counter()
             is_evaluated = step % settings.eval_interval == 0 and step < settings.steps
             if is_evaluated or is_saved or step == settings.steps:
-                self._calibrate(micro_batches)
-            if is_evaluated:
-                self._evaluate(step, settings.eval_sequences, metrics)
-            if is_saved:
-                report.seconds = time.monotonic() - began
-                saved = self._save()
-            metrics.pause(time.perf_counter() - aside)
+                with clock.aside():
+                    self._calibrate(micro_batches)
+                    if is_evaluated:
+                        self._evaluate(step, settings.eval_sequences, metrics)
+                    if is_saved:
+                        report.seconds = time.monotonic() - began
+                        saved = self._save()
             if is_asked and step < settings.steps:
                 progress.close()
                 self._end_early(step, saved)
@@ -157,7 +152,15 @@ class Loop:
         engine.wait_for_checkpoint()
         return Outcome.FINISHED
 
-    def _one_step(self, batches: Iterator[Batch], metrics: Metrics, is_measured: bool) -> list[Batch]:
+    def _show(self, progress: Any, line: Mapping[str, Any]) -> None:
+        known = self.report.val_losses
+        shown = {"loss": f"{line['loss']:.3f}", "val": f"{known[-1][1]:.3f}" if known else "-"}
+        if math.isfinite(line["tokens_per_second"]):
+            shown["tok_s"] = f"{line['tokens_per_second']:.0f}"
+            shown |= {"MFU": f"{line['mfu']:.1%}"} if self.settings.peak_flops else {}
+        progress.set_postfix(**shown)
+
+    def _one_step(self, batches: Iterator[Batch], metrics: Metrics, is_measured: bool, is_timed: bool) -> list[Batch]:
         began = time.perf_counter()
         micro_batches = [next(batches) for _ in range(self.engine.gradient_accumulation_steps())]
         waited = time.perf_counter() - began
@@ -167,7 +170,7 @@ class Loop:
                 loss = train_step(self.engine, micro_batches)
         else:
             loss = train_step(self.engine, micro_batches)
-        metrics.add(loss, waited, learning_rate, self.text.skipped())
+        metrics.add(loss, waited, learning_rate, self.text.skipped(), is_timed)
         return micro_batches
 
     def _calibrate(self, micro_batches: list[Batch]) -> None:
@@ -235,6 +238,7 @@ def conclude(loop: Loop) -> None:
     output = loop.settings.output
     loop.engine.save_hf(output / "hf")
     state = with_peak(model_state_bytes(loop.engine), loop.peak.nbytes)
+    loop.report.is_peak_measured = loop.peak.nbytes > 0
     loop.report.ranks = from_all_ranks({**loop.engine.sdp_stats(), "model_state_bytes": state})
     on_first_rank(lambda: _write(loop))
 

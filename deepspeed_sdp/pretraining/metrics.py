@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch.distributed as dist
 
 from deepspeed_sdp.errors import OutputError
 from deepspeed_sdp.files import write_text
+from deepspeed_sdp.pretraining.clock import Lap
 from deepspeed_sdp.ranks import gather_objects
+from deepspeed_sdp.report import RunFacts
 
 PHASES = ("data", "forward", "backward", "step", "communication", "exposed")
 FILE = "metrics.jsonl"
@@ -25,8 +26,7 @@ class Metrics:
     Args:
         folder: gets ``metrics.jsonl``: an object per line, see docs/recipes.md.
         engine: a training engine of this package, SDP or dense.
-        tokens_per_step: over all ranks.
-        flops_per_token: of this rank's forward and backward pass.
+        facts: of the run.
         peak_flops: FLOPs per second that the device can do, for the model FLOPs utilisation; ``None``: unknown.
         first_step: lines of later steps are dropped from a file that an earlier job left.
     """
@@ -35,80 +35,86 @@ class Metrics:
         self,
         folder: Path,
         engine: Any,
-        tokens_per_step: int,
-        flops_per_token: float,
+        facts: RunFacts,
         peak_flops: float | None,
         first_step: int,
     ) -> None:
         self._file = folder / FILE
         self._engine = engine
-        self._tokens_per_step = tokens_per_step
-        self._flops_per_step = flops_per_token * tokens_per_step / dist.get_world_size()
+        self._facts = facts
+        self._tokens = facts.tokens_per_step / dist.get_world_size()
+        self._flops_per_token = facts.flops_per_token[getattr(engine, "subnetwork_index", 0)]
         self._peak_flops = peak_flops
         self._losses: list[torch.Tensor] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._learning_rate = 0.0
         self._skipped = 0
-        self._began = time.perf_counter()
-        self._paused = 0.0
         if dist.get_rank() == 0:
             self._drop_after(first_step)
 
-    def add(self, loss: torch.Tensor, data_seconds: float, learning_rate: float, skipped: Mapping[str, int]) -> None:
+    def add(
+        self,
+        loss: torch.Tensor,
+        data_seconds: float,
+        learning_rate: float,
+        skipped: Mapping[str, int],
+        is_timed: bool = True,
+    ) -> None:
         """One step: its mean loss (a scalar on the device), how long its batches took to come, what it stepped with.
 
-        ``skipped``: rows and files that this rank's text left out so far, by reason.
+        Args:
+            skipped: rows and files that this rank's text left out so far, by reason.
+            is_timed: whether its time counts.
         """
         self._losses.append(loss)
         self._learning_rate = learning_rate
         self._skipped = sum(skipped.values())
+        if not is_timed:
+            return
         self._seconds["data"] += data_seconds
         for phase, seconds in self._engine.phase_seconds.items():
             self._seconds[phase] += seconds
 
-    def pause(self, seconds: float) -> None:
-        """Time that is not training: an evaluation, a checkpoint."""
-        self._paused += seconds
+    def write_step(self, step: int, lap: Lap) -> dict[str, Any]:
+        """Collective. Means since the last call, on every rank; rank 0 writes them.
 
-    def write_step(self, step: int) -> dict[str, Any]:
-        """Collective. Means since the last call, on every rank; rank 0 writes them."""
-        elapsed = time.perf_counter() - self._began - self._paused
-        steps = len(self._losses)
+        Args:
+            lap: of the steps since then; without one, what is of time is not known.
+        """
+        per_step = lap.seconds / lap.steps if lap.steps else math.nan
         engine = self._engine
         norm = engine.get_global_grad_norm()
         sent = engine.bytes_sent
         mine = {
             "loss": float(torch.stack(self._losses).mean()),
-            "tokens_per_second": steps * self._tokens_per_step / elapsed / dist.get_world_size(),
-            "mfu": steps * self._flops_per_step / elapsed / self._peak_flops if self._peak_flops else math.nan,
+            "tokens_per_second": self._tokens / per_step,
+            "mfu": self._tokens * self._flops_per_token / per_step / (self._peak_flops or math.nan),
             "memory_bytes": memory_bytes(),
             "bytes_sent": math.nan if sent is None else sent,
-            "flops": step * self._flops_per_step,
             "skipped": self._skipped,
-            **{f"seconds/{phase}": self._seconds[phase] / steps for phase in PHASES},
+            **{f"seconds/{phase}": self._seconds[phase] / (lap.steps or math.nan) for phase in PHASES},
         }
         everyone = _from_all_ranks(list(mine.values()))
         ranks = {name: everyone[:, i] for i, name in enumerate(mine)}
         line = {
             "step": step,
-            "tokens": step * self._tokens_per_step,
+            "tokens": step * self._facts.tokens_per_step,
             "loss": float(ranks["loss"].mean()),
             "learning_rate": self._learning_rate,
             "grad_norm": None if norm is None else float(norm),
             "tokens_per_second": float(ranks["tokens_per_second"].sum()),
-            "tokens_per_second_per_rank": [round(value, 1) for value in ranks["tokens_per_second"].tolist()],
+            "tokens_per_second_per_rank": [_rounded(value) for value in ranks["tokens_per_second"].tolist()],
             "mfu": float(ranks["mfu"].mean()),
             "memory_bytes_per_rank": [int(value) for value in ranks["memory_bytes"].tolist()],
             "bytes_sent_per_step": float(ranks["bytes_sent"].max()),
-            "flops": float(ranks["flops"].sum()),
+            "flops": step * self._facts.flops_per_step,
             "skipped": int(ranks["skipped"].sum()),
-            "seconds_per_step": elapsed / steps,
+            "seconds_per_step": per_step,
             # The slowest rank's: the others wait for it.
             "seconds": {phase: float(ranks[f"seconds/{phase}"].max()) for phase in PHASES},
         }
         self._losses.clear()
         self._seconds.clear()
-        self._began, self._paused = time.perf_counter(), 0.0
         return self._write(line)
 
     def write_evaluation(self, step: int, loss: float) -> dict[str, Any]:
@@ -116,7 +122,7 @@ class Metrics:
         return self._write(
             {
                 "step": step,
-                "tokens": step * self._tokens_per_step,
+                "tokens": step * self._facts.tokens_per_step,
                 "full_model_val_loss": loss,
                 "full_model_val_perplexity": math.exp(min(loss, 700.0)),
             }

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.report.facts import parameters_per_worker
 
 
 def plan_summary(
@@ -28,7 +29,7 @@ def plan_summary(
     """
     shared = total_numel - plan.total_numel
     is_backward = masking == "backward"
-    workers = range(plan.num_subnetworks)
+    workers, owned = range(plan.num_subnetworks), parameters_per_worker(plan, total_numel)
     units = Counter[str]()
     for planned in plan.spaces:
         units[planned.space.kind] += planned.space.num_units
@@ -39,10 +40,8 @@ def plan_summary(
         "parameters": total_numel,
         "partitioned_parameters": plan.total_numel,
         "masking": masking,
-        "bytes_per_worker": [element_bytes * (shared + plan.owned_numel(worker)) for worker in workers],
-        "bytes_held_per_worker": [
-            element_bytes * (total_numel if is_backward else shared + plan.owned_numel(worker)) for worker in workers
-        ],
+        "bytes_per_worker": [element_bytes * numel for numel in owned],
+        "bytes_held_per_worker": [element_bytes * (total_numel if is_backward else numel) for numel in owned],
         "bytes_of_full_model": element_bytes * total_numel,
         "bytes_sent_per_step": [element_bytes * _sent(plan, worker, shared, is_backward) for worker in workers],
         "bytes_sent_per_step_dense": element_bytes * _ring(total_numel, plan.num_subnetworks),

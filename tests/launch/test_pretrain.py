@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from deepspeed_sdp.cli import main
 from deepspeed_sdp.data import open_shards, separate_documents
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.report import plan_summary
 from tests.launch.jobs import RANK_VARIABLES, assert_ended_badly
 from tests.launch.recipe_jobs import PRETRAIN, RECIPE, RecipePlace
 from tests.support.ranks import rank_environment
@@ -67,9 +69,23 @@ def test_a_dry_run_of_several_ranks_is_told_by_the_first():
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
 
 
+SLEEP = 1.0
+SLOW_EVALUATION = f"""
+import time
+evaluate = loop.Loop._evaluate
+def slow(self, step, *arguments):
+    time.sleep({SLEEP})
+    if self.engine.global_rank == 0:
+        with open("plan.json", "w") as file:
+            file.write(self.engine.plan.to_json())
+    return evaluate(self, step, *arguments)
+loop.Loop._evaluate = slow
+"""
+
+
 @pytest.fixture(scope="module")
 def run(place):
-    job = place.launch("--tensorboard", "--peak_tflops", "0.1", **CHANGES)
+    job = place.launch("--tensorboard", "--peak_tflops", "0.1", script=place.script(SLOW_EVALUATION), **CHANGES)
     assert job.code == 0, job.output
     return job
 
@@ -94,7 +110,9 @@ def test_the_figures_of_a_run(run, place):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if "full_model_val_loss" in line] == [4, 8, 12]
-    for line in steps:
+    # The first two steps compile and are measured: what is of time is not known of them.
+    assert steps[0]["tokens_per_second"] is steps[0]["seconds_per_step"] is steps[0]["mfu"] is None
+    for line in steps[1:]:
         assert line["tokens"] == line["step"] * 16 * 32
         assert line["tokens_per_second"] == pytest.approx(sum(line["tokens_per_second_per_rank"]), rel=1e-3)
         assert line["tokens_per_second"] == pytest.approx(16 * 32 / line["seconds_per_step"], rel=0.5)
@@ -110,6 +128,44 @@ def test_the_figures_of_a_run(run, place):
     for line in lines:
         if "full_model_val_loss" in line:
             assert line["full_model_val_perplexity"] == pytest.approx(math.exp(line["full_model_val_loss"]), rel=1e-5)
+
+
+def test_console_report_and_metrics_say_the_same(run, place):
+    """Of the model as it was before it was cut, and of the parts that its workers really have."""
+    data, page = json.loads((place.output / "report.json").read_text()), (place.output / "report.md").read_text()
+    saved = sum(value.numel() for name, value in weights(place).items() if name != "lm_head.weight")
+    assert data["parameters"] == saved
+    assert data["parameters_per_worker"] == data["owned_parameters_per_rank"]
+    assert 0.5 * saved < max(data["parameters_per_worker"]) < saved
+    summary = plan_summary(SubnetworkPlan.from_json((place.folder / "plan.json").read_text()), saved)
+    assert summary["bytes_per_worker"] == [2 * numel for numel in data["parameters_per_worker"]]
+    assert data["plan"].items() <= json.loads(json.dumps(summary)).items()
+    # The console's lines are the report's, word for word.
+    assert {name: run.output.count(f"{name:<12} {text}\n") for name, text in data["run"].items()} == dict.fromkeys(
+        data["run"], 1
+    )
+    assert all(f"| {name} | {text} |" in page for name, text in data["run"].items())
+    most = max(data["parameters_per_worker"])
+    assert f"each worker trains {most / 1e6:,.1f} M parameters ({most / saved:.0%})" in run.output
+    last = [line for line in place.lines() if "loss" in line][-1]
+    assert (last["step"], last["tokens"]) == (data["steps"], data["tokens"])
+    assert last["flops"] == pytest.approx(data["flops"], rel=1e-6)
+    assert data["flops"] == pytest.approx(data["tokens"] * sum(data["flops_per_token"]) / 2)
+    assert last["loss"] == pytest.approx(data["train_loss"], rel=1e-6)
+    assert place.lines()[-1]["full_model_val_loss"] == pytest.approx(data["full_model_val_loss"], rel=1e-6)
+
+
+def test_tokens_per_second_are_those_of_training_steps_alone(run, place):
+    """Evaluations of this job sleep a second each, which is more than all of its steps take."""
+    lines = [line for line in place.lines() if "loss" in line]
+    data = json.loads((place.output / "report.json").read_text())
+    assert data["timed_steps"] == data["steps"] - 2
+    seconds = sum(2 * line["seconds_per_step"] for line in lines[1:])
+    assert data["tokens_per_second"] == pytest.approx(data["timed_steps"] * 16 * 32 / seconds, rel=1e-3)
+    assert data["seconds"] > seconds + 3 * SLEEP
+    assert (
+        f"| tokens/s of training steps | {data['tokens_per_second']:,.0f} |" in (place.output / "report.md").read_text()
+    )
 
 
 def test_tensorboard_has_them_too(run, place):

@@ -95,10 +95,16 @@ def test_the_figures(report):
         assert sdp["total"] == sdp["weights"] + sdp["gradients"] + sdp["optimizer"]
         assert sdp["total"] < dense["total"]
     assert min(report["bytes_sent_per_step_per_rank"]) > 0
+    assert report["reduce_bucket_numel"] == 5_000_000, "of both: DeepSpeed's own default is another"
+    assert report["parameters_per_worker"] == report["owned_parameters_per_rank"]
 
 
 def test_the_page_agrees_with_the_data(run, report):
     page = (run[0].output / "report.md").read_text()
+    assert "Both with `reduce_bucket_size` 5,000,000 elements: the largest rank holds 0." in page
+    assert {name: run[1].output.count(f"{name:<12} {text}\n") for name, text in report["run"].items()} == dict.fromkeys(
+        ("model", "method", "FLOPs/token"), 1
+    )
     assert f"| validation loss (full model) | {report['full_model_val_loss']:.4f} |" in page
     assert f"| steps, tokens | {report['steps']:,}, {report['tokens']:,} |" in page
 

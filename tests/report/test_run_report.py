@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from deepspeed_sdp.plan import UnitSpace, make_plan
-from deepspeed_sdp.report import RunReport, plot_plan, to_markdown
+from deepspeed_sdp.report import RunFacts, RunReport, plan_summary, plot_plan, to_markdown
 
 
 def spaces(layers=3, neurons=344, heads=4):
@@ -28,7 +28,12 @@ def state(weights):
     return {"weights": weights, "gradients": weights * 2, "optimizer": weights * 3, "total": weights * 6}
 
 
-def report_of(plan, dense=True, **changes):
+def facts_of(plan, masking="forward"):
+    flops = tuple(1e6 + worker for worker in range(plan.num_subnetworks))
+    return RunFacts("LlamaForCausalLM", plan.total_numel + 1000, plan, masking, "neuron", 2048, 3e6, flops)
+
+
+def report_of(plan, dense=True, masking="forward", **changes):
     ranks = [
         {
             "model_state_bytes": state(1_234_567 + rank),
@@ -39,15 +44,17 @@ def report_of(plan, dense=True, **changes):
         for rank in range(plan.num_subnetworks)
     ]
     made = {
-        "tokens_per_step": 2048,
         "unigram_val_loss": 4.5,
         "train_losses": [(10, 4.0), (20, 3.25), (30, 2.7512)],
         "val_losses": [(15, 3.9), (30, 2.9876)],
         "ranks": ranks,
         "dense_state_bytes": [state(3_000_000)] * plan.num_subnetworks if dense else None,
+        "reduce_bucket_numel": 200_000 if dense else None,
         "seconds": 12.0,
+        "timed_steps": 20,
+        "timed_seconds": 8.0,
     }
-    return RunReport(plan=plan, **{**made, **changes})
+    return RunReport(facts=facts_of(plan, masking), **{**made, **changes})
 
 
 def test_the_keys_and_what_they_hold():
@@ -71,7 +78,7 @@ def test_the_keys_and_what_they_hold():
     }
     assert data["bytes_sent_per_step_per_rank"] == [7_654_321 + rank for rank in range(4)]
     assert data["owned_parameters_per_rank"] == [400_000 + rank for rank in range(4)]
-    assert data["tokens_per_second"] == 30 * 2048 / 12
+    assert data["tokens_per_second"] == 20 * 2048 / 8, "of the steps that were timed, and not of all the time"
     assert data["history"]["train_loss"][1] == {"step": 20, "tokens": 20 * 2048, "loss": 3.25}
     assert data["history"]["full_model_val_loss"][-1] == {"step": 30, "tokens": 30 * 2048, "loss": 2.9876}
 
@@ -130,7 +137,15 @@ def test_writing_again_replaces_the_files(tmp_path):
 
 
 def test_one_evaluation_and_no_time_are_enough(tmp_path):
-    report = report_of(plan_of(1, 1), train_losses=[(1, 5.0)], val_losses=[(1, 5.1)], seconds=0.0, dense=False)
+    report = report_of(
+        plan_of(1, 1),
+        train_losses=[(1, 5.0)],
+        val_losses=[(1, 5.1)],
+        seconds=0.0,
+        timed_steps=0,
+        timed_seconds=0.0,
+        dense=False,
+    )
     report.write(tmp_path)
     assert_drawn(tmp_path / "loss.png")
     data = json.loads((tmp_path / "report.json").read_text())
@@ -199,8 +214,59 @@ def test_tables_are_whole():
 
 def test_without_a_dense_run_the_page_has_no_dense_row(tmp_path):
     report = report_of(plan_of(2, 1), dense=False)
-    assert ", dense |" not in to_markdown(report.to_dict())
+    assert "dense" not in to_markdown(report.to_dict()).lower()
     assert "(dense:" not in report.closing_lines(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "there"),
+    [
+        ({"dense": True}, {"dense"}),
+        ({"is_peak_measured": True}, {"gradient"}),
+        ({"timed_steps": 3, "timed_seconds": 2.0}, {"tokens/s"}),
+        ({"bytes_sent": 7}, {"sent per step"}),
+        ({"masking": "forward"}, {"## plan"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_sentence_stands_where_its_figures_do(changes, there):
+    """Of a run that knows as little as one can, all are gone; each fact brings back what is said of it alone."""
+    words = {"gradient": "their peak", "tokens/s": "tokens/s", "sent per step": "sent per step", "## plan": "## plan"}
+    words["dense"] = "dense: plain deepspeed"
+
+    def said(dense=False, bytes_sent=None, **changes):
+        known = {"masking": "dense", "is_peak_measured": False, "timed_steps": 0, "timed_seconds": 0.0, **changes}
+        report = report_of(plan_of(2, 1), dense=dense, **known)
+        for rank in report.ranks:
+            rank["bytes_sent"] = bytes_sent
+        page = to_markdown(report.to_dict()).lower()
+        return {name for name, text in words.items() if text in page}
+
+    assert said() == set()
+    assert said(**changes) == there
+
+
+def test_one_set_of_figures_for_console_data_and_plan_summary():
+    plan = plan_of(4, 2)
+    facts = facts_of(plan)
+    data, summary = report_of(plan).to_dict(), plan_summary(plan, facts.parameters)
+    assert data["parameters"] == summary["parameters"] == facts.parameters
+    assert [2 * numel for numel in data["parameters_per_worker"]] == summary["bytes_per_worker"]
+    assert data["parameters_per_worker"] == [1000 + plan.owned_numel(worker) for worker in range(4)]
+    assert data["flops"] == 30 * 2048 * sum(data["flops_per_token"]) / 4
+    most = max(data["parameters_per_worker"])
+    said = facts.describe()["method"]
+    assert f"each worker trains {most / 1e6:.1f} M parameters ({most / data['parameters']:.0%})" in said
+    assert data["plan"]["coverage"] == summary["coverage"] == plan.coverage
+
+
+def test_a_later_job_goes_on_from_the_history():
+    first, second = report_of(plan_of(2, 1)), report_of(plan_of(2, 1), train_losses=[], val_losses=[], seconds=0.0)
+    second.set_history(json.loads(json.dumps(first.history())))
+    assert second.history() == json.loads(json.dumps(first.history()))
+    second.add_lap(0, 5.0)
+    second.add_lap(2, 1.0)
+    assert (second.timed_steps, second.timed_seconds) == (22, 9.0), "what took time without a step is none of training"
 
 
 def test_closing_lines(tmp_path):
@@ -208,7 +274,7 @@ def test_closing_lines(tmp_path):
     assert "2.988" in lines
     assert "4.500" in lines
     assert "7.41 MB" in lines, "the largest rank's model state"
-    assert "ratio 0.41" in lines
+    assert "ratio 0.41 with reduce_bucket_size 200,000 in both, 0.41 without gradients" in lines
     assert "7.65 MB" in lines
     assert str(tmp_path / "hf") in lines
     assert str(tmp_path / "report.md") in lines
