@@ -14,13 +14,14 @@ export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all bench-quality bench-quality-quick docs-quality bench-systems checks format clean
+.PHONY: help setup demo test test-all test-lowest bench-quality bench-quality-quick docs-quality bench-systems checks format clean
 
 help:
 	@echo "make setup     .venv with pinned dependencies and this package"
 	@echo "make demo      pretrain a small LLaMA with 4 workers on this machine; leaves runs/demo"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
+	@echo "make test-lowest  the quick tests with the lowest versions that pyproject.toml allows"
 	@echo "make bench-quality   validation loss of dense training and of SDP's options: many hours of one core; it can be stopped and goes on"
 	@echo "make checks    format, lint and types"
 	@echo "make bench-systems  memory, time and traffic beside DDP, FSDP2 and ZeRO, and sweeps; half an hour on two cores"
@@ -46,6 +47,18 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+LOWEST := .venv-lowest
+
+test-lowest: $(LOWEST)/.done
+	PATH=$(abspath $(LOWEST)/bin):$$PATH TORCH_EXTENSIONS_DIR=$(abspath $(LOWEST))/torch_extensions \
+	    $(LOWEST)/bin/python -m pytest -m 'not slow'
+
+$(LOWEST)/.done: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt torch numpy setuptools wheel packaging
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev]'
+	touch $@
 
 # Trainings that stand in the file already are not run again.
 QUALITY := $(BIN)/python -m benchmarks.quality
@@ -98,4 +111,4 @@ bench-systems: setup
 	PYTHONPATH=. $(BIN)/python benchmarks/systems/documents.py --results $(RESULTS) --docs $(DOCS)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) runs build dist *.egg-info

@@ -98,9 +98,7 @@ class SDPConfig(BaseModel):
     partition: tuple[Literal["mlp", "attention"], ...] = Field(
         ("mlp", "attention"), min_length=1, description="kinds of units that are partitioned"
     )
-    shared_modules: tuple[str, ...] = Field(
-        (), max_length=_MAX_NAMES, description="name patterns of modules that all workers own"
-    )
+    shared_modules: tuple[str, ...] = Field((), description="name patterns of modules that all workers own")
     output_scaling: Literal["none", "inverse_sqrt_coverage", "inverse_coverage"] = Field(
         "inverse_sqrt_coverage",
         description="factor on what the partitioned units add to the residual stream of a subnetwork",

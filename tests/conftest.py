@@ -1,12 +1,17 @@
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from tests.support.ranks import RankPool
+
+# Machines under load are slow: time limits are pytest's, and a failure prints what repeats it.
+settings.register_profile("sdp", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sdp")
 
 
 @pytest.fixture(scope="session")

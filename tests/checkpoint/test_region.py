@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from deepspeed_sdp.checkpoint import Region, regions_of_range
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
 def test_rectangles_are_the_range_in_row_major_order(sizes, data):
     offsets = tuple(data.draw(st.integers(0, 3)) for _ in sizes)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeed_sdp.data import PackedDataset, RankSampler, pack, tokenize_documents, unigram_loss
@@ -72,7 +72,6 @@ def take(sampler, rank, world, batch, count, start=0):
     return [next(batches).tolist() for _ in range(count)]
 
 
-@settings(deadline=None)
 @given(samplings())
 def test_every_epoch_deals_each_index_once_and_ranks_are_disjoint(case):
     sequences, world, batch, seed = case
@@ -84,7 +83,6 @@ def test_every_epoch_deals_each_index_once_and_ranks_are_disjoint(case):
         assert sorted(dealt[epoch * sequences : (epoch + 1) * sequences]) == list(range(sequences))
 
 
-@settings(deadline=None)
 @given(samplings(), st.integers(1, 6), st.integers(1, 4), st.integers(0, 5))
 def test_another_number_of_ranks_goes_on_at_the_exact_sample(case, other_world, other_batch, steps):
     sequences, world, batch, seed = case
@@ -97,7 +95,6 @@ def test_another_number_of_ranks_goes_on_at_the_exact_sample(case, other_world, 
     assert [[i] for i in dealt] == alone[consumed:]
 
 
-@settings(deadline=None)
 @given(samplings())
 def test_the_global_order_does_not_depend_on_how_ranks_share_it(case):
     """The same global batch, dealt to any number of ranks (N subnetworks times R replicas), is the same text."""
@@ -108,7 +105,6 @@ def test_the_global_order_does_not_depend_on_how_ranks_share_it(case):
     assert alone == [[i for rank in range(world) for i in shared[rank][step]] for step in range(4)]
 
 
-@settings(deadline=None)
 @given(samplings(), st.integers(0, 25))
 def test_a_start_step_resumes_exactly(case, start):
     sequences, world, batch, seed = case

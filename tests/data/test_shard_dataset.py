@@ -26,7 +26,7 @@ def folders(tmp_path_factory, tokenizer, documents):
     return root / "37", root / str(10**6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seq_length=st.integers(2, 200), split=st.sampled_from(["train", "heldout"]))
 def test_sequences_are_the_stream_whatever_the_shards(folders, seq_length, split):
     stream = np.fromfile(folders[1] / f"{split}-00000.bin", "<u2")
@@ -54,7 +54,7 @@ def test_documents_begin_after_the_end_of_others(folders):
     assert row["input_ids"].dtype == row["position_ids"].dtype == torch.int64
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(ranks=st.integers(1, 5), batch=st.integers(1, 3), later=st.integers(1, 5), done=st.integers(0, 6))
 def test_each_sequence_is_dealt_once_per_epoch_over_any_ranks(folders, ranks, batch, later, done):
     sequences = open_shards(folders[0]).sequences("train", 64)

@@ -248,7 +248,7 @@ def test_useless_options_are_one_clear_error(tmp_path, options):
         prepare_shards(tmp_path / "out", options(heldout_fraction=1e-6), workers=1)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 9), max_size=5), max_size=6),
     shard_tokens=st.integers(1, 12),

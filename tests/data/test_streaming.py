@@ -81,7 +81,7 @@ def reference(stream):
     return found
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.sampled_from(SHAPES), second=st.sampled_from(SHAPES), done=st.integers(0, 50))
 def test_global_batches_are_the_same_over_any_ranks_also_after_going_on(stream, reference, first, second, done):
     streams = ranks(stream, *first)

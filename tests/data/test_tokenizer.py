@@ -26,7 +26,7 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.text(alphabet=st.characters(exclude_characters=BLANK, exclude_categories=["Cs"])))
 @example("  leading, trailing  ")
 @example("\n\n\ttabs\r\nand lines\n")

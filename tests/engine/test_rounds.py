@@ -26,7 +26,7 @@ def layouts(draw):
     return numels, items
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(NUMELS, SIZES, st.sets(st.integers(0, 20)))
 def test_rounds_are_contiguous_backward_no_larger_than_asked_and_full(numels, size, breaks):
     rounds = make_rounds(numels, size, breaks)
@@ -43,7 +43,7 @@ def test_rounds_are_contiguous_backward_no_larger_than_asked_and_full(numels, si
             assert total + numels[members[0] - 1] > size, "closed early"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layouts(), SIZES)
 def test_every_parameter_is_in_exactly_one_bucket_of_its_own_round_set_and_group(layout, size):
     numels, items = layout
@@ -58,7 +58,7 @@ def test_every_parameter_is_in_exactly_one_bucket_of_its_own_round_set_and_group
         assert bucket.numel == sum(bucket.numels)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layouts(), SIZES, st.randoms())
 def test_the_order_is_total_backward_and_does_not_depend_on_the_input_order(layout, size, random):
     numels, items = layout
@@ -75,7 +75,7 @@ def test_the_order_is_total_backward_and_does_not_depend_on_the_input_order(layo
     assert make_buckets(shuffled, rounds) == buckets
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layouts(), SIZES, st.sets(st.integers(0, 5)))
 def test_what_else_a_rank_holds_changes_nothing(layout, size, owned):
     numels, items = layout
@@ -85,7 +85,7 @@ def test_what_else_a_rank_holds_changes_nothing(layout, size, owned):
     assert mine == tuple(bucket for bucket in everything if bucket.owner_set in owned)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layouts(), SIZES, st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=2, max_size=6))
 def test_launching_in_order_never_waits_in_a_circle(layout, size, holdings):
     """Ranks that hold different owner sets and block on each bucket until all of its owners are at it."""

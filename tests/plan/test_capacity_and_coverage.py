@@ -46,7 +46,7 @@ def requests(draw: st.DrawFn) -> tuple[list[UnitSpace], int, dict[str, Any]]:
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(requests())
 def test_guarantees(request_: tuple[list[UnitSpace], int, dict[str, Any]]) -> None:
     spaces, n, options = request_

@@ -80,7 +80,7 @@ def test_pairs_of_the_halves_where_not_all_pairs_fit(n: int, max_owner_sets: int
     assert gap(design) == pytest.approx(1 / 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_two_workers_that_share_nothing_limit_the_gap(data: st.DataObject) -> None:
     """For any weights of the owner sets that load the workers equally, found by scaling weights up and down."""
@@ -113,7 +113,7 @@ def workers_and_owners(draw: st.DrawFn) -> tuple[int, int]:
     return n, draw(st.integers(1, n))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(workers_and_owners(), st.sampled_from(["auto", "cyclic", "random"]), st.integers(0, 5))
 def test_classes_are_balanced(size: tuple[int, int], name: str, seed: int) -> None:
     n, k = size

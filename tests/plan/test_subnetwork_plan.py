@@ -55,7 +55,7 @@ def plan_of(request: tuple[list[UnitSpace], dict[str, Any]]) -> SubnetworkPlan:
     reject()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(requests())
 def test_guarantees(request_: tuple[list[UnitSpace], dict[str, Any]]) -> None:
     plan = plan_of(request_)
@@ -109,7 +109,7 @@ def check_guarantees(plan: SubnetworkPlan, spaces: list[UnitSpace], n: int, k: i
     assert list(plan.owner_sets[1:]) == sorted(plan.owner_sets[1:])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(requests())
 def test_same_arguments_same_plan_and_json_round_trip(request_: tuple[list[UnitSpace], dict[str, Any]]) -> None:
     plan = plan_of(request_)
@@ -123,7 +123,7 @@ def test_same_arguments_same_plan_and_json_round_trip(request_: tuple[list[UnitS
         assert read.hash == plan.hash
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(requests())
 def test_mixing_matrix_is_its_definition(request_: tuple[list[UnitSpace], dict[str, Any]]) -> None:
     plan = plan_of(request_)

@@ -59,7 +59,7 @@ def cut_all(job):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(jobs())
 def test_the_union_of_all_workers_is_the_full_model(job):
     full, plan, cuts, _ = cut_all(job)
@@ -83,7 +83,7 @@ def test_the_union_of_all_workers_is_the_full_model(job):
         assert (count == (plan.owners_per_unit if name in partitioned else plan.num_subnetworks)).all(), name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(jobs(), st.integers(0, 1000))
 def test_a_cut_models_loss_and_gradients_are_the_masked_models(job, seed):
     full, plan, cuts, scale = cut_all(job)

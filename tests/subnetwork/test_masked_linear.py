@@ -40,7 +40,7 @@ def owned_ranges(draw, size=12):
     return ranges or [(borders[0], borders[1])]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["out", "in"]), st.booleans(), st.booleans(), st.booleans(), st.data())
 def test_gradients_are_those_of_the_dense_layer(cut, bias, is_input_kept, needs_x, data):
     torch.manual_seed(0)
