@@ -45,8 +45,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
-    from deepspeed_sdp.engine import agreed, check_job, start_communication
-    from deepspeed_sdp.pretraining.job import build_engine, describe, loop_settings, make_job
+    from deepspeed_sdp.engine import agreed, check_job, from_first_rank, start_communication
+    from deepspeed_sdp.pretraining.job import build_engine, describe, loop_settings, make_job, make_plan_of
     from deepspeed_sdp.pretraining.loop import Loop, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.monitors import add_monitors, check_monitors
     from deepspeed_sdp.pretraining.recipe import read_recipe
@@ -75,7 +75,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     else:
         fraction = heldout_fraction(args)
         text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
-    job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps))
+    plan = from_first_rank(lambda: make_plan_of(recipe, world_size, text.tokenizer_folder))
+    job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps, plan))
     about = describe(job)
     say(about)
     engine = build_engine(job)

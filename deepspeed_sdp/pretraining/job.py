@@ -51,12 +51,31 @@ class Job:
     how_long: str
 
 
-def make_job(recipe: Recipe, world_size: int, tokenizer_folder: Path | None = None, steps: int | None = None) -> Job:
+def make_plan_of(recipe: Recipe, world_size: int, tokenizer_folder: Path | None = None) -> SubnetworkPlan:
+    """The plan that :func:`make_job` takes; many ranks make it once, as it can take seconds.
+
+    Raises:
+        ConfigError, ModelError, PlanError: see :func:`make_job`.
+    """
+    seq_length = recipe.about.seq_length
+    config = model_config(recipe.model_file, seq_length, tokenizer_folder, "pretraining.model")
+    sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0, "seq_length": seq_length})
+    return plan_for(meta_model(config, "pretraining.model"), sdp, world_size)
+
+
+def make_job(
+    recipe: Recipe,
+    world_size: int,
+    tokenizer_folder: Path | None = None,
+    steps: int | None = None,
+    plan: SubnetworkPlan | None = None,
+) -> Job:
     """A pure function of its arguments and of the tokenizer; nothing takes memory.
 
     Args:
         tokenizer_folder: the model's vocabulary is this tokenizer's; ``None``: as in the model's config.
         steps: instead of those that follow from the recipe.
+        plan: what :func:`make_plan_of` made; made here if not given.
 
     Raises:
         ConfigError, ModelError, PlanError: the recipe does not fit the model or the ranks.
@@ -67,8 +86,7 @@ def make_job(recipe: Recipe, world_size: int, tokenizer_folder: Path | None = No
     separate_documents(copy.copy(config), about.document_reset, int(recipe.ds_config["train_micro_batch_size_per_gpu"]))
     model = meta_model(config, "pretraining.model")
     micro_batches = recipe.micro_batches(world_size)
-    sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0, "seq_length": about.seq_length})
-    plan = plan_for(model, sdp, world_size)
+    plan = plan or make_plan_of(recipe, world_size, tokenizer_folder)
     flops = flops_per_token(model, about.seq_length, recipe.sdp, plan)
     tokens_per_step = int(recipe.ds_config["train_batch_size"]) * about.seq_length
     facts = make_facts(model, recipe.sdp, plan, flops, tokens_per_step)
