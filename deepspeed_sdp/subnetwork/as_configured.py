@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -135,6 +134,8 @@ def _of_buffers(model: nn.Module) -> Iterator[str]:
     if not own:
         return
     config: Any = model.config
+    from accelerate import init_empty_weights  # a slow import, which plan and estimate do without
+
     without_memory = init_empty_weights(include_buffers=False)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), without_memory, no_init_weights():
         built = dict(type(model)(copy.deepcopy(config)).named_buffers())

@@ -191,8 +191,8 @@ def tiny_config(config: Any) -> Any:
 def _plan(spaces: Sequence[UnitSpace]) -> SubnetworkPlan:
     planned = []
     for index, space in enumerate(spaces):
-        units = space.num_units
-        borders = [0, units] if units < 3 else [0, units // 3, 2 * units // 3, units]
+        number = min(space.num_units, 3)
+        borders = [i * space.num_units // number for i in range(number + 1)]
         pieces = enumerate(itertools.pairwise(borders))
         chunks = tuple(Chunk(start, stop, 1 + (index + i) % 2) for i, (start, stop) in pieces)
         planned.append(PlannedSpace(space, chunks))

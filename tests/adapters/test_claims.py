@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -168,6 +169,26 @@ class BackwardsLlama(LlamaForCausalLM):
 def test_layers_that_are_not_called_in_their_order_are_refused():
     with pytest.raises(ModelError, match="does not call its layers once each, in their order"):
         plan(BackwardsLlama(tiny_config()))
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "kind"),
+    [
+        ("BitNet", NEURONS, "mlp"),  # a norm over all neurons
+        ("DiffLlama", NEURONS, "attention"),  # pairs of heads
+        ("Doge", LAYERS, "layer"),  # a weight on the residual stream
+        ("GraniteSWA", NEURONS, "attention"),  # a weight per head that is in no linear
+    ],
+)
+def test_families_that_only_look_like_llama_are_refused(name, units, kind):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 64, "pad_token_id": None}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(
+        ModelError, match=rf"tried on a tiny {name}ForCausalLM: a worker that owns some units of '{kind}'"
+    ):
+        plan(model, **units)
 
 
 def test_trying_leaves_the_random_numbers_alone():
