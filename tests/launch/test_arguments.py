@@ -139,19 +139,6 @@ def test_impossible_numbers(arguments, changes, message):
     assert str(raised.value).startswith(message)
 
 
-def test_a_dry_run_is_one_process_without_an_output_folder():
-    ds, sdp, model = (ROOT / "ds_configs" / f"demo{name}.json" for name in ("", "_sdp", "_model"))
-    arguments = ["--deepspeed_config", ds, "--sdp_config", sdp, "--model_config", model, "--steps", "10", "--dry_run"]
-    done = run(*map(str, arguments), "--world_size", "8")
-    assert done.returncode == 0, done.stderr
-    assert "ranks        8, each 1 micro-batches of 8 sequences of 256 tokens" in done.stdout
-    assert "4 subnetworks, coverage 0.5" in done.stdout
-    assert (
-        "error: --world_size: got 8; takes a number from 1 on, with --dry_run"
-        in run(*map(str, arguments[:-1]), "--output_dir", "out", "--world_size", "8").stderr
-    )
-
-
 STREAM = ["--recipe", "r.json", "--output_dir", "out", "--stream", "a.parquet", "--tokenizer", "t"]
 
 

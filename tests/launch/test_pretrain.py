@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,9 +13,8 @@ from deepspeed_sdp.cli import main
 from deepspeed_sdp.data import open_shards, separate_documents
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.report import plan_summary
-from tests.launch.jobs import RANK_VARIABLES, assert_ended_badly
-from tests.launch.recipe_jobs import PRETRAIN, RECIPE, RecipePlace
-from tests.support.ranks import rank_environment
+from tests.launch.jobs import assert_ended_badly
+from tests.launch.recipe_jobs import RECIPE, RecipePlace
 
 STOP_AT_5 = """
 import signal, time
@@ -37,36 +34,6 @@ CHANGES = {"pretraining.document_reset": "attention", "pretraining.checkpoint_in
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return RecipePlace(tmp_path_factory.mktemp("recipe"))
-
-
-def dry_run(*arguments, **environment):
-    variables = {name: value for name, value in rank_environment(**environment).items() if name not in RANK_VARIABLES}
-    variables |= {name: str(value) for name, value in environment.items()}
-    return subprocess.run(
-        [sys.executable, str(PRETRAIN), "--recipe", str(RECIPE), "--dry_run", *arguments],
-        env=variables, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(("arguments", "ranks"), [((), 4), (("--world_size", "8"), 8), (("--world-size=16",), 16)])
-def test_a_dry_run_is_one_process_for_any_number_of_ranks(arguments, ranks):
-    done = dry_run(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert f"ranks        {ranks}, global batch 64" in done.stdout
-    assert "SDP, forward masking by neuron, 4 subnetworks" in done.stdout
-
-
-def test_a_dry_run_finds_what_a_job_would():
-    done = dry_run("--world_size", "6")
-    assert (done.returncode, done.stderr.count("error: ")) == (1, 1)
-    done = dry_run("--set", "zero_optimization.stage=7")
-    assert "zero_optimization.stage: got 7" in done.stderr
-
-
-def test_a_dry_run_of_several_ranks_is_told_by_the_first():
-    first, second = (dry_run(RANK=rank, WORLD_SIZE=8) for rank in (0, 1))
-    assert "ranks        8, global batch" in first.stdout
-    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
 
 
 SLEEP = 1.0
