@@ -28,6 +28,11 @@ def weights(size):
     return linears, (1 if is_tied else 2) * 32000 * hidden + (2 * layers + 1) * hidden
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_recipe_takes_deepspeeds_own_optimizer(name):
+    assert "torch_adam" not in json.loads((FOLDER / name).read_text())["optimizer"]["params"]
+
+
 def test_the_set_is_complete_and_as_its_maker_writes_it(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     import make_recipes
