@@ -1,7 +1,7 @@
 """What a parameter is while its values are not there (ZeRO-3): the same object, and an error in words when read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from deepspeed_sdp.errors import StateError
 
 _WORDS = (
     "this weight is sharded over its owners (ZeRO stage 3) and not in memory between uses: read it inside `with "
-    "engine.gathered_weights(layer):`, or take engine.full_state_dict() or engine.save_hf(); a copy that is to last "
-    "needs .clone()"
+    "engine.gathered_weights(layer):`, or take engine.full_state_dict() or engine.save_hf(); after "
+    "engine.destroy() it is gone"
 )
 
 # Properties that lead to values; all others can be read and set.
@@ -28,6 +28,9 @@ class FreedWeight(nn.Parameter):
     """The class of a parameter while it is freed. Shape, dtype, device, gradient and hooks are as ever.
 
     What goes past Python finds NaN (:func:`nothing_of`): no memory is read that is not there.
+
+    Raises:
+        StateError: of any use of its values.
     """
 
     @classmethod
@@ -35,23 +38,17 @@ class FreedWeight(nn.Parameter):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        is_property = name in ("__get__", "__set__", "__delete__")
-        if (is_property and func.__self__.__name__ in _VALUES) or (not is_property and name not in _ANSWERED):  # type: ignore[attr-defined]
-            refuse()
+        if name in ("__get__", "__set__", "__delete__"):
+            is_answered = func.__self__.__name__ not in _VALUES  # type: ignore[attr-defined]
+        else:
+            is_answered = name in _ANSWERED
+        if not is_answered:
+            raise StateError(_WORDS)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Parameter of shape {list(self.shape)}, {self.dtype}, without values: {_WORDS}"
-
-
-def refuse() -> NoReturn:
-    """Values were asked for.
-
-    Raises:
-        StateError: always.
-    """
-    raise StateError(_WORDS)
 
 
 def nothing_of(parameter: torch.Tensor) -> torch.Tensor:
