@@ -18,7 +18,7 @@ from deepspeed_sdp.errors import CheckpointError, ConfigError, DataError
 from deepspeed_sdp.pretraining.job import model_config
 from deepspeed_sdp.subnetwork import meta_model, read_model_config
 from tests.data.conftest import make_documents
-from tests.support.ranks import ROOT, rank_environment
+from tests.support.ranks import ROOT, free_port, rank_environment
 
 # Methods of transformers that may run a folder's code.
 LOADERS = {"from_pretrained", "from_config"}
@@ -195,3 +195,51 @@ def test_a_data_set_with_a_loading_script_runs_nothing(tmp_path, mark):
     done = run(["-c", f"import sys\n{code}", tmp_path / "set"], tmp_path)
     assert "[y/N]" not in done.stdout + done.stderr
     assert not mark.exists(), os.listdir(tmp_path)
+
+
+DENSE = """
+import os, sys, torch, deepspeed
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from deepspeed_sdp.engine import initialize_dense
+from deepspeed_sdp.errors import CheckpointError
+
+class Evil:
+    def __reduce__(self):
+        return open, (sys.argv[1], "w")
+
+def make(stage, bf16):
+    with torch.device("meta"):
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    zero = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+    return initialize_dense(model, {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, **zero})
+
+deepspeed.init_distributed("gloo")
+for stage, bf16 in ((0, False), (1, False), (2, True)):
+    engine, folder = make(stage, bf16), f"stage-{stage}"
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.save_checkpoint(folder, client_state={"report": {"losses": [1.0]}})
+    assert make(stage, bf16).load_checkpoint(folder)[1]["report"] == {"losses": [1.0]}
+    for file in Path(folder, "global_step1").glob("*model_states.pt"):
+        torch.save({**torch.load(file, weights_only=False), "more": Evil()}, file)
+    try:
+        make(stage, bf16).load_checkpoint(folder)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_checkpoints_of_the_dense_baseline_hold_plain_data_alone(tmp_path, mark):
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**rank_environment(), **rank, "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", DENSE, str(mark)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is refused: its files hold more than plain data") == 3
+    assert not mark.exists()

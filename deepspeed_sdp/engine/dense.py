@@ -2,9 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import deepspeed
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 from torch import nn
 
@@ -23,6 +26,7 @@ from deepspeed_sdp.engine.evaluation import eval_mode, mean_over_ranks, nothing,
 from deepspeed_sdp.engine.initialize import engine_class
 from deepspeed_sdp.engine.memory import model_state_bytes
 from deepspeed_sdp.engine.stopwatch import Stopwatch
+from deepspeed_sdp.engine.universal_folder import SAFE
 from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError, SDPError
 from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.files import replace_folder
@@ -30,6 +34,8 @@ from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import cut_model, materialize, plan_for
 
 T = TypeVar("T")
+
+_PLAIN = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -135,7 +141,8 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
         """DeepSpeed's, which takes the number of ranks that a checkpoint was made on.
 
         Raises:
-            CheckpointError: the ranks are more or fewer, a file is missing, or it is an SDP engine's; on every rank.
+            CheckpointError: the ranks are more or fewer, a file is missing or holds more than plain data, or it is an
+                SDP engine's; on every rank.
         """
         # Rank 0's view counts: a shared folder may show a file to some later than to others.
         with suppress(OSError):  # a folder that cannot be written can still be read
@@ -146,7 +153,10 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
 
         def load() -> tuple[str | None, Any]:
             try:
-                return super(DenseEngine, self).load_checkpoint(str(load_dir), *args, **kwargs)  # type: ignore[no-any-return]
+                with _plain_data_alone():
+                    return super(DenseEngine, self).load_checkpoint(str(load_dir), *args, **kwargs)  # type: ignore[no-any-return]
+            except UnpicklingError:
+                raise CheckpointError(f"{load_dir}: is refused: its files hold more than plain data") from None
             except Exception as error:  # DeepSpeed asserts, and torch raises almost anything for a damaged file
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise CheckpointError(
@@ -194,6 +204,19 @@ def _finish(staging: Path, final: Path, is_latest: bool) -> None:
         if file.is_file():
             os.replace(file, final.parent / file.name)
     shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _plain_data_alone() -> Iterator[None]:
+    """DeepSpeed unpickles whatever stands in its files; torch heeds this variable first, and runs nothing."""
+    before = os.environ.get(_PLAIN)
+    os.environ[_PLAIN] = "1"
+    try:
+        with torch.serialization.safe_globals([*SAFE, OrderedDict, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(_PLAIN)
+        os.environ.update({} if before is None else {_PLAIN: before})
 
 
 def initialize_dense(model: nn.Module, config: Mapping[str, Any], seed: int = 0) -> DenseEngine:

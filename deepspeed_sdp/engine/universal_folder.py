@@ -37,7 +37,7 @@ def _stage(enum: Any, name: str) -> ZeroStageEnum:
     return ZeroStageEnum[name]
 
 
-_SAFE: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, (_stage, "builtins.getattr")]
+SAFE: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, (_stage, "builtins.getattr")]
 
 
 # What DeepSpeed itself writes beside the client's state.
@@ -206,7 +206,7 @@ def _value(file: Path) -> torch.Tensor:
 
 def _load(file: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_SAFE):
+        with torch.serialization.safe_globals(SAFE):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(f"checkpoint: {file} is refused: {str(error).splitlines()[0]}") from None

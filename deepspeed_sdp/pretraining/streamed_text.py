@@ -15,6 +15,7 @@ from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.engine import agreed
 from deepspeed_sdp.errors import DataError, OutputError
 from deepspeed_sdp.failures import on_first_rank
+from deepspeed_sdp.files import begin_folder, replace_folder
 from deepspeed_sdp.pretraining.recipe import Recipe
 from deepspeed_sdp.pretraining.text import Batch
 
@@ -136,6 +137,8 @@ class StreamedText:
 
     def _save_tokenizer(self) -> None:
         try:
-            self._tokenizer.save_pretrained(self.tokenizer_folder)
+            staged = begin_folder(self.tokenizer_folder)
+            self._tokenizer.save_pretrained(staged)
+            replace_folder(staged, self.tokenizer_folder)
         except OSError as error:
             raise OutputError(f"--output_dir: cannot write {self.tokenizer_folder}: {error}") from None
