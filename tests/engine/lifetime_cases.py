@@ -13,15 +13,14 @@ from tests.support.models import token_batches
 def user_collectives_in_backward(stage, sdp, with_user):
     """Losses, weights, and what a user's all-reduces on the default group gave inside of backward passes.
 
-    On half of the ranks they come before the engine sees the gradient, on the others after.
+    On half of the ranks they are issued before the engine sees the gradient, on the others after.
     """
     engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(stage, bucket=1), sdp_config=sdp)
-    sums = []
+    sums, works = [], []
 
-    def count(value):
-        ranks = torch.tensor(float(dist.get_rank()))
-        dist.all_reduce(ranks)
-        sums.append(float(ranks))
+    def count(_):
+        sums.append(torch.tensor(float(dist.get_rank())))
+        works.append(dist.all_reduce(sums[-1], async_op=True))
 
     # Every rank owns the norms and the embeddings, so all call equally often.
     for name, parameter in engine.module.named_parameters():
@@ -31,7 +30,9 @@ def user_collectives_in_backward(stage, sdp, with_user):
     result = run_steps(engine, 2)
     result["weights"] = owned_weights(engine)
     engine.destroy()
-    return {**result, "sums": sums}
+    for work in works:
+        work.wait()
+    return {**result, "sums": [float(total) for total in sums]}
 
 
 def _hooks(module):
