@@ -7,6 +7,7 @@ it for finished, two processes do not share it, and the next who writes the same
 import ctypes
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from pathlib import Path
 from deepspeed_sdp.processes import is_running, process_name
 
 _NEW = ".new-"
-_OLD = ".old"
+_OLD = ".replaced-sdp"
+# What is hidden, and the process that writes it; a file keeps its suffix.
+_NAME_OF_NEW = re.compile(r"\..+\.new-(?P<owner>.+@\d+-\d+-\d+)(\.\w+)?")
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _AT_FDCWD = -100
 # What a process that cannot be seen from here left for so long is not written any more.
@@ -93,8 +96,10 @@ def replace_folder(staged: Path, final: Path) -> None:
     ``final`` is missing; :func:`recover_folder` puts the old one back.
 
     Raises:
-        OSError: it cannot be done; ``final`` is what it was.
+        OSError: it cannot be done, or ``final`` is no folder; it is what it was.
     """
+    if final.exists() and not final.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
     fsync(staged)
     if not final.exists():
         os.rename(staged, final)
@@ -149,15 +154,26 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove whatever of this module is unfinished below ``folder``, in which nobody else may be writing.
+    """Put right whatever of this module is unfinished below ``folder``, but for what processes of this host are about.
+
+    For who knows that nobody on other hosts writes there.
 
     Raises:
         OSError: it cannot be removed.
     """
     for final in interrupted(folder):
         recover_folder(final)
-    for left in (*folder.glob(f".*{_NEW}*"), *folder.glob(f".*{_OLD}")):
+    for left in folder.glob(f".*{_OLD}"):
         _remove(left)
+    for left in folder.glob(f".*{_NEW}*"):
+        owner = _owner(left)
+        if owner is not None and (owner == process_name() or not is_running(owner)):
+            _remove(left)
+
+
+def _owner(left: Path) -> str | None:
+    found = _NAME_OF_NEW.fullmatch(left.name)
+    return found["owner"] if found else None
 
 
 def _aside(final: Path) -> Path:
@@ -167,9 +183,11 @@ def _aside(final: Path) -> Path:
 def _remove_abandoned(folder: Path, head: str, tail: str = "") -> None:
     """Remove what processes that are dead, or this one, began under such names."""
     for left in folder.glob(f"{escape(head)}*{escape(tail)}"):
-        owner = left.name[len(head) : len(left.name) - len(tail)]
-        running = is_running(owner)
+        owner = _owner(left)
+        if owner is None:
+            continue
         with suppress(FileNotFoundError):
+            running = is_running(owner)
             if running is None and time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                 running = False
             if running is False or owner == process_name():

@@ -65,11 +65,21 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_p
     assert describe(dead).startswith("process ")
     for owner in (dead, living, elsewhere):
         (tmp_path / f".name.new-{owner}").mkdir()
+    others = {".name.new-mine", ".name.old", "name.new-x"}
+    for name in others:
+        (tmp_path / name).mkdir()
     old = tmp_path / f".name.new-{elsewhere}2"
     old.mkdir()
     os.utime(old, (0, 0))
     replace(tmp_path / "name", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"name", f".name.new-{living}", f".name.new-{elsewhere}"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "name",
+        f".name.new-{living}",
+        f".name.new-{elsewhere}",
+        *others,
+    }
+    files.remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"name", f".name.new-{living}", *others}
 
 
 def _start_of(pid):

@@ -25,8 +25,13 @@ def _watch(event, arguments):
     _state["left"] -= 1
 
 
-def crashes(monkeypatch, most=400) -> Iterator[object]:
-    """Contexts that are killed at the first call that changes files, at the second, and so on to one that is not."""
+def crashes(monkeypatch, most=400, stride=1) -> Iterator[object]:
+    """Contexts that are killed at the first call that changes files, at the second, and so on to one that is not.
+
+    Args:
+        most: calls that there can be.
+        stride: only every so many are tried.
+    """
     if not _state["installed"]:
         sys.addaudithook(_watch)
         _state["installed"] = True
@@ -50,7 +55,7 @@ def crashes(monkeypatch, most=400) -> Iterator[object]:
         finally:
             _state["left"] = None
 
-    for count in range(most):
+    for count in range(0, most, stride):
         yield killed_at(count)
         if survived:
             return
