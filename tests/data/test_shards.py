@@ -124,7 +124,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, options, source, to
     command = [sys.executable, "-c", KILLED, str(source), str(tokenizer_folder), str(out)]
     process = subprocess.Popen(command, env=rank_environment())
     progress = tmp_path / ".out.partial" / "progress.json"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (progress.exists() and json.loads(progress.read_text())["place"][0] >= 2):
         assert process.poll() is None
         assert time.monotonic() < deadline
