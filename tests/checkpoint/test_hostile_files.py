@@ -250,7 +250,7 @@ def test_a_changed_checkpoint_is_loaded_as_it_was_or_refused(alone, tmp_path, da
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_many_changed_checkpoints_are_loaded_as_they_were_or_refused(alone, tmp_path, data):
     check_any_change(tmp_path, data)
