@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 # Far more than any plan or configuration has; what a hostile file can make a reader allocate is a few times that.
-_MAX_BYTES = 16 * 2**20
+MAX_BYTES = 16 * 2**20
+_PIECE = 2**16
 _MAX_DIGITS = 40
 _SHOWN = 80
 
 
-def read_json_text(path: Path) -> str:
+def read_json_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
     """The text of a JSON file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is larger than 16 MiB, or not UTF-8; the message goes on after the file's name.
+        ValueError: it is larger than ``max_bytes``, or not UTF-8; the message goes on after the file's name.
     """
+    data = bytearray()
     with path.open("rb") as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"is larger than {_MAX_BYTES >> 20} MiB")
+        while piece := file.read(_PIECE):
+            data += piece
+            if len(data) > max_bytes:
+                raise ValueError(f"is larger than {max_bytes >> 20} MiB")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

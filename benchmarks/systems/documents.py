@@ -16,6 +16,7 @@ from sweep_tables import fastest_on_links, link_table, sweep_table
 from tables import Results, contender_table, memory_table, settings_note, summary_table
 
 from benchmarks.blocks import fill
+from deepspeed_sdp.cli import options
 from deepspeed_sdp.errors import DataError, SDPError
 from deepspeed_sdp.options import OptionParser
 
@@ -53,7 +54,7 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
     written = []
     if systems is not None:
         picture = docs / "systems.png"
-        written(picture, lambda path: plot(systems, path))
+        options.written(picture, lambda path: plot(systems, path))
         written.append(picture)
         tables["systems"] = f"{settings_note(systems)}\n\n{contender_table(systems)}"
         tables["when"] = summary_table(systems)

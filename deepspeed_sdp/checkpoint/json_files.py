@@ -1,13 +1,15 @@
-"""JSON files, read through schemas: nothing is built from what a file says before it is known to have that form."""
+"""The JSON files of a checkpoint, read through schemas."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter
 
 from deepspeed_sdp.errors import CheckpointError
 from deepspeed_sdp.files import fsync
+from deepspeed_sdp.schemas import Schema as AnySchema
+from deepspeed_sdp.schemas import check_value, read_value
 
 T = TypeVar("T")
 
@@ -19,10 +21,10 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Schema(BaseModel):
-    """Base of what is in a file: no conversions, nothing unknown, and no number that is none."""
+class Schema(AnySchema):
+    """Base of what is in a checkpoint: nothing unknown besides."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid")
 
 
 def read_as(path: Path, kind: type[T] | TypeAdapter[T]) -> T:
@@ -31,13 +33,7 @@ def read_as(path: Path, kind: type[T] | TypeAdapter[T]) -> T:
     Raises:
         CheckpointError: names the file, and the place in it, when it is missing, broken or of another form.
     """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise CheckpointError(f"checkpoint: {path} has more than {_MOST_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
-    return check(value, kind, str(path))
+    return check(read_value(path, CheckpointError, _MOST_BYTES), kind, str(path))
 
 
 def check(value: Any, kind: type[T] | TypeAdapter[T], where: str) -> T:
@@ -46,31 +42,10 @@ def check(value: Any, kind: type[T] | TypeAdapter[T], where: str) -> T:
     Raises:
         CheckpointError: names ``where``, and the place in it, when it has another form.
     """
-    try:
-        return (kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)).validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"])
-        got = repr(first["input"])[:80]
-        raise CheckpointError(f"checkpoint: {where}: {place or 'it'}: {first['msg']}, got {got}") from None
-    except RecursionError:
-        raise CheckpointError(f"checkpoint: {where}: nested too deeply") from None
+    return check_value(value, kind, CheckpointError, f"checkpoint: {where}")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write and fsync."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     fsync(path)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"{twice[:80]!r} stands there twice")
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")

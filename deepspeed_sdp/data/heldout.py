@@ -20,7 +20,7 @@ from deepspeed_sdp.data.source import Source
 from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.errors import DataError, OutputError
 from deepspeed_sdp.files import replacing
-from deepspeed_sdp.schemas import Schema, check_object
+from deepspeed_sdp.schemas import Schema, check_value
 
 _ABOUT_BYTES = 1 << 20
 
@@ -82,7 +82,7 @@ class HeldoutSequences:
                     return None
             with np.load(path, allow_pickle=False) as saved:
                 about = json.loads(str(saved["about"]))
-                check_object(about, _About, DataError, str(path))
+                check_value(about, _About, DataError, str(path))
                 ids, starts = saved["ids"], saved["starts"]
         except Exception:  # damaged archives raise almost anything
             return None

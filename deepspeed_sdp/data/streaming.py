@@ -19,7 +19,7 @@ from deepspeed_sdp.data.separation import Reset, check_reset, packed_example
 from deepspeed_sdp.data.source import Source, SourceSpec, find_source
 from deepspeed_sdp.data.tokenizer import tokenizer_hash
 from deepspeed_sdp.errors import ConfigError, DataError
-from deepspeed_sdp.schemas import Count, Schema, check_object
+from deepspeed_sdp.schemas import Count, Schema, check_value
 
 Example = dict[str, torch.Tensor]
 
@@ -169,7 +169,7 @@ class StreamedSequences:
         other = [key for key, value in {"format": _FORMAT, **self._identity}.items() if state.get(key) != value]
         if other:
             raise DataError(f"stream state: was saved with another {', '.join(other)}; takes the same to go on")
-        check_object(dict(state), _Lanes, DataError, "stream state")
+        check_value(dict(state), _Lanes, DataError, "stream state")
         lanes = {lane: Position(*position) for lane, position in state["lanes"].items()}
         if len(lanes) != state["num_lanes"] or set(lanes) != set(map(str, range(state["num_lanes"]))):
             raise DataError(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.ranks import gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,7 @@ def halves(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch], int]:
     cut into sequences, as not all of its tensors begin with their number, counts as one.
     """
     mine = [(batch, _sequences(batch)) for batch in batches]
-    counts: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(counts, [len(sequences) for _, sequences in mine])
+    counts: list[list[int]] = gather_objects([len(sequences) for _, sequences in mine], "halving the text")
     found: tuple[list[Batch], list[Batch]] = ([], [])
     for number, (batch, sequences) in enumerate(mine):
         first = sum(sum(ranks[:number]) for ranks in counts)

@@ -94,7 +94,7 @@ def render_designs(rows: Sequence[DesignRow]) -> str:
         limit = row.limit / row.bound
         lines.append(
             f"| {row.num_subnetworks} | {row.owners_per_unit} | {row.design} | {row.owner_sets} | {row.chunks} | "
-            f"{row.turns} | {row.gap:.3f} | {row.gap / row.bound:.3f} | {limit:.3f} |"
+            f"{row.turns} | {_shown(row.gap)} | {_shown(row.gap / row.bound)} | {_shown(limit)} |"
         )
     return "\n".join(lines)
 
@@ -138,10 +138,15 @@ def render_capacity() -> str:
             plan = make_plan(spaces, len(capacity), owners_per_unit=k, worker_capacity=capacity)
             shown = ", ".join(f"{value:g}" for value in capacity)
             lines.append(
-                f"| {k} | {shown} | {kv_heads} | {len(plan.used_sets)} | {plan.spectral_gap:.3f} | "
+                f"| {k} | {shown} | {kv_heads} | {len(plan.used_sets)} | {_shown(plan.spectral_gap)} | "
                 f"{plan.flop_imbalance:.2%} |"
             )
     return "\n".join(lines)
+
+
+def _shown(value: float) -> str:
+    """Three digits; what lies between two of them up to the last bit of a float is rounded up everywhere."""
+    return f"{value + 1e-12:.3f}"
 
 
 def main(arguments: Sequence[str]) -> str:

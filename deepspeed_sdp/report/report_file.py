@@ -30,11 +30,16 @@ class _Report(Schema):
     steps: Count
     tokens: Count
     run: dict[str, Any] = Field(default_factory=dict)
+    parameters: Count
+    trained: str
     train_loss: float | None
     full_model_val_loss: float | None
     unigram_val_loss: float | None
     seconds: Annotated[float, Field(ge=0)]
+    timed_steps: Count
     tokens_per_second: float | None
+    is_gradient_peak_measured: bool
+    reduce_bucket_numel: Count | None
     per_rank_model_state_bytes: _States
     bytes_sent_per_step_per_rank: list[Count | None]
     owned_parameters_per_rank: list[Count]
