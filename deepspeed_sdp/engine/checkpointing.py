@@ -103,10 +103,11 @@ def load_checkpoint(
     engine.optimizer.zero_grad()
     state = _state_of(engine)
     keys = checkpoint.meta["optimizer_state"] if with_optimizer else []
-    scalars = saved["optimizer_scalars"]
-    if isinstance(scalars, Mapping):  # DeepSpeed's universal format, and older checkpoints: of all groups alike
-        scalars = [scalars] * len(saved["optimizer_groups"])
+    scalars: list[dict[str, Any]] = []
     if with_optimizer:
+        found = saved["optimizer_scalars"]
+        # DeepSpeed's universal format, and older checkpoints: of all groups alike.
+        scalars = [found] * len(saved["optimizer_groups"]) if isinstance(found, Mapping) else found
         _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
         state.check(keys, scalars)
     entries = state.to_read(keys)

@@ -24,7 +24,7 @@ SDP_ROWS = [
         "ConfigError",
         "coverage: got 0.4 with 4 subnetworks",
         "1.6 owners",
-        "0.25, 0.5, 0.75, 1",
+        "1/4, 1/2, 3/4, 1",
         sdp={"coverage": 0.4},
     ),
     row(
