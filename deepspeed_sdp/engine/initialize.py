@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.claims import claims_digest
 from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
 from deepspeed_sdp.engine.agreement import agree, from_first_rank
@@ -154,6 +154,7 @@ def _agree_on_job(
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             assert model is not None
+            job.adapter = find_adapter(model)
             check_as_configured(model)
             job.model = model
         return {**_description(job, model), **client.describe(model)}
@@ -211,6 +212,7 @@ class _Job:
     ds_config: dict[str, Any]
     sdp: SDPConfig
     model: nn.Module
+    adapter: Adapter
     plan: SubnetworkPlan
     workers: tuple[int, ...]
 
@@ -255,10 +257,10 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
 
 def _described_units(job: _Job) -> dict[str, Any]:
     """What the plan is made of besides the configuration: rank 0's plan is all ranks' then."""
-    adapter, block = find_adapter(job.model), job.sdp.effective_block_unit
-    units = unit_spaces(job.model, job.sdp, adapter)
+    block = job.sdp.effective_block_unit
+    units = unit_spaces(job.model, job.sdp, job.adapter)
     described: dict[str, Any] = {
-        "adapter": claims_digest(job.model, adapter, job.sdp.partition, block, job.sdp.seq_length),
+        "adapter": claims_digest(job.model, job.adapter, job.sdp.partition, block, job.sdp.seq_length),
         "units": f"{len(units)} spaces ({digest(units)})",
     }
     if job.sdp.rank_order != "round_robin":
