@@ -17,7 +17,8 @@ Count = Annotated[int, Field(ge=0, le=1 << 60)]
 class Schema(BaseModel):
     """Nothing is converted, and keys that a schema does not name are left alone: other versions may write more."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+    # Some versions of pydantic warn of names that begin with "model_", which are ours.
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def read_object(path: Path, schema: type[BaseModel], error: type[SDPError]) -> dict[str, Any]:
