@@ -107,7 +107,7 @@ def load_checkpoint(
     if with_optimizer:
         found = saved["optimizer_scalars"]
         # DeepSpeed's universal format, and older checkpoints: of all groups alike.
-        scalars = [found] * len(saved["optimizer_groups"]) if isinstance(found, Mapping) else found
+        scalars = [dict(found)] * len(saved["optimizer_groups"]) if isinstance(found, Mapping) else found
         _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
         state.check(keys, scalars)
     entries = state.to_read(keys)
