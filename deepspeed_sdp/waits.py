@@ -20,8 +20,16 @@ _SIGNS = ("gloo/", "imed out", "imeout", "onnection", "NCCL")
 
 def time_limit() -> timedelta:
     """The time limit of the job's collectives: that with which the default process group was made."""
-    limit: timedelta = _store().timeout
-    return limit
+    import torch.distributed as dist
+
+    world: Any = dist.group.WORLD
+    # A store that the user made has a limit of its own.
+    for device in world._device_types:
+        with suppress(RuntimeError, AttributeError):  # torch's fake backend has no options
+            limit: timedelta = world._get_backend(device).options._timeout
+            return limit
+    fallback: timedelta = _store().timeout
+    return fallback
 
 
 def seconds_to_wait() -> float | None:

@@ -105,3 +105,12 @@ def test_the_packages_group_has_the_jobs_limit_and_ends_with_the_job(tmp_path):
         group.destroy()
         with pytest.raises(StateError, match="destroyed"):
             _ = group.handle
+
+
+def test_the_limit_is_the_jobs_where_the_user_made_the_store():
+    limit = timedelta(seconds=70)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    try:
+        assert time_limit() == limit == control_group()._get_backend(torch.device("cpu")).options._timeout
+    finally:
+        dist.destroy_process_group()

@@ -5,6 +5,7 @@ element may depend on that element's own weight, gradients and state, and on not
 optimizers are like that, and how they count: they are tried.
 """
 
+import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,6 +153,10 @@ def _with_rate(options: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _undisturbed(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
     attributes = dict(vars(optimizer))
+    # What a client's own step() counts in, in place.
+    for key, value in attributes.items():
+        if isinstance(value, list | dict | set | torch.Tensor):
+            setattr(optimizer, key, value.clone() if isinstance(value, torch.Tensor) else copy.copy(value))
     # Hooks are the client's, for its own steps.
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if hooks in attributes:

@@ -24,6 +24,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _FREE = frozenset(
     {
         "_attn_implementation",
+        "_compiled_call_impl",
         "_init_weights",
         "generation_config",
         "gradient_checkpointing",

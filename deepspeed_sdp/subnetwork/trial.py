@@ -51,7 +51,8 @@ def try_adapter(
     if key in _passed:
         return
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
-        torch.manual_seed(0)
+        # Not torch.manual_seed, which seeds accelerators too.
+        torch.default_generator.manual_seed(0)
         trial = _Trial.of(type(model), config, adapter)
         if trial is not None:
             for kind in ("layer",) if block_unit == "layer" else kinds:

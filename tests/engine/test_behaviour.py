@@ -161,6 +161,26 @@ def test_the_clients_hooks_do_not_see_the_trial():
     assert not calls
 
 
+def test_what_a_clients_step_counts_in_place_is_not_counted_by_the_trial():
+    class Counting(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1)
+            self.losses, self.seen, self.steps = [], {}, torch.zeros(())
+
+        def step(self, closure=None):
+            self.losses.append(0.0)
+            self.seen["step"] = True
+            self.steps += 1
+            super().step(closure)
+
+    optimizer = Counting([nn.Parameter(torch.zeros(2))])
+    optimizer.param_groups[0][GROUP_KEY] = 0
+    held = vars(optimizer).copy()
+    behaviour_of(optimizer, torch.device("cpu"))
+    assert (optimizer.losses, optimizer.seen, float(optimizer.steps)) == ([], {}, 0.0)
+    assert all(value is held[key] for key, value in vars(optimizer).items())
+
+
 def test_initial_state_goes_to_other_parameters_and_later_state_does_not():
     parameter = nn.Parameter(torch.randn(3, 2))
     optimizer = torch.optim.Adagrad([parameter], initial_accumulator_value=0.5)

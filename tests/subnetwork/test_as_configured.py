@@ -163,6 +163,7 @@ REFUSED = [
 
 CARRIED = [
     pytest.param(lambda _: None, id="nothing"),
+    pytest.param(lambda m: layer(m).compile(), id="compiled-layer"),
     pytest.param(call("gradient_checkpointing_enable"), id="checkpointing"),
     pytest.param(call("enable_input_require_grads"), id="input-gradients"),
     pytest.param(call("resize_token_embeddings", 103), id="resized"),
