@@ -167,15 +167,17 @@ def test_a_job_that_begins_at_the_same_moment_is_named(tmp_path, monkeypatch):
 
 
 def test_a_lock_that_loses_its_name_while_it_is_written_is_not_held(tmp_path, monkeypatch):
-    path, name, fsync = tmp_path / LOCK, process_name().replace("@", "x@"), os.fsync
+    path, own = tmp_path / LOCK, process_name()
+    name = own.replace("@", "x@")
 
-    def replaced(descriptor):
-        path.unlink()
-        path.write_text(json.dumps({"process": name}))
-        fsync(descriptor)
+    def replaced():
+        if path.exists() and not path.read_text():
+            path.unlink()
+            path.write_text(json.dumps({"process": name}))
+        return own
 
     monkeypatch.setattr(lock, "_is_alive", lambda path, holder: True)
-    monkeypatch.setattr(os, "fsync", replaced)
+    monkeypatch.setattr(lock, "process_name", replaced)
     with pytest.raises(OutputError, match="is written by process"):
         FolderLocks().take(tmp_path)
     assert json.loads(path.read_text()) == {"process": name}
