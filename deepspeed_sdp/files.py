@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,9 @@ def share(path: Path) -> None:
     mask = _umask()
     for found in (path, *(path.rglob("*") if path.is_dir() else ())):
         if not found.is_symlink():
-            found.chmod((0o777 if found.is_dir() else 0o666) & ~mask)
+            # A folder hands its group on, where that is set.
+            kept = stat.S_ISGID & found.stat().st_mode if found.is_dir() else 0
+            found.chmod((0o777 if found.is_dir() else 0o666) & ~mask | kept)
 
 
 @contextmanager

@@ -106,3 +106,11 @@ def test_modes_are_those_of_new_files(tmp_path):
         assert [path.stat().st_mode & 0o777 for path in (folder, folder / "file")] == [0o750, 0o640]
     finally:
         os.umask(before)
+
+
+def test_a_folder_goes_on_handing_its_group_on(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o2700)
+    files.share(folder)
+    assert folder.stat().st_mode & 0o2700 == 0o2700

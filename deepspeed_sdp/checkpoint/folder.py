@@ -205,10 +205,11 @@ def damaged(checkpoint: Path, what: str) -> CheckpointError:
     return CheckpointError(f"checkpoint: {what}{_offer(checkpoint)}")
 
 
-def remove_old(folder: Path, keep_last: int, keep_every: int = 0) -> None:
+def remove_old(folder: Path, keep_last: int, keep_every: int = 0, saved: str | None = None) -> None:
     """Remove all but the checkpoints of the ``keep_last`` latest steps (0: none is removed) and what ``latest`` names.
 
-    Those whose step is a multiple of ``keep_every`` stay, too. What cannot be read or removed is said, and stays.
+    Those whose step is a multiple of ``keep_every`` stay, too, and the one that was just ``saved``, whatever its step.
+    What cannot be read or removed is said, and stays.
     """
     if not keep_last:
         return
@@ -217,7 +218,7 @@ def remove_old(folder: Path, keep_last: int, keep_every: int = 0) -> None:
         _log.warning("checkpoint: %s is damaged, and is left alone", folder / tag)
     known = [tag for tag, step in steps.items() if step >= 0]
     try:
-        protected = {latest(folder), *known[-keep_last:]}
+        protected = {latest(folder), saved, *known[-keep_last:]}
         for tag in known:
             if tag not in protected and not (keep_every and steps[tag] % keep_every == 0):
                 remove_folder(folder / tag)

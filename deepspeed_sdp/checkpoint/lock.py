@@ -5,6 +5,7 @@ does. A job touches its file as long as it lives. So one that is dead is known: 
 another host by a file that nobody touches.
 """
 
+import json
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from deepspeed_sdp.checkpoint.json_files import Schema, read_as, write_json
+from deepspeed_sdp.checkpoint.json_files import Schema, read_as
 from deepspeed_sdp.errors import CheckpointError, OutputError
 from deepspeed_sdp.processes import describe, is_running, process_name
 
@@ -84,17 +85,21 @@ def _take(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOCK
         while True:
-            with suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-                write_json(path, {"process": process_name()})
+            # Into the file that was made: by now another's may have its name.
+            with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+                json.dump({"process": process_name()}, file)
+                file.flush()
+                os.fsync(file.fileno())
             holder = _holder(path)
             if holder == process_name():
                 return
             if not path.exists():
                 continue
             if _is_alive(path, holder):
+                # By now a job that began at the same moment has written its name.
+                other = describe(_holder(path) or "unknown")
                 raise OutputError(
-                    f"checkpoint: {folder} is written by {describe(holder or 'unknown')}; takes a folder of its own, "
+                    f"checkpoint: {folder} is written by {other}; takes a folder of its own, "
                     f"or the end of that job (if it is dead, remove {path})"
                 )
             # Whoever sees it gone first takes it; the other finds that one's.

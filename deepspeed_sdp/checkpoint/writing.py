@@ -95,7 +95,7 @@ def write_checkpoint(
     def finish() -> None:
         if rank == 0:
             folders.finish(staging, folder / tag, files, is_latest)
-            folders.remove_old(folder, keep_last, keep_every)
+            folders.remove_old(folder, keep_last, keep_every, tag)
 
     _together(finish, group)
 

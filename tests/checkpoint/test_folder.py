@@ -95,6 +95,9 @@ def test_what_is_kept_is_the_latest_by_step_and_damage_stops_nobody(tmp_path, ca
     assert {record.getMessage().split()[1] for record in caplog.records} == {
         str(tmp_path / name) for name in ("broken", "deep", "other")
     }
+    # One that was saved just now without being the latest.
+    folders.remove_old(tmp_path, 1, saved="t20")
+    assert {"t20", "t30", "t9"} < set(os.listdir(tmp_path))
     (tmp_path / "latest").write_text("../../etc")
     folders.remove_old(tmp_path, 1)
     assert "are left: tag: got" in caplog.records[-1].getMessage()
@@ -152,6 +155,32 @@ def test_another_job_in_the_folder_is_refused_by_name(tmp_path):
     assert os.listdir(killed) == [LOCK]
     locks.release()
     assert os.listdir(killed) == []
+
+
+def test_a_job_that_begins_at_the_same_moment_is_named(tmp_path, monkeypatch):
+    path, name = tmp_path / LOCK, process_name().replace("@", "x@")
+    path.touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(lock.time, "sleep", lambda seconds: path.write_text(json.dumps({"process": name})))
+        with pytest.raises(OutputError, match=rf"is written by process {os.getpid()} on .*x;"):
+            FolderLocks().take(tmp_path)
+
+
+def test_a_lock_that_loses_its_name_while_it_is_written_is_not_held(tmp_path, monkeypatch):
+    path, own = tmp_path / LOCK, process_name()
+    name = own.replace("@", "x@")
+
+    def replaced():
+        if path.exists() and not path.read_text():
+            path.unlink()
+            path.write_text(json.dumps({"process": name}))
+        return own
+
+    monkeypatch.setattr(lock, "_is_alive", lambda path, holder: True)
+    monkeypatch.setattr(lock, "process_name", replaced)
+    with pytest.raises(OutputError, match="is written by process"):
+        FolderLocks().take(tmp_path)
+    assert json.loads(path.read_text()) == {"process": name}
 
 
 @pytest.mark.parametrize("written", ["elsewhere", ""], ids=["another_host", "half_written"])
