@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import Rows, build_engine, build_llama, largest, make_parser, report, start, step
+from engines import Rows, build_engine, build_llama, is_possible, largest, make_parser, report, start, step
 
 from deepspeed_sdp.engine import gradient_peak, model_state_bytes
 
@@ -40,7 +40,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     start()
-    report(args, [run(args, stage, name) for stage in args.stages for name in CONTENDERS], table)
+    rows = [(stage, name) for stage in args.stages for name in CONTENDERS if is_possible(stage, CONTENDERS[name])]
+    report(args, [run(args, *row) for row in rows], table)
 
 
 def run(args: argparse.Namespace, stage: int, name: str) -> dict[str, Any]:

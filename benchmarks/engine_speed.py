@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from engines import Rows, build_engine, build_llama, make_parser, mean, report, start, step
+from engines import Rows, build_engine, build_llama, is_possible, make_parser, mean, report, start, step
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepspeed_sdp.engine import gradient_peak, model_state_bytes
@@ -50,8 +50,7 @@ def main() -> None:
 
 
 def run_stage(args: argparse.Namespace, stage: int) -> Rows:
-    impossible = {0: ("transport", "all_to_all"), 3: ("masking", "backward")}.get(stage)
-    names = [name for name in args.contenders if impossible not in (CONTENDERS[name] or {}).items()]
+    names = [name for name in args.contenders if is_possible(stage, CONTENDERS[name])]
     engines = {name: build(args, stage, CONTENDERS[name]) for name in names}
     for engine in engines.values():
         train(args, engine, 2)

@@ -33,6 +33,12 @@ def make_parser(description: str | None, *, hidden_size: int, layers: int, vocab
     return parser
 
 
+def is_possible(stage: int, sdp: dict[str, Any] | None) -> bool:
+    """Whether the engine takes this block at this ZeRO stage."""
+    impossible = {0: ("transport", "all_to_all"), 3: ("masking", "backward")}.get(stage)
+    return impossible not in (sdp or {}).items()
+
+
 def start() -> None:
     """Once per process, before the first engine."""
     torch.set_num_threads(1)

@@ -6,7 +6,13 @@ from typing import Any
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Options are declared with underscores, as DeepSpeed's and transformers' are, and may be typed with dashes."""
+    """Options are declared with underscores, as DeepSpeed's and transformers' are, and may be typed with dashes.
+
+    They are not abbreviated: ``--dry`` would mean another option as soon as there are two that begin so.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As ``argparse`` does, whose ``parse_args`` and subcommands come here too."""

@@ -138,7 +138,7 @@ def dry_run(args: argparse.Namespace) -> None:
     rows = {
         "model": f"{about['model']}, a vocabulary of {config.vocab_size}",
         "method": about["method"],
-        "ranks": f"{world_size}, each {shape.accumulation} micro-batches of {shape.micro_batch} sequences of "
+        "ranks": f"{world_size}; micro-batches on each: {shape.accumulation}, of {shape.micro_batch} x "
         f"{args.seq_length} tokens",
         "FLOPs/token": about["FLOPs/token"],
         "length": f"{steps:,} steps, {steps * each:,} tokens",

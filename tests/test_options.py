@@ -48,6 +48,18 @@ def test_dashes_and_underscores_are_the_same_option(typed):
     assert make_parser().parse_args(["estimate", *typed]).num_subnetworks == 4
 
 
+def test_options_are_not_abbreviated(capsys):
+    for parser in all_parsers():
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--mod", "x"])
+
+
+def test_a_kind_is_given_once(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["plan", "--model", "llama-15m", "--coverage", "mlp=1/2,mlp=1/4"])
+    assert "got mlp twice" in capsys.readouterr().err
+
+
 def test_values_stay_as_they_are():
     assert spelt(["--a-b=c-d", "x-y", "-n", "--", "--e-f"]) == ["--a_b=c-d", "x-y", "-n", "--", "--e-f"]
 

@@ -34,7 +34,11 @@ def per_kind(convert: Callable[[str], Any]) -> Any:
     def parse(text: str) -> Any:
         if "=" not in text:
             return convert(text)
-        return {kind.strip(): convert(value) for kind, value in (part.split("=", 1) for part in text.split(","))}
+        pairs = [(kind.strip(), value) for kind, _, value in (part.partition("=") for part in text.split(","))]
+        kinds = [kind for kind, _ in pairs]
+        if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise argparse.ArgumentTypeError(f"got {', '.join(twice)} twice in {text!r}; takes each kind once")
+        return {kind: convert(value) for kind, value in pairs}
 
     parse.__name__ = convert.__name__
     return parse

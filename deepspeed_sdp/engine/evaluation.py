@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.engine.gather import Access, gather_space, layers_name, shared_parameters
+from deepspeed_sdp.errors import StateError
 from deepspeed_sdp.ranks import gather_objects, reduce_numbers
 from deepspeed_sdp.subnetwork import Subnetwork
 
@@ -85,7 +86,7 @@ def mean_over_ranks(total: torch.Tensor) -> float:
     """Collective. The mean loss, from every rank's sum of losses and number of predicted tokens, ``[2]``."""
     total = reduce_numbers(total, "adding up losses")
     if not total[1]:
-        raise ValueError("evaluate_full: no rank brought a batch with a predicted token")
+        raise StateError("evaluate_full: no rank brought a batch with a predicted token")
     return float(total[0] / total[1])
 
 

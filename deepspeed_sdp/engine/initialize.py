@@ -32,7 +32,7 @@ from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.groups import OwnerGroups
 from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, translate_optimizer
-from deepspeed_sdp.engine.support import check_supported
+from deepspeed_sdp.engine.support import check_batch_sizes, check_supported
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
@@ -153,6 +153,7 @@ def _agree_on_job(
         model = build_model()
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
+            check_batch_sizes(job.ds_config, dist.get_world_size())
             assert model is not None
             job.adapter = find_adapter(model)
             check_as_configured(model)

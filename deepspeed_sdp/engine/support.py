@@ -110,6 +110,33 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         )
 
 
+def check_batch_sizes(config: Mapping[str, Any], world: int) -> None:
+    """DeepSpeed works out the batch sizes that are absent, and asserts the rest.
+
+    Raises:
+        ConfigError: names the key, what it got and what it takes.
+    """
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    train, micro, accumulation = values = [config.get(key) for key in keys]
+    if "auto" in values:
+        return  # an integration fills them in
+    for key, value in zip(keys, values, strict=True):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; takes a whole number from 1 on")
+    if train is None and micro is None:
+        raise ConfigError(f"DeepSpeed config: {keys[0]}: got nothing; takes it, or {keys[1]}, or both")
+    if train is not None:
+        each = (micro or 1) * (accumulation or 1)
+        is_whole = train == each * world if micro and accumulation else train % (each * world) == 0
+        if not is_whole:
+            given = "".join(f", {key} {value}" for key, value in zip(keys[1:], values[1:], strict=True) if value)
+            takes = each * world if micro and accumulation else f"a multiple of {each * world}"
+            raise ConfigError(
+                f"DeepSpeed config: {keys[0]}: got {train} with {world} rank(s){given}; takes {takes}, the product of "
+                "the others"
+            )
+
+
 def _check_model(model: torch.nn.Module) -> None:
     """What torch, transformers, peft and accelerate make of a model that cannot be cut any more."""
     if hasattr(model, "_orig_mod"):

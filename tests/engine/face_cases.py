@@ -69,7 +69,7 @@ def evaluate_nothing():
     engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(), sdp_config={})
     try:
         engine.evaluate_full([])
-    except ValueError as error:
+    except deepspeed_sdp.StateError as error:
         return str(error)
     finally:
         engine.destroy()
