@@ -25,7 +25,7 @@ from measure import Schedule
 from workload import Workload
 
 from deepspeed_sdp.engine import start_communication
-from deepspeed_sdp.engine.communication import clear_stale_locks
+from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.options import OptionParser
 

@@ -28,7 +28,7 @@ from systems import System
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepspeed_sdp.engine.freed_weight import FreedWeight
+from deepspeed_sdp.engine.zero.freed_weight import FreedWeight
 
 # Operators between two walks over all gradients, which take as long as an operator.
 _WALK_EVERY = 4

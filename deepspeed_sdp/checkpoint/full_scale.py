@@ -1,4 +1,4 @@
-"""The full model's scale on what its writes add, in a checkpoint: see :mod:`deepspeed_sdp.engine.calibration`.
+"""The full model's scale on what its writes add, in a checkpoint: see :mod:`deepspeed_sdp.engine.full.calibration`.
 
 Weights in a checkpoint are those of the training. Who takes them for the full model multiplies writes by the scale, and
 divides their moments, which belong to gradients of the weights.

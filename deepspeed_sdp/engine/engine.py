@@ -9,18 +9,18 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
 from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.agreement import agree, agreed
-from deepspeed_sdp.engine.assemble import assemble
-from deepspeed_sdp.engine.checkpoint_face import CheckpointFace
-from deepspeed_sdp.engine.consistency import check_owners
-from deepspeed_sdp.engine.description import describe_scheduler
-from deepspeed_sdp.engine.full_model_face import FullModelFace
-from deepspeed_sdp.engine.groups import Group, OwnerGroups
+from deepspeed_sdp.engine.comm.agreement import agree, agreed
+from deepspeed_sdp.engine.comm.description import describe_scheduler
+from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups
+from deepspeed_sdp.engine.comm.timing import Stopwatch
+from deepspeed_sdp.engine.comm.traffic import Traffic
+from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, translate_groups
+from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
-from deepspeed_sdp.engine.optimizer import SDPOptimizer
-from deepspeed_sdp.engine.param_groups import as_groups, translate_groups
-from deepspeed_sdp.engine.stopwatch import Stopwatch
-from deepspeed_sdp.engine.traffic import Traffic
+from deepspeed_sdp.engine.state.consistency import check_owners
+from deepspeed_sdp.engine.state.face import CheckpointFace
+from deepspeed_sdp.engine.zero.build import assemble
+from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.subnetwork import Subnetwork
 

@@ -19,20 +19,20 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.claims import claims_digest
 from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
-from deepspeed_sdp.engine.agreement import agree, from_first_rank
-from deepspeed_sdp.engine.communication import say_world_of_one, start_communication
-from deepspeed_sdp.engine.description import (
+from deepspeed_sdp.engine.comm.agreement import agree, from_first_rank
+from deepspeed_sdp.engine.comm.description import (
     describe_module,
     describe_optimizer,
     describe_options,
     describe_scheduler,
     digest,
 )
+from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.deepspeed.contract import TESTED_DEEPSPEED, contract_violations
+from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, describe_groups, translate_optimizer
+from deepspeed_sdp.engine.deepspeed.refusals import check_batch_sizes, check_supported
+from deepspeed_sdp.engine.deepspeed.start import say_world_of_one, start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
-from deepspeed_sdp.engine.groups import OwnerGroups
-from deepspeed_sdp.engine.internals import TESTED_DEEPSPEED, contract_violations
-from deepspeed_sdp.engine.param_groups import as_groups, describe_groups, translate_optimizer
-from deepspeed_sdp.engine.support import check_batch_sizes, check_supported
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers

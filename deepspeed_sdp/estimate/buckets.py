@@ -10,7 +10,7 @@ from deepspeed_sdp.estimate.worker_model import Weight, WorkerModel
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
 
-# As in ``engine/owner_bucket.py``.
+# As in ``engine/zero/owner_bucket.py``.
 _ALIGNMENT = 8
 
 
@@ -69,7 +69,7 @@ class Layout:
 
 
 def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job) -> Layout:
-    """What ``engine/layout.py`` makes of a worker's weights."""
+    """What ``engine/zero/layout.py`` makes of a worker's weights."""
     replicas = job.world_size // plan.num_subnetworks
     breaks = [place for place, (a, b) in enumerate(pairwise(model.parts), start=1) if a != b] if job.stage == 3 else []
     rounds = make_rounds(model.numels, job.round_numel, breaks)

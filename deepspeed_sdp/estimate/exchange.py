@@ -1,4 +1,4 @@
-"""Backward masking: what moves when a portion's new weights go to all ranks, as ``engine/exchange.py`` does it."""
+"""Backward masking: what moves when a portion's new weights go to all ranks, as ``engine/comm/exchange.py`` does it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from deepspeed_sdp.estimate.worker_model import WorkerModel
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import SHARED
 
-# As in ``engine/exchange.py``.
+# As in ``engine/comm/exchange.py``.
 _PADDING = 0.05
 
 

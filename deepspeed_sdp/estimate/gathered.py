@@ -1,4 +1,4 @@
-"""ZeRO-3 in bytes: which parts of the model are gathered when, as ``engine/sharded_weights.py`` does it."""
+"""ZeRO-3 in bytes: which parts of the model are gathered when, as ``engine/zero/weights.py`` does it."""
 
 from collections.abc import Callable
 

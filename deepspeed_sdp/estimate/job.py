@@ -9,7 +9,7 @@ from deepspeed_sdp.config import SDPConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Elements of a round of gradients where the job does not say; ``engine/assemble.py`` has the same.
+# Elements of a round of gradients where the job does not say; ``engine/zero/build.py`` has the same.
 ROUND_NUMEL = {"gloo": 5_000_000, "nccl": 25_000_000}
 
 # DeepSpeed's own default of ``reduce_bucket_size``.
@@ -90,7 +90,7 @@ class Job:
         return self.gather_bucket or ROUND_NUMEL[self.backend]
 
     def transport(self, payload: Literal["gradients", "weights"]) -> str:
-        """``"owner_sets"`` or ``"all_to_all"``, as ``engine/transport.py`` resolves it."""
+        """``"owner_sets"`` or ``"all_to_all"``, as ``engine/comm/transport.py`` resolves it."""
         asked = self.sdp.transport if self.sdp else "auto"
         if asked != "auto":
             return asked

@@ -20,7 +20,7 @@ from deepspeed_sdp.estimate.worker_model import WorkerModel
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import SHARED
 
-# As in ``engine/reducer.py`` and ``engine/refresh.py``.
+# As in ``engine/zero/reducer.py`` and ``engine/zero/refresh.py``.
 _ROUNDS_IN_FLIGHT = 2
 _PORTIONS_IN_FLIGHT = 2
 _STEP_COUNTER = 4

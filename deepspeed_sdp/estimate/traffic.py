@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in one step, by kind of collective; rings, as in ``engine/traffic.py``."""
+"""Bytes that a rank sends in one step, by kind of collective; rings, as in ``engine/comm/traffic.py``."""
 
 from collections.abc import Sequence
 

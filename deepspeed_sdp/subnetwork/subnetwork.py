@@ -41,7 +41,7 @@ class Subnetwork:
         frozen: for backward masking, names of parameters of ``module`` that are held, and not trained, by this worker:
             those not owned, and the full weights of which only views are trained.
         full_scale: what the full model's writes are multiplied by when it is put together, under forward masking; see
-            :mod:`deepspeed_sdp.engine.calibration`.
+            :mod:`deepspeed_sdp.engine.full.calibration`.
     """
 
     module: nn.Module

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
-from deepspeed_sdp.engine.calibration import halves, scales_to_try
+from deepspeed_sdp.engine.full.calibration import halves, scales_to_try
 from tests.engine.cases import build_model, ds_config, owned_weights, run_steps
 from tests.support.models import token_batches
 
@@ -30,7 +30,7 @@ def _warnings():
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    log = logging.getLogger("deepspeed_sdp.engine.calibration")
+    log = logging.getLogger("deepspeed_sdp.engine.full.calibration")
     log.addHandler(handler)
     try:
         yield said

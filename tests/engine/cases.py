@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
-from deepspeed_sdp.engine.gather import layers_name
+from deepspeed_sdp.engine.full.gather import layers_name
 from tests.support.models import tiny_model, token_batches
 
 

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepspeed_sdp.engine.flat_bucket import FlatBucket
-from deepspeed_sdp.engine.groups import OwnerGroups
-from deepspeed_sdp.engine.reducer import Reducer
-from deepspeed_sdp.engine.stopwatch import Stopwatch
-from deepspeed_sdp.engine.traffic import Traffic
-from deepspeed_sdp.engine.transport import AllToAllTransport, OwnerSetTransport
+from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.timing import Stopwatch
+from deepspeed_sdp.engine.comm.traffic import Traffic
+from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
+from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.reducer import Reducer
 from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
 
 

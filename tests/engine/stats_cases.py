@@ -6,7 +6,7 @@ from unittest import mock
 import torch.distributed as dist
 
 import deepspeed_sdp
-from deepspeed_sdp.engine import transport
+from deepspeed_sdp.engine.comm import transport
 from tests.engine.cases import build_model, ds_config, face, run_steps
 
 # The tensor whose size counts, by position, and bytes sent per byte of it in a ring of n.

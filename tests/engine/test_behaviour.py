@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.behaviour import GROUP_KEY, behaviour_of, constants, state_like
+from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, behaviour_of, constants, state_like
 from deepspeed_sdp.errors import ConfigError
 from tests.support.fused_ops import Lion, fused_ops
 

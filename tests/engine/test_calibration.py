@@ -12,7 +12,7 @@ from deepspeed_sdp.checkpoint.export import export
 from deepspeed_sdp.checkpoint.summary import locate
 from deepspeed_sdp.checkpoint.universal_export import export_universal
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.calibration import best_scale, scales_to_try
+from deepspeed_sdp.engine.full.calibration import best_scale, scales_to_try
 from deepspeed_sdp.plan import UnitSpace, make_plan
 from tests.engine.cases import build_model
 

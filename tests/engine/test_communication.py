@@ -8,7 +8,7 @@ import time
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from deepspeed_sdp.engine.communication import clear_stale_locks
+from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks
 
 HOLD = (
     "import sys, time; from torch.utils.file_baton import FileBaton as B; B(sys.argv[1]).try_acquire(); time.sleep(99)"

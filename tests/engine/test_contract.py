@@ -11,9 +11,9 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from deepspeed_sdp.engine import internals
+from deepspeed_sdp.engine.deepspeed import contract as internals
 from deepspeed_sdp.engine.engine import SDPEngine
-from deepspeed_sdp.engine.optimizer import SDPOptimizer
+from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 
 
 def test_the_installed_deepspeed_fits():

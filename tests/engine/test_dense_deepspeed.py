@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from deepspeed_sdp.checkpoint.summary import locate
 from deepspeed_sdp.cli import main
-from deepspeed_sdp.engine.universal_folder import _load
+from deepspeed_sdp.engine.state.universal import _load
 from deepspeed_sdp.errors import CheckpointError
 from tests.engine.test_checkpoints import BACKWARD, CASES, HALF, tensors_of
 

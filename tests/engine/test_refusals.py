@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepspeed_sdp.engine import support
+from deepspeed_sdp.engine.deepspeed import refusals as support
 
 CASE = "tests.engine.error_cases:refused"
 
@@ -133,7 +133,7 @@ SDP_ROWS = [
     ),
 ]
 
-# A value that is refused for every row of engine/support.py.
+# A value that is refused for every row of engine/deepspeed/refusals.py.
 REFUSED = {
     "zero_optimization.stage": 4,
     "zero_optimization.offload_optimizer.device": "nvme",

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from deepspeed_sdp import ConfigError
-from deepspeed_sdp.engine import communication
-from deepspeed_sdp.engine.communication import take_a_place
+from deepspeed_sdp.engine.deepspeed import start as communication
+from deepspeed_sdp.engine.deepspeed.start import take_a_place
 from tests.support.models import tiny_model
 from tests.support.ranks import ROOT, rank_environment
 

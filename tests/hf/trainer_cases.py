@@ -270,7 +270,7 @@ def smoothed(folder, sdp, evaluation):
 
 def gathers(folder, sdp):
     """How often the full model is put together for an evaluation, after ``enable()``."""
-    from deepspeed_sdp.engine import whole_model
+    from deepspeed_sdp.engine.full import whole_model
     from deepspeed_sdp.hf import enable
 
     enable()

@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_sdp.engine.communication import clear_stale_locks
+from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks
 from tests.data.conftest import make_documents
 from tests.support.ranks import ROOT, free_port, rank_environment, remove_shared_buffers
 

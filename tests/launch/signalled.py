@@ -7,7 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
-from deepspeed_sdp.engine.communication import clear_stale_locks
+from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks
 from tests.launch.jobs import HANGS_AFTER, RANK_VARIABLES, TRAIN, Job, command_line, kill, marked
 from tests.support.ranks import free_port, rank_environment, remove_shared_buffers
 

@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from deepspeed_sdp.engine.communication import clear_stale_locks, start_communication
+from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks, start_communication
 
 ROOT = Path(__file__).resolve().parents[2]
 

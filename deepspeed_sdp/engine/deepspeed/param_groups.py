@@ -1,0 +1,115 @@
+"""A client's parameter groups, translated to the parameters of a subnetwork."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, constants, state_like
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.ranks import gather_objects
+from deepspeed_sdp.subnetwork import Subnetwork
+
+
+def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork) -> list[dict[str, Any]]:
+    """The client's groups with the trainable fragments that took the place of their parameters.
+
+    Parameters may be the full model's (from before the cut) or the subnetwork's. A group keeps its options and gets its
+    index under ``GROUP_KEY``; it may end up empty. ``subnetwork.group_of`` learns the index of every full parameter.
+
+    Raises:
+        ConfigError: a parameter belongs to neither model.
+    """
+    names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
+    translated = []
+    for index, group in enumerate(groups):
+        for parameter in _members(group["params"]):
+            name = _full_name(parameter, names, subnetwork)
+            if name is not None:
+                subnetwork.group_of[name] = index
+        members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, subnetwork))))
+        translated.append({**group, "params": members, GROUP_KEY: index})
+    return translated
+
+
+def agree_on_groups(subnetwork: Subnetwork) -> None:
+    """Collective. Let ``subnetwork.group_of`` know what any rank's client put into a group.
+
+    A client that picks parameters by ``requires_grad`` sees of the full model what this rank trains, no more.
+
+    Raises:
+        ConfigError: ranks put a parameter into different groups; on every rank.
+    """
+    told: list[dict[str, int]] = gather_objects(subnetwork.group_of, "agreeing on parameter groups")
+    for rank, groups in enumerate(told):
+        for name, index in groups.items():
+            if subnetwork.group_of.setdefault(name, index) != index:
+                raise ConfigError(
+                    f"optimizer.param_groups: {name} is in group {index} on rank {rank}, and in group "
+                    f"{subnetwork.group_of[name]} on another; takes the same groups on all ranks"
+                )
+
+
+def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> None:
+    """Translate the groups of a client's optimizer in place, with the state that its constructor made.
+
+    Raises:
+        ConfigError: the optimizer has stepped already: its state has the full model's shapes.
+    """
+    initial = [
+        next(iter([constants(optimizer.state[p]) for p in _members(group["params"]) if optimizer.state.get(p)]), {})
+        for group in optimizer.param_groups
+    ]
+    groups = translate_groups(optimizer.param_groups, subnetwork)
+    optimizer.state.clear()
+    # The very dicts, which a scheduler may hold.
+    for group, translated, state in zip(optimizer.param_groups, groups, initial, strict=True):
+        group.update(translated)
+        for parameter in group["params"] if state else ():
+            optimizer.state[parameter].update(state_like(state, parameter))
+
+
+def describe_groups(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[list[str]]:
+    """Names in ``model`` of every group's parameters, for ranks to compare; those of another model as ``"?"``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names.get(id(parameter), "?") for parameter in _members(group["params"])] for group in groups]
+
+
+def as_groups(model_parameters: Any) -> list[dict[str, Any]]:
+    """A list of groups out of what a torch optimizer takes."""
+    parameters = list(model_parameters)
+    if parameters and isinstance(parameters[0], dict):
+        return parameters
+    return [{"params": parameters}]
+
+
+def _is_trainable(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.numel() > 0
+
+
+def _members(parameters: Any) -> list[Any]:
+    members: list[Any] = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    # (name, parameter), as named optimizers take them
+    return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in members]
+
+
+def _full_name(parameter: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> str | None:
+    if id(parameter) in subnetwork.full_names:
+        return subnetwork.full_names[id(parameter)]
+    return subnetwork.fragments[names[id(parameter)]].full_name if id(parameter) in names else None
+
+
+def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:
+    found: list[nn.Parameter] = []
+    for parameter in _members(parameters):
+        if id(parameter) in subnetwork.replaced:
+            found += subnetwork.replaced[id(parameter)]
+        elif id(parameter) in names:
+            found.append(parameter)
+        else:
+            raise ConfigError(
+                f"optimizer: a parameter of shape {list(parameter.shape)} is not the model's; takes parameters of the "
+                "model that is given to initialize()"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""The full model in mid-run."""

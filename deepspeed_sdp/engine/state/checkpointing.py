@@ -1,0 +1,236 @@
+"""``save_checkpoint`` and ``load_checkpoint``: what of a job is in a checkpoint, and how it comes back."""
+
+import copy
+import functools
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+
+from deepspeed_sdp.checkpoint import (
+    FULL_SCALE,
+    Checkpoint,
+    Entry,
+    factor_on,
+    open_checkpoint,
+    parameter_of,
+    write_checkpoint,
+    writes_of,
+)
+from deepspeed_sdp.engine.state.training_state import TrainingState
+from deepspeed_sdp.engine.state.universal import open_universal
+from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY
+from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.subnetwork import Subnetwork
+
+# Options of a group that say how a step is computed, on this device and by this implementation.
+_OF_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def save_checkpoint(
+    engine: Any, folder: Path, tag: str | None, client_state: Mapping[str, Any] | None, is_latest: bool
+) -> None:
+    """Collective; see :meth:`SDPEngine.save_checkpoint`."""
+    engine.optimizer.refresh.settle()
+    state, sdp = _state_of(engine), engine.sdp_config
+    scalars = state.scalars()
+    entries = state.to_write(sdp.checkpoint_copies)
+    if sdp.checkpoint_async:
+        # What training changes from here on is not saved. One at a time, as what came from others is this rank's alone.
+        for place, entry in enumerate(entries):
+            entries[place] = replace(entry, tensor=entry.tensor.to("cpu", copy=True))
+    write = functools.partial(
+        write_checkpoint,
+        folder,
+        tag or f"global_step{engine.global_steps}",
+        entries,
+        _meta(engine, state),
+        engine.plan.to_json(),
+        copy.deepcopy(
+            {
+                "client_state": dict(client_state or {}),
+                "optimizer_groups": _group_options(engine),
+                "optimizer_scalars": scalars,
+                "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+                "loss_scaler": {
+                    "class": type(engine.optimizer.loss_scaler).__name__,
+                    "state": _plain(vars(engine.optimizer.loss_scaler)),
+                },
+            }
+        ),
+        {"random": _random_state()},
+        engine._checkpoint_locks,
+        is_latest=is_latest,
+        keep_last=sdp.checkpoint_keep_last,
+        keep_every=sdp.checkpoint_keep_every,
+    )
+    if sdp.checkpoint_async:
+        engine._checkpoint_writer.start(functools.partial(write, group=engine._owner_groups.for_checkpoints().handle))
+    else:
+        write()
+
+
+def load_checkpoint(
+    engine: Any, folder: Path, tag: str | None, *, with_optimizer: bool, with_scheduler: bool
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Collective; see :meth:`SDPEngine.load_checkpoint`."""
+    engine.wait_for_checkpoint()
+    checkpoint = open_universal(folder, tag) or open_checkpoint(folder, tag)
+    if checkpoint is not None and checkpoint.damage and dist.get_rank() == 0:
+        what = "; ".join(checkpoint.damage.values())
+        logger.warning(
+            f"checkpoint: {what}. Other owners' copies are read instead; random numbers of lost ranks are new"
+        )
+    if checkpoint is None:
+        logger.warning(f"{folder} has no checkpoint: nothing is loaded")
+        return None, None
+    saved = checkpoint.state()
+    if checkpoint.has_weights_only:
+        with_optimizer = with_scheduler = False
+    engine.optimizer.refresh.settle()
+    engine.optimizer.zero_grad()
+    state = _state_of(engine)
+    keys = checkpoint.meta["optimizer_state"] if with_optimizer else []
+    scalars: list[dict[str, Any]] = []
+    if with_optimizer:
+        found = saved["optimizer_scalars"]
+        # DeepSpeed's universal format, and older checkpoints: of all groups alike.
+        scalars = [found] * len(saved["optimizer_groups"]) if isinstance(found, dict) else found
+        _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
+        state.check(keys, scalars)
+    entries = state.to_read(keys)
+    checkpoint.read(entries)
+    _take_full_scale(engine._subnetwork, checkpoint, entries)
+    if with_optimizer:
+        state.take_state(scalars)
+        for group, options in zip(engine.optimizer.param_groups, saved["optimizer_groups"], strict=True):
+            _take_options(group, options)
+        scaler = engine.optimizer.loss_scaler
+        if saved["loss_scaler"]["class"] == type(scaler).__name__:
+            vars(scaler).update(saved["loss_scaler"]["state"])
+        for counter in _COUNTERS:
+            setattr(engine, counter, checkpoint.meta[counter])
+        if checkpoint.meta["world_size"] == dist.get_world_size():
+            own = checkpoint.rank_state(dist.get_rank())
+            if own is not None:
+                _set_random_state(own["random"])
+    if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    state.spread()
+    return str(checkpoint.path), saved["client_state"]
+
+
+def _take_full_scale(subnetwork: Subnetwork, checkpoint: Checkpoint, entries: Sequence[Entry]) -> None:
+    """The full model stays what it was: a job that cannot have its scale beside the weights takes it into them."""
+    scale = float(checkpoint.meta.get(FULL_SCALE, 1.0))
+    subnetwork.full_scale = 1.0
+    if scale == 1.0:
+        return
+    writes = writes_of(checkpoint.path, checkpoint.meta, copy.deepcopy(subnetwork.full_config))
+    if subnetwork.is_louder and writes == subnetwork.writes:
+        subnetwork.full_scale = scale
+        return
+    for entry in entries:
+        if parameter_of(entry.name) in writes:
+            entry.tensor.mul_(factor_on(entry.name, scale))
+
+
+def _state_of(engine: Any) -> TrainingState:
+    return TrainingState(engine._subnetwork, engine.optimizer, engine._owner_groups)
+
+
+def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
+    subnetwork = engine._subnetwork
+    config = subnetwork.full_config
+    return {
+        **{counter: getattr(engine, counter) for counter in _COUNTERS},
+        "world_size": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "dtype": str(next(iter(subnetwork.module.parameters())).dtype).removeprefix("torch."),
+        "optimizer": type(engine.basic_optimizer).__name__,
+        "optimizer_state": state.state_keys(),
+        "plan_hash": engine.plan.hash,
+        FULL_SCALE: subnetwork.full_scale,
+        "subnetwork_data_parallel": engine.sdp_config.model_dump(mode="json"),
+        "model_class": subnetwork.model_class.__name__,
+        "model_config": config.to_dict() if hasattr(config, "to_dict") else {},
+        "versions": {
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _group_options(engine: Any) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in group.items() if key not in ("params", GROUP_KEY)}
+        for group in engine.optimizer.param_groups
+    ]
+
+
+def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, Any]]) -> None:
+    name = type(engine.basic_optimizer).__name__
+    if saved_name is not None and _method(name) != _method(saved_name):
+        raise CheckpointError(
+            f"checkpoint: has the state of {saved_name}; the optimizer is {name} (load_optimizer_states=False loads "
+            "the weights alone)"
+        )
+    groups = engine.optimizer.param_groups
+    if len(groups) != len(saved):
+        raise CheckpointError(
+            f"checkpoint: has {len(saved)} parameter groups; the optimizer has {len(groups)} (load_optimizer_states="
+            "False loads the weights alone)"
+        )
+
+
+def _method(name: str) -> str:
+    """What an optimizer does, whoever implements it: AdamW and FusedAdam remember the same."""
+    return re.sub(r"^(deepspeedcpu|fused|paged)", "", name.lower()).replace("adamw", "adam").removesuffix("32bit")
+
+
+def _take_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """What is saved of a group, where and as its optimizer holds it."""
+    for key, value in saved.items():
+        if isinstance(group.get(key), torch.Tensor):
+            # The very tensor, which a compiled or captured step holds.
+            group[key].fill_(float(value))
+        elif key not in _OF_IMPLEMENTATION:
+            group[key] = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | type(None))}
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    accelerator = get_accelerator()
+    on_device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "device": on_device,
+    }
+
+
+def _set_random_state(saved: dict[str, Any]) -> None:
+    random.setstate(saved["python"])
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(saved["torch"])
+    if saved["device"] is not None and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(saved["device"])

@@ -1,0 +1,1 @@
+"""The ZeRO optimizer over owner sets: buckets, gradients, weights, the step."""

@@ -1,0 +1,127 @@
+"""Parameters that the client freezes and unfreezes in mid-run, by ``requires_grad``.
+
+A step passes over them, as it does where every parameter is stepped by itself: weights and state stay what they are.
+Only the count of steps, which all parameters of a bucket share, goes on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.ranks import gather_objects
+
+
+class FrozenParameters:
+    """Knows which parameters a step passes over.
+
+    One that got a gradient before it was frozen is stepped once more.
+
+    Args:
+        buckets: this rank's.
+        parameters: of the buckets, by their index there.
+        names: full-model name of each of them.
+        outside: parameters in no bucket, frozen from the start, by full-model name.
+        copies: parameters that others train, or that only views are trained of; frozen whatever the client says.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[OwnerBucket],
+        parameters: Mapping[int, nn.Parameter],
+        names: Sequence[str],
+        outside: Mapping[str, nn.Parameter],
+        copies: Sequence[nn.Parameter],
+    ) -> None:
+        self._buckets = tuple(buckets)
+        self._parameters = parameters
+        self._names = names
+        self._outside = dict(outside)
+        self._copies = tuple(copies)
+        self._reached: set[int] = set()
+        self._passed_over: frozenset[int] = frozenset()
+
+    def reach(self, index: int) -> None:
+        """Parameter ``index`` has a gradient."""
+        self._reached.add(index)
+
+    def clear(self) -> None:
+        """Gradients are dropped."""
+        self._reached.clear()
+
+    def have_changed(self) -> bool:
+        """Whether ranks must agree again, as this one freezes other parameters than in the last step."""
+        for parameter in self._copies:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        return self._now() != self._passed_over or any(p.requires_grad for p in self._outside.values())
+
+    def agree(self) -> None:
+        """Collective. Pass over what is frozen now.
+
+        Raises:
+            ConfigError: ranks differ, or train what was frozen from the start; on every rank.
+        """
+        now = self._now()
+        held = {
+            (bucket.bucket.key, place): (self._names[index], index in now)
+            for bucket in self._buckets
+            for place, index in enumerate(bucket.bucket.items)
+        }
+        thawed = [name for name, parameter in self._outside.items() if parameter.requires_grad]
+        told = gather_objects((held, thawed), "agreeing on frozen parameters")
+        first: dict[Any, tuple[int, bool]] = {}
+        for rank, (of_rank, outside) in enumerate(told):
+            if outside:
+                raise ConfigError(
+                    f"requires_grad: rank {rank} has true for {outside[0]}, which was frozen when initialize() was "
+                    "called and has no place in the optimizer; takes parameters that required gradients then"
+                )
+            for key, (name, is_frozen) in of_rank.items():
+                before, expected = first.setdefault(key, (rank, is_frozen))
+                if is_frozen != expected:
+                    raise ConfigError(
+                        f"requires_grad: {name} is {_word(expected)} on rank {before} and {_word(is_frozen)} on rank "
+                        f"{rank}; takes the same on all ranks"
+                    )
+        self._passed_over = now
+
+    def _now(self) -> frozenset[int]:
+        return frozenset(i for i, p in self._parameters.items() if not p.requires_grad and i not in self._reached)
+
+    @contextmanager
+    def kept(self, buckets: Sequence[OwnerBucket], tensors_of: Any) -> Iterator[None]:
+        """What is passed over of ``buckets`` is afterwards as before.
+
+        Args:
+            tensors_of: weights and state ``[shard_numel]`` of a bucket, by name; those that did not exist before stay.
+        """
+        saved = [
+            (bucket, low, high, {key: value[low:high].clone() for key, value in tensors_of(bucket).items()})
+            for bucket in (buckets if self._passed_over else ())
+            for low, high in self._ranges(bucket)
+        ]
+        yield
+        for bucket, low, high, values in saved:
+            tensors: Mapping[str, torch.Tensor] = tensors_of(bucket)
+            for key, value in values.items():
+                tensors[key][low:high] = value
+
+    def _ranges(self, bucket: OwnerBucket) -> Iterator[tuple[int, int]]:
+        """In this rank's shard."""
+        base = bucket.index * bucket.shard_numel
+        start = 0
+        for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
+            low, high = max(start - base, 0), min(start + numel - base, bucket.shard_numel)
+            if index in self._passed_over and low < high:
+                yield low, high
+            start += numel
+
+
+def _word(is_frozen: bool) -> str:
+    return "frozen" if is_frozen else "trained"

@@ -1,0 +1,84 @@
+"""A bucket whose weights are parts of larger ones (backward masking)."""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
+from deepspeed_sdp.plan.rounds import Bucket
+
+
+class InPlaceBucket(OwnerBucket):
+    """Rows and columns of full weights that one owner set owns; flat only while they travel.
+
+    Every rank holds them: owners train them, the others keep a copy. The master weights have memory of their own, in
+    fp32 training too: an optimizer takes contiguous tensors, and columns are not.
+
+    Args:
+        views: views of the full weights.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        views: Sequence[torch.Tensor],
+        ranks: tuple[int, ...],
+        rank: int,
+        group: Group,
+        is_sharded: bool,
+    ) -> None:
+        super().__init__(bucket, views, ranks, rank, group, is_sharded)
+        self._views = tuple(view.detach() for view in views)
+        self._starts = (0, *accumulate(bucket.numels))
+
+    def master(self, device: torch.device) -> nn.Parameter:
+        master = torch.zeros(self.shard_numel, dtype=torch.float32, device=device)
+        start, stop = self._shard_range()
+        master[: stop - start].copy_(self.read(start, stop))
+        return nn.Parameter(master)
+
+    def store(self, master: torch.Tensor) -> None:
+        start, stop = self._shard_range()
+        self.write(start, master[: stop - start].to(self.device, self.dtype))
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        pieces = [piece.reshape(-1) for piece in self._pieces(start, stop)]
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def write(self, start: int, values: torch.Tensor) -> None:
+        taken = 0
+        for piece in self._pieces(start, start + len(values)):
+            piece.copy_(values[taken : taken + piece.numel()].view(piece.shape))
+            taken += piece.numel()
+
+    def _shard_range(self) -> tuple[int, int]:
+        start = min(self.index * self.shard_numel, self.bucket.numel)
+        return start, min(start + self.shard_numel, self.bucket.numel)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        for view, first in zip(self._views, self._starts, strict=False):
+            low, high = max(start - first, 0), min(stop - first, view.numel())
+            if low < high:
+                yield from _elements(view, low, high)
+
+
+def _elements(view: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Elements ``[start, stop)`` of ``view`` in row-major order, as views: whole rows and parts of at most two."""
+    if view.dim() == 1 or view.numel() == 0:
+        yield view[start:stop]
+        return
+    width = view[0].numel()
+    row, column = divmod(start, width)
+    if column:
+        end = min(width, column + stop - start)
+        yield from _elements(view[row], column, end)
+        start, row = start + end - column, row + 1
+    rows = (stop - start) // width
+    if rows:
+        yield view[row : row + rows]
+        start, row = start + rows * width, row + rows
+    if start < stop:
+        yield from _elements(view[row], 0, stop - start)

@@ -1,0 +1,82 @@
+"""NaN and Inf in gradients: who had the first one, and what is done about it, on all ranks alike."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
+from deepspeed_sdp.errors import NonFiniteError
+from deepspeed_sdp.ranks import gather_objects
+
+# Steps skipped in a row (without a loss scale that could fall) after which nothing will change any more.
+_HOPELESS = 100
+
+
+class NonFiniteGradients:
+    """Watches the gradients of this rank before they are averaged, and reports.
+
+    Args:
+        names: full-model name of every parameter of this rank, by its index in the buckets.
+        action: ``"skip"`` the step, or ``"stop"`` the job.
+    """
+
+    def __init__(self, names: Sequence[str], action: Literal["skip", "stop"]) -> None:
+        self._names = names
+        self._action = action
+        self._norms: list[tuple[int, torch.Tensor]] = []
+        self._skipped = 0
+        self._step = 0
+
+    def watch(self, flat: OwnerBucket, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Remember the norm of every gradient of a bucket, which NaN and Inf spoil; nothing is read back yet."""
+        present = [(i, g) for i, g in zip(flat.bucket.items, gradients, strict=True) if g is not None]
+        if present:
+            norms = torch._foreach_norm([gradient for _, gradient in present], dtype=torch.float32)
+            self._norms += [(index, value) for (index, _), value in zip(present, norms, strict=True)]
+
+    def clear(self) -> None:
+        """The gradients are dropped."""
+        self._norms.clear()
+
+    def reset(self) -> None:
+        """The step was finite."""
+        self._skipped = 0
+        self._step += 1
+
+    def handle(self, loss_scale: float, is_scale_dynamic: bool) -> None:
+        """Collective. The averaged gradient is not finite: report where that began; raise if so configured.
+
+        Raises:
+            NonFiniteError: on every rank, if the action is ``"stop"`` or no finite step came for long.
+        """
+        reports: list[tuple[str, float] | None] = gather_objects(self._first(), "finding NaN and Inf in gradients")
+        self._step += 1
+        self._skipped += 1
+        found = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
+        where = "; ".join(f"rank {rank}: {value} in {name}" for rank, name, value in found)
+        message = f"step {self._step}: gradients are not finite ({where or 'their average overflows'})"
+        if is_scale_dynamic:
+            # The search for a loss scale is expected to overflow now and then.
+            _log_once(f"{message}; skipped at loss scale {loss_scale:g}")
+            return
+        if self._action == "stop":
+            raise NonFiniteError(f"{message}; weights are those before the step")
+        if self._skipped >= _HOPELESS:
+            raise NonFiniteError(f"{message}; so were the {_HOPELESS - 1} steps before")
+        _log_once(f"{message}; skipped on all ranks")
+
+    def _first(self) -> tuple[str, float] | None:
+        """Name and value of the first gradient in backward order that is not finite."""
+        for index, value in self._norms:
+            number = float(value)
+            if number - number != 0.0:
+                return self._names[index], number
+        return None
+
+
+def _log_once(message: str) -> None:
+    if dist.get_rank() == 0:
+        logger.warning(message)
