@@ -1,7 +1,7 @@
 """A step of the SDP engine in bytes: what ``engine/`` allocates and frees, in its order.
 
 The passes come from :mod:`~deepspeed_sdp.estimate.trace`, the buckets from :mod:`~deepspeed_sdp.estimate.buckets`; here
-stands what the engine does between: ``local_gradients.py``, ``reducer.py`` and ``transport.py`` in the backward pass,
+stands what the engine does between: ``gradients.py`` and ``transport.py`` in the backward pass,
 ``sharded_weights.py`` in :mod:`~deepspeed_sdp.estimate.gathered`, ``optimizer.py`` and ``refresh.py`` in the step.
 """
 
@@ -20,7 +20,7 @@ from deepspeed_sdp.estimate.worker_model import WorkerModel
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import SHARED
 
-# As in ``engine/zero/reducer.py`` and ``engine/zero/refresh.py``.
+# As in ``engine/zero/gradients.py`` and ``engine/zero/refresh.py``.
 _ROUNDS_IN_FLIGHT = 2
 _PORTIONS_IN_FLIGHT = 2
 _STEP_COUNTER = 4

@@ -125,7 +125,7 @@ class OwnerSetTransport:
         return Pending(works, lambda: None, 0)
 
     def _count(self, kind: str, nbytes: int, bucket: OwnerBucket) -> None:
-        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+        self._traffic.add(kind, nbytes, bucket.owner_set)
 
     def _timed(self, work: Any, what: str, bucket: OwnerBucket) -> TimedWork:
         return self._stopwatch.timed(work, what, bucket.group)
@@ -223,7 +223,7 @@ class AllToAllTransport:
 
     def _count(self, kind: str, bucket: OwnerBucket, element_size: int) -> None:
         nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size
-        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+        self._traffic.add(kind, nbytes, bucket.owner_set)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

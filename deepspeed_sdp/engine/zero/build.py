@@ -19,9 +19,10 @@ from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTrans
 from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, behaviour_of
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
+from deepspeed_sdp.engine.zero.gradients import GradientPath
 from deepspeed_sdp.engine.zero.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
-from deepspeed_sdp.engine.zero.optimizer import Precision, SDPOptimizer
+from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.refresh import WeightRefresh
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
 from deepspeed_sdp.errors import ConfigError
@@ -102,17 +103,23 @@ def assemble(
         _settle_where_used(subnetwork, layout, refresh)
     parameters = dict(enumerate(layout.parameters))
     names = [fragments[name].full_name for name in layout.names]
+    gradients = GradientPath(
+        layout.rounds,
+        parameters,
+        transport("gradients", groups.for_gradients, reduce),
+        reduce=reduce,
+        accumulate=accumulate,
+        is_eager=stage < 3,
+        untrained=[p for p in engine.module.parameters() if p.requires_grad and id(p) not in group_of],
+    )
     made = SDPOptimizer(
         optimizer,
         behaviour,
-        layout.rounds,
-        parameters,
+        gradients,
         refresh,
         stage=stage,
-        transport=transport("gradients", groups.for_gradients, reduce),
         world=groups.for_gradients,
         device=engine.device,
-        precision=Precision(reduce, accumulate),
         loss_scaler=CreateLossScaler(
             dtype=dtype,
             static_loss_scale=engine.loss_scale(),
@@ -123,7 +130,7 @@ def assemble(
         state_device=state_device,
         nonfinite=NonFiniteGradients(names, sdp.on_nonfinite),
         frozen=FrozenParameters(
-            [bucket for of_round in layout.rounds for bucket in of_round],
+            gradients.buckets,
             parameters,
             names,
             {
@@ -133,7 +140,6 @@ def assemble(
             },
             [subnetwork.module.get_parameter(name) for name in subnetwork.frozen],
         ),
-        untrained=[p for p in engine.module.parameters() if p.requires_grad and id(p) not in group_of],
         traffic=traffic,
     )
     if weights is not None:

@@ -55,8 +55,8 @@ class InPlaceBucket(OwnerBucket):
             taken += piece.numel()
 
     def _shard_range(self) -> tuple[int, int]:
-        start = min(self.index * self.shard_numel, self.bucket.numel)
-        return start, min(start + self.shard_numel, self.bucket.numel)
+        start = min(self.index * self.shard_numel, self.numel)
+        return start, min(start + self.shard_numel, self.numel)
 
     def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         for view, first in zip(self._views, self._starts, strict=False):
