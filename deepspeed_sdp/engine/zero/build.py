@@ -34,8 +34,6 @@ from deepspeed_sdp.subnetwork import Subnetwork
 _ROUND_NUMEL = {"gloo": 5_000_000}
 _DEFAULT_ROUND_NUMEL = 25_000_000
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def assemble(
     engine: Any,
@@ -58,7 +56,8 @@ def assemble(
     zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
     backend = groups.for_gradients.backend
     dtype, accumulate = engine.get_data_types()
-    reduce = _DTYPES[sdp.reduction_dtype] if sdp.reduction_dtype else engine.communication_data_type
+    # Sums of many ranks lose the small ones in 16 bits, which DeepSpeed would take by default.
+    reduce = engine._config.communication_data_type or torch.float32
 
     def transport(payload: Any, group: Group, of: torch.dtype) -> Transport:
         if resolve_transport(sdp.transport, backend, stage, payload) == "all_to_all":
