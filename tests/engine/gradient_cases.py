@@ -80,6 +80,34 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
     return worst
 
 
+def reduce_beside_a_users_barrier():
+    """Averages, where rank 0 is at a barrier of the user's before its first gradient, rank 1 before its last."""
+    groups = OwnerGroups(SimpleNamespace(owner_sets=((0, 1),)), range(2))
+    weights = {i: nn.Parameter(torch.zeros(4)) for i in range(6)}
+    buckets = [
+        FlatBucket(
+            bucket, [weights[i] for i in bucket.items], (0, 1), dist.get_rank(), groups.group(0), is_sharded=False
+        )
+        for bucket in make_buckets([Item((i, 0), 0, 0, 4, i) for i in range(6)], range(6))
+    ]
+    path = GradientPath(
+        [[bucket] for bucket in buckets],
+        weights,
+        OwnerSetTransport(Traffic(), Stopwatch()),
+        reduce=torch.float32,
+        accumulate=torch.float32,
+    )
+    for index, weight in weights.items():
+        if index == (0 if dist.get_rank() == 0 else 5):
+            dist.barrier()
+        weight.grad = torch.full((4,), float(index + dist.get_rank()))
+        path.add(index)
+        path.ready(index)
+    path.finish()
+    groups.destroy()
+    return [float(average[0]) for average in path.averages.values()]
+
+
 def average_of(parameter, item, sets, missing, round_):
     owners = sets[item.owner_set]
     copies = [gradient_of(r, parameter, item.numel, round_) for r in owners if (r, parameter) not in missing]

@@ -151,9 +151,7 @@ class TrainingState:
 
     def spread(self) -> None:
         """Collective. The master weights are new: bring them to all who compute with them."""
-        with torch.no_grad():
-            for bucket, master in self._optimizer.masters.items():
-                bucket.store(master.data)
+        self._optimizer.store_masters()
         self._optimizer.refresh.send_all()
 
     def _base(self, bucket: OwnerBucket) -> int:

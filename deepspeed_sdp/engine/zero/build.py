@@ -1,5 +1,6 @@
 """Puts the parts of the gradient path together as a job's configuration asks."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, behaviour_of
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
 from deepspeed_sdp.engine.zero.gradients import GradientPath
+from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
@@ -64,7 +66,10 @@ def assemble(
             return AllToAllTransport(group, engine.device, of, traffic, stopwatch)
         return OwnerSetTransport(traffic, stopwatch)
 
-    state_device = _offload_device(zero.offload_optimizer, engine.device)
+    state_device, shard_device = (
+        torch.device("cpu") if _is_on_cpu(offload) else engine.device
+        for offload in (zero.offload_optimizer, zero.offload_param)
+    )
     # What DeepSpeed or a client's callable made is compared here for the first time.
     behaviour = agreed(lambda: behaviour_of(optimizer, state_device), lambda _: describe_optimizer(optimizer))
     if subnetwork.masking == "backward":
@@ -81,7 +86,8 @@ def assemble(
             make_parts(subnetwork, layout),
             for_weights,
             prefetch=1 if zero.prefetch_bucket_size else 0,
-            device=_offload_device(zero.offload_param, engine.device),
+            device=shard_device,
+            is_pinned=_is_on_cpu(zero.offload_param) and zero.offload_param.pin_memory,
         )
     fragments = subnetwork.fragments
     exchange = None
@@ -127,6 +133,14 @@ def assemble(
         ),
         clip_grad=engine.gradient_clipping(),
         state_device=state_device,
+        host_copies=functools.partial(
+            HostCopies,
+            dtype=dtype,
+            is_pinned=zero.offload_optimizer.pin_memory,
+            sends=not _is_on_cpu(zero.offload_param),
+        )
+        if _is_on_cpu(zero.offload_optimizer)
+        else None,
         nonfinite=NonFiniteGradients(names, sdp.on_nonfinite),
         frozen=FrozenParameters(
             gradients.buckets,
@@ -186,6 +200,5 @@ def _asked_numel(config: Any, key: str) -> int | None:
     return None if asked == "auto" else int(asked)
 
 
-def _offload_device(offload: Any, device: torch.device) -> torch.device:
-    is_cpu = offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
-    return torch.device("cpu") if is_cpu else device
+def _is_on_cpu(offload: Any) -> bool:
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"

@@ -27,6 +27,10 @@ from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 # Rounds under way at a time: flat copies of gradients alive beyond the gradients themselves.
 _MAX_IN_FLIGHT = 2
 
+# Seconds for which a hook waits for the oldest of them. A user's own collective in another hook may be what the others
+# wait for: so the hook goes on then, and its rounds stay behind until an earlier one has arrived.
+_PATIENCE = 1.0
+
 
 class GradientPath:
     """See the module.
@@ -65,9 +69,9 @@ class GradientPath:
         self._reduce, self._accumulate = reduce, accumulate
         self._is_eager = is_eager
         self._untrained = tuple(untrained)
-        self._members = [{index for bucket in of_round for index, _ in bucket.pieces} for of_round in self._rounds]
+        self._members = [{index for bucket in of_round for index in bucket.items} for of_round in self._rounds]
         self._rounds_of = {i: [r for r, members in enumerate(self._members) if i in members] for i in parameters}
-        self._uses = Counter(index for bucket in self.buckets for index, _ in bucket.pieces)
+        self._uses = Counter(index for bucket in self.buckets for index in bucket.items)
         self._sums: dict[int, torch.Tensor] = {}
         self._norms: list[tuple[int, torch.Tensor]] = []
         self._in_flight: deque[tuple[tuple[OwnerBucket, ...], Pending]] = deque()
@@ -83,6 +87,7 @@ class GradientPath:
         self._waiting = [set(members) for members in self._members]
         self._unused = self._uses.copy()
         self._next = 0
+        self._is_patient = True
         self.is_half_way = False
 
     # -- this rank's own gradients -----------------------------------------------------------------------------------
@@ -108,8 +113,9 @@ class GradientPath:
                 )
             self._waiting[round_].remove(index)
         self.is_half_way = True
-        if self._is_eager:
-            self.launch_before(self._complete())
+        end = self._complete() if self._is_eager else 0
+        while self._next < end and self._has_room():
+            self._launch_next()
 
     def _complete(self) -> int:
         """The first round that must wait: after it come incomplete rounds, or ones that this rank owns nothing of.
@@ -139,6 +145,15 @@ class GradientPath:
             self._take()
         self._begin()
 
+    def _has_room(self) -> bool:
+        """Whether a round may be launched now, after a limited wait, which is not repeated before one has arrived."""
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            if not self._in_flight[0][1].arrives_within(_PATIENCE if self._is_patient else 0.0):
+                self._is_patient = False
+                return False
+            self._take()
+        return True
+
     def _launch_next(self) -> None:
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._take()
@@ -156,14 +171,14 @@ class GradientPath:
         flat = torch.empty(bucket.padded_numel, dtype=self._reduce, device=bucket.device)
         flat[bucket.numel :].zero_()
         indices, places, values = [], [], []
-        for place, (index, elements) in zip(bucket.split(flat), bucket.pieces, strict=True):
+        for place, (index, start, stop) in zip(bucket.split(flat), bucket.ranges, strict=True):
             gradient = self._sums.get(index, self.parameters[index].grad)
             if gradient is None:
                 place.zero_()
             else:
                 indices.append(index)
                 places.append(place)
-                values.append(gradient.reshape(-1)[elements])
+                values.append(gradient.reshape(-1)[start:stop])
             self._unused[index] -= 1
             if not self._unused[index]:
                 self._forget(index)
@@ -174,6 +189,7 @@ class GradientPath:
 
     def _take(self) -> None:
         buckets, pending = self._in_flight.popleft()
+        self._is_patient = True
         dtype = torch.promote_types(self._accumulate, self._reduce)
         for bucket, shard in zip(buckets, pending.finish(), strict=True):
             before = self.averages.get(bucket)

@@ -13,7 +13,9 @@ stage  state                          gradients                             weig
 ====== ============================== ===================================== =========================================
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
+from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.groups import Group
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
@@ -28,9 +31,10 @@ from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants,
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
 from deepspeed_sdp.engine.zero.gradients import GradientPath
+from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-from deepspeed_sdp.engine.zero.refresh import Portion, WeightRefresh
+from deepspeed_sdp.engine.zero.refresh import WeightRefresh
 from deepspeed_sdp.errors import ConfigError
 
 
@@ -49,6 +53,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         loss_scaler: DeepSpeed's.
         clip_grad: largest norm of the gradient, 0 for none.
         state_device: where the master weights and the optimizer's state live.
+        host_copies: makes, for that many elements of the largest part, what copies gradients to the host and weights
+            from it, where the state is offloaded.
         nonfinite: what is done about NaN and Inf.
         frozen: which parameters a step passes over.
         traffic: counts bytes sent.
@@ -67,6 +73,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         loss_scaler: Any,
         clip_grad: float,
         state_device: torch.device,
+        host_copies: Callable[[int], HostCopies] | None,
         nonfinite: NonFiniteGradients,
         frozen: FrozenParameters,
         traffic: Traffic,
@@ -94,6 +101,12 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._frozen = frozen
         self._traffic = traffic
         self._masters = {bucket: bucket.master(state_device) for bucket in self._buckets}
+        # What is stepped in one call, before each of the portions is sent.
+        self._parts = [[b for of_round in portion.owned for b in of_round] for portion in refresh.portions]
+        if not behaviour.steps_by_parts:
+            self._parts = [self._buckets, *([] for _ in self._parts[1:])]
+        largest = max(sum(bucket.shard_numel for bucket in part) for part in self._parts)
+        self._host = None if host_copies is None else host_copies(largest)
         self._replace_parameters()
         self._hooks = self._hook_gradients()
 
@@ -203,35 +216,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     # -- norm and step -----------------------------------------------------------------------------------------------
 
-    def scaled_global_norm(self) -> torch.Tensor:
-        """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same tensor on every rank."""
-        squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
-        for bucket in self._buckets:
-            # At stage 0 every owner holds the whole bucket: the first one counts it.
-            is_counted = self.stage > 0 or bucket.ranks[0] == dist.get_rank()
-            if is_counted and bucket in self.gradients.averages:
-                average = self.gradients.averages[bucket]
-                squares.append(torch.linalg.vector_norm(average, dtype=torch.float32).double() ** 2)
-        # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
-        changed = torch.tensor(
-            float(self._frozen.have_changed(self.gradients.reached)), dtype=torch.float64, device=self.device
-        )
-        total = torch.stack([torch.stack(squares).sum(), changed])
-        self._traffic.add("norm_all_reduce", all_reduce_bytes(16, dist.get_world_size()))
-        with self._world.waiting("the norm of the gradient") as group:
-            dist.all_reduce(total, group=group)
-        if float(total[1]):
-            self._frozen.agree()
-        return total[0].sqrt()
-
     def step(self, closure: Any = None) -> None:
         """Clip, step the master shards, and send the new weights. Skips on NaN and Inf, on all ranks."""
         assert closure is None, "a closure cannot be combined with ZeRO"
         self.check_backward()
         self.refresh.settle()
-        norm = float(self.scaled_global_norm())
-        scale = float(self.loss_scale)
-        self.overflow = not _is_finite(norm)
+        norm, scale = self._scaled_global_norm(), float(self.loss_scale)
+        self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm / scale if not self.overflow else norm
         try:
             if self.overflow:
@@ -244,38 +235,93 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             self._traffic.end_step()
         self.loss_scaler.update_scale(self.overflow)
 
+    def _scaled_global_norm(self) -> float:
+        """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same number on every rank.
+
+        Summed on the device. The host reads the result once: it says whether there is a step at all.
+        """
+        rank = dist.get_rank()
+        # At stage 0 every owner holds the whole bucket: the first one counts it.
+        counted = [a for bucket, a in self.gradients.averages.items() if self.stage > 0 or bucket.ranks[0] == rank]
+        norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else ()
+        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+        square = torch.stack([nothing, *(norm.double() ** 2 for norm in norms)]).sum()
+        # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
+        changed = torch.full_like(square, self._frozen.have_changed(self.gradients.reached))
+        total = torch.stack([square, changed])
+        self._traffic.add("norm_all_reduce", all_reduce_bytes(16, dist.get_world_size()))
+        with self._world.waiting("the norm of the gradient") as group:
+            dist.all_reduce(total, group=group)
+        of_all, changes = total.tolist()
+        if changes:
+            self._frozen.agree()
+        return math.sqrt(of_all)
+
     def _combined_scale(self, norm: float, scale: float) -> float:
         """What the averages are divided by: the loss scale, and what clipping asks for (DeepSpeed's formula)."""
         clip = (norm / scale + 1e-6) / self.clip_grad if self.clip_grad > 0.0 else 0.0
         return scale * max(clip, 1.0)
 
+    @torch.no_grad()
     def _apply(self, divisor: float) -> None:
-        portions = self.refresh.portions
-        if not self.behaviour.steps_by_parts:
-            self._step_part(self._buckets, divisor)
-        for index, portion in enumerate(portions):
-            if self.behaviour.steps_by_parts:
-                self._step_portion(portion, divisor)
+        """Step part by part; the weights of a portion travel while the next one is stepped."""
+        gradients: Iterable[list[torch.Tensor]] = (self._divided(part, divisor) for part in self._parts)
+        if self._host is not None:
+            gradients = self._host.fetched(gradients)
+        for index, (part, of_part) in enumerate(zip(self._parts, gradients, strict=True)):
+            if part:
+                self._step_part(part, of_part)
             self.refresh.issue(index)
 
-    def _step_portion(self, portion: Portion, divisor: float) -> None:
-        # Round by round: gradients are needed in the master's dtype, and never all at once.
-        for buckets in filter(None, portion.owned):
-            self._step_part(buckets, divisor)
+    def _divided(self, part: Sequence[OwnerBucket], divisor: float) -> list[torch.Tensor]:
+        """Takes the averages of ``part``, in fp32."""
+        taken = [self.gradients.averages.pop(bucket, None) for bucket in part]
+        gradients = [
+            torch.zeros(bucket.shard_numel, device=self.device) if average is None else average.float()
+            for bucket, average in zip(part, taken, strict=True)
+        ]
+        if gradients and divisor != 1.0:
+            torch._foreach_div_(gradients, divisor)
+        return gradients
+
+    def _step_part(self, part: Sequence[OwnerBucket], gradients: list[torch.Tensor]) -> None:
+        masters = [self._masters[bucket] for bucket in part]
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+        with self._frozen.kept(part, self.tensors_of), self._only(part), record_function("deepspeed_sdp::step"):
+            self.optimizer.step()
+        self._share_counts(part)
+        gradients.clear()
+        for master in masters:
+            master.grad = None
+        self._store(part)
+
+    @contextmanager
+    def _only(self, part: Sequence[OwnerBucket]) -> Iterator[None]:
+        """The optimizer, which looks at all parameters of its groups in every call, has those of ``part`` alone."""
+        whole = [group["params"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["params"] = [self._masters[b] for b in part if b.client_group == group[GROUP_KEY]]
+        try:
+            yield
+        finally:
+            for group, params in zip(self.optimizer.param_groups, whole, strict=True):
+                group["params"] = params
 
     @torch.no_grad()
-    def _step_part(self, part: Sequence[OwnerBucket], divisor: float) -> None:
-        for bucket in part:
-            master = self._masters[bucket]
-            average = self.gradients.averages.pop(bucket, None)
-            gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
-            master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
-        with self._frozen.kept(part, self.tensors_of):
-            self.optimizer.step()  # passes over parameters without a gradient
-        self._share_counts(part)
-        for bucket in part:
-            self._masters[bucket].grad = None
-            bucket.store(self._masters[bucket].data)
+    def store_masters(self) -> None:
+        """Write all master weights back into this rank's shards of the weights."""
+        for part in self._parts:
+            self._store(part)
+
+    def _store(self, part: Sequence[OwnerBucket]) -> None:
+        pairs = [pair for bucket in part for pair in bucket.places(self._masters[bucket].data)]
+        weights, values = [to for to, _ in pairs], [value for _, value in pairs]
+        if self._host is not None and self._host.sends:
+            self._host.send(weights, values)
+        elif pairs:
+            # To a shard that rests on the host: the gather that reads it comes later on the same stream.
+            torch._foreach_copy_(weights, values, non_blocking=True)
 
     def _share_counts(self, part: Sequence[OwnerBucket]) -> None:
         """DeepSpeed's fused optimizers count a call of ``step`` on the last parameter of each group alone."""
@@ -385,7 +431,3 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

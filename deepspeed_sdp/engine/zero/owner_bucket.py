@@ -69,10 +69,10 @@ class OwnerBucket(ABC):
         return torch.split(flat.narrow(0, 0, self.numel), list(self.numels))
 
     @property
-    def pieces(self) -> Iterator[tuple[int, slice]]:
-        """Of every parameter in it: its index, and which elements of the flattened parameter."""
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """``(index, start, stop)`` of every parameter in it: which of its elements, flattened."""
         for index, numel in zip(self.items, self.numels, strict=True):
-            yield index, slice(0, numel)
+            yield index, 0, numel
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -89,8 +89,11 @@ class OwnerBucket(ABC):
         """fp32 weights ``[shard_numel]`` of this rank's shard, for the optimizer; if possible the very weights."""
 
     @abstractmethod
-    def store(self, master: torch.Tensor) -> None:
-        """Write the stepped master weights back into this rank's shard."""
+    def places(self, master: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where the stepped master weights of this rank's shard go: views of the weights, each with its new values.
+
+        Of one shape; nothing where the master weights are the weights.
+        """
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
