@@ -183,7 +183,8 @@ class GradientPath:
             if not self._unused[index]:
                 self._forget(index)
         if values:
-            self._norms += zip(indices, torch._foreach_norm(values, dtype=torch.float32), strict=True)
+            dtype = torch.promote_types(values[0].dtype, torch.float32)
+            self._norms += zip(indices, torch._foreach_norm(values, dtype=dtype), strict=True)
             torch._foreach_copy_(places, values)
         return flat
 
