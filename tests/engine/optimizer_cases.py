@@ -94,6 +94,8 @@ CLIENTS = {
     "counts_calls": lambda groups: CountsCalls(groups, lr=1e-2),
     # its state holds a number that follows from the rate of a group
     "asgd": lambda groups: torch.optim.ASGD(groups, lr=1e-2, t0=2),
+    # transformers' default, whose count is a tensor where the parameters are
+    "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-5, fused=True),
     # one group keeps nothing
     "sgd": lambda groups: torch.optim.SGD([{**groups[0], "momentum": 0.9}, groups[1]], lr=1e-2),
 }
