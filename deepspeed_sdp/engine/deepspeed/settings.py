@@ -16,8 +16,6 @@ from deepspeed_sdp.config import SDPConfig
 _ROUND_NUMEL = {"gloo": 5_000_000}
 _DEFAULT_ROUND_NUMEL = 25_000_000
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Place:
@@ -25,11 +23,13 @@ class Place:
 
     Attributes:
         device: the engine's, or the CPU.
-        is_pinned: whether memory on the CPU is page-locked.
+        is_offloaded: whether the job asks for the CPU.
+        is_pinned: whether that memory is to be page-locked.
     """
 
     device: torch.device
-    is_pinned: bool
+    is_offloaded: bool = False
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Settings:
             device=engine.device,
             dtype=dtype,
             accumulate=accumulate,
-            reduce=_DTYPES[sdp.reduction_dtype] if sdp.reduction_dtype else engine.communication_data_type,
+            # Sums of many ranks lose the small ones in 16 bits, which DeepSpeed would take by default.
+            reduce=engine._config.communication_data_type or torch.float32,
             round_numel=reduce_bucket_numel(engine),
             portion_numel=_asked_numel(engine, "allgather_bucket_size"),
             prefetch=1 if zero.prefetch_bucket_size else 0,
@@ -106,5 +107,5 @@ def _asked_numel(engine: DeepSpeedEngine, key: str) -> int:
 
 def _place(offload: Any, device: torch.device) -> Place:
     if offload is None or str(getattr(offload.device, "value", offload.device)) != "cpu":
-        return Place(device, False)
-    return Place(torch.device("cpu"), offload.pin_memory)
+        return Place(device)
+    return Place(torch.device("cpu"), True, offload.pin_memory)

@@ -1,5 +1,6 @@
 """Puts the parts of the gradient path together as a job's settings ask."""
 
+import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,9 +20,11 @@ from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
 from deepspeed_sdp.engine.deepspeed.settings import Settings
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, behaviour_of
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
+from deepspeed_sdp.engine.zero.gradients import GradientPath
+from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
-from deepspeed_sdp.engine.zero.optimizer import Precision, SDPOptimizer
+from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.refresh import WeightRefresh
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
 from deepspeed_sdp.errors import ConfigError
@@ -98,29 +101,40 @@ def assemble(
             for_weights,
             prefetch=settings.prefetch,
             device=settings.weights.device,
+            is_pinned=settings.weights.is_pinned,
         )
     exchange = Exchange(groups.for_weights, stage > 0, device, dtype, traffic, stopwatch) if is_masked else None
     refresh = _refresh(settings, subnetwork, layout, for_weights, exchange)
     parameters = dict(enumerate(layout.parameters))
     fragments = subnetwork.fragments
     names = [fragments[name].full_name for name in layout.names]
+    gradients = GradientPath(
+        layout.rounds,
+        parameters,
+        transport("gradients", groups.for_gradients, settings.reduce),
+        reduce=settings.reduce,
+        accumulate=settings.accumulate,
+        is_eager=stage < 3,
+        untrained=[p for p in subnetwork.module.parameters() if p.requires_grad and id(p) not in group_of_id],
+    )
+    host_copies = functools.partial(
+        HostCopies, dtype=dtype, is_pinned=settings.state.is_pinned, sends=not settings.weights.is_offloaded
+    )
     made = SDPOptimizer(
         optimizer,
         behaviour,
-        layout.rounds,
-        parameters,
+        gradients,
         refresh,
         stage=stage,
-        transport=transport("gradients", groups.for_gradients, settings.reduce),
         world=groups.for_gradients,
         device=device,
-        precision=Precision(settings.reduce, settings.accumulate),
         loss_scaler=settings.loss_scaler,
         clip_grad=settings.clip_grad,
         state_device=settings.state.device,
+        host_copies=host_copies if settings.state.is_offloaded else None,
         nonfinite=NonFiniteGradients(names, sdp.on_nonfinite),
         frozen=FrozenParameters(
-            [bucket for of_round in layout.rounds for bucket in of_round],
+            gradients.buckets,
             parameters,
             names,
             {
@@ -130,7 +144,6 @@ def assemble(
             },
             [subnetwork.module.get_parameter(name) for name in subnetwork.frozen],
         ),
-        untrained=[p for p in subnetwork.module.parameters() if p.requires_grad and id(p) not in group_of_id],
         traffic=traffic,
     )
     if weights is not None:
