@@ -309,9 +309,6 @@ def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
         recompute_frozen=job.sdp.recompute_frozen,
     )
     if on_meta:
-        # DeepSpeed's engine sets the device too, but later than this.
-        if "LOCAL_RANK" in os.environ and get_accelerator().is_available():
-            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed)
     return subnetwork, on_meta
 
