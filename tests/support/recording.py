@@ -62,6 +62,9 @@ class WorkOfDevice:
         self._busy.remove(self)
         return self._work.wait()
 
+    def is_completed(self):
+        return self._work.is_completed()
+
     def get_future(self):
         raise AssertionError("a callback on a work's future keeps what the work wrote alive")
 
