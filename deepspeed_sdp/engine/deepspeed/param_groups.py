@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, constants, state_like
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.ranks import gather_objects
+from deepspeed_sdp.ranks import reduce_numbers
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
@@ -41,14 +42,22 @@ def agree_on_groups(subnetwork: Subnetwork) -> None:
     Raises:
         ConfigError: ranks put a parameter into different groups; on every rank.
     """
-    told: list[dict[str, int]] = gather_objects(subnetwork.group_of, "agreeing on parameter groups")
-    for rank, groups in enumerate(told):
-        for name, index in groups.items():
-            if subnetwork.group_of.setdefault(name, index) != index:
-                raise ConfigError(
-                    f"optimizer.param_groups: {name} is in group {index} on rank {rank}, and in group "
-                    f"{subnetwork.group_of[name]} on another; takes the same groups on all ranks"
-                )
+    what, group_of, names = "agreeing on parameter groups", subnetwork.group_of, subnetwork.full_order
+    # Nobody's group is so high: a parameter that no rank knows has it as its lowest, and its negative as its highest.
+    none = 2**62
+    mine = [[sign * group_of[name] if name in group_of else none for name in names] for sign in (1, -1)]
+    lowest, highest = reduce_numbers(torch.tensor(mine), what, dist.ReduceOp.MIN).tolist()
+    for name, low, high in zip(names, lowest, highest, strict=True):
+        if low == none:
+            continue
+        if low != -high:
+            here = torch.tensor(dist.get_rank() if group_of.get(name) == -high else dist.get_world_size())
+            raise ConfigError(
+                f"optimizer.param_groups: {name} is in group {-high} on rank "
+                f"{int(reduce_numbers(here, what, dist.ReduceOp.MIN))}, and in group {low} on another; takes the same "
+                "groups on all ranks"
+            )
+        group_of[name] = low
 
 
 def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> None:
