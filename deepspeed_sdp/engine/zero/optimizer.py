@@ -13,9 +13,9 @@ import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
-from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
@@ -205,7 +205,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         assert closure is None, "a closure cannot be combined with ZeRO"
         self.check_backward()
         self.refresh.settle()
-        norm, scale = self._scaled_global_norm(), float(self.loss_scale)
+        with named("norm"):
+            norm, scale = self._scaled_global_norm(), float(self.loss_scale)
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm / scale if not self.overflow else norm
         try:
@@ -273,7 +274,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient
         self._give(part)  # it looks at all parameters of its groups in every call
-        with self._frozen.kept(part, self.tensors_of), record_function("deepspeed_sdp::step"):
+        with self._frozen.kept(part, self.tensors_of), named("step"):
             self.optimizer.step()
         self._share_counts(part)
         gradients.clear()
