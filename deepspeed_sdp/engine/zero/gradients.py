@@ -162,10 +162,9 @@ class GradientPath:
         self._waiting[self._next].clear()
         self._next += 1
         self.is_half_way = True
-        with named("flatten"):
+        with named("flatten gradients"):
             flats = [self._flatten(bucket) for bucket in buckets]
-        with named("reduce"):
-            self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
+        self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
 
     def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
         """The gradients of ``bucket`` as one ``[padded_numel]`` tensor, zeros where the backward pass did not reach."""

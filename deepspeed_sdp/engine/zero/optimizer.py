@@ -274,7 +274,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient
         self._give(part)  # it looks at all parameters of its groups in every call
-        with self._frozen.kept(part, self.tensors_of), named("step"):
+        with self._frozen.kept(part, self.tensors_of), named("optimizer"):
             self.optimizer.step()
         self._share_counts(part)
         gradients.clear()
