@@ -29,7 +29,8 @@ _TOLERANCE = 1e-3
 # Worker 0 has two chunks of a space, worker 1 has one, worker 2 has nothing.
 _OWNER_SETS = ((0, 1, 2), (0,), (1,))
 
-_passed: set[tuple[object, ...]] = set()
+# By the adapter's identity, as it need not be hashable; it is held, so that no other one takes over its id.
+_passed: dict[tuple[object, ...], Adapter] = {}
 
 
 def try_adapter(
@@ -47,7 +48,7 @@ def try_adapter(
         config = tiny_config(getattr(model, "config", None))
     except AttributeError:
         return
-    key = (type(model), repr(config), adapter, tuple(kinds), block_unit, masking)
+    key = (type(model), repr(config), id(adapter), tuple(kinds), block_unit, masking)
     if key in _passed:
         return
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
@@ -57,7 +58,7 @@ def try_adapter(
         if trial is not None:
             for kind in ("layer",) if block_unit == "layer" else kinds:
                 trial.check(kind, block_unit, masking)
-    _passed.add(key)
+    _passed[key] = adapter
 
 
 class _Trial:

@@ -54,6 +54,7 @@ def start_communication(distributed_port: int = 29500, dist_init_required: bool 
     if not deepspeed.comm.is_initialized():
         take_a_place()
         clear_stale_locks()
+        _say_if_it_compiles()
     order_communicators()
     _take_device()
     with _clearing_locks():
@@ -95,6 +96,15 @@ def order_communicators() -> None:
         os.environ[ORDER] = "1"
         if is_late:
             log.warning("NCCL has been started without %s=1, which may come too late now; set it for the job", ORDER)
+
+
+def _say_if_it_compiles() -> None:
+    """Nothing else is seen meanwhile."""
+    is_built = any(_build_root().glob("**/deepspeed_shm_comm/*.so"))
+    if get_accelerator().device_name() == "cpu" and not is_built and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "DeepSpeed compiles its op for CPU ranks (deepspeed_shm_comm), once: it takes minutes on a slow CPU"
+        )
 
 
 @contextmanager
@@ -153,7 +163,7 @@ def clear_stale_locks(patience: float = 300.0) -> list[Path]:
     A process of another machine may hold a lock in a shared home folder, which cannot be seen from here: a lock younger
     than ``patience`` seconds is waited for.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = _build_root()
     removed = []
     for op in COMPILED_OPS:
         for lock in (*root.glob(f"{op}/lock"), *root.glob(f"*/{op}/lock")):
@@ -166,6 +176,10 @@ def clear_stale_locks(patience: float = 300.0) -> list[Path]:
                     lock.unlink(missing_ok=True)
                     removed.append(lock)
     return removed
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def _lock(file: IO[str], seconds: float) -> bool:
