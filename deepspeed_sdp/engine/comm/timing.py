@@ -14,6 +14,9 @@ from torch.profiler import record_function
 from deepspeed_sdp.engine.comm.groups import Group
 from deepspeed_sdp.waits import raise_if_lost
 
+# Seconds between two looks at a collective that is waited for a limited time.
+_POLL = 2e-4
+
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
@@ -124,6 +127,16 @@ class TimedWork:
         self._what, self._group = what, group
         self._stopwatch = stopwatch
         self._issued = stopwatch.now()
+
+    def arrives_within(self, seconds: float) -> bool:
+        """Block for so long at most; whether :meth:`wait` will then not keep the host waiting."""
+        if self._group.backend != "gloo":
+            return True  # its stream waits
+        began, deadline = self._stopwatch.now(), time.perf_counter() + seconds
+        while not (is_done := bool(self._work.is_completed())) and time.perf_counter() < deadline:
+            time.sleep(_POLL)
+        self._stopwatch.count("exposed", began, self._stopwatch.now())
+        return is_done
 
     def wait(self) -> None:
         """Block until the collective is done (on an accelerator: until its stream waits for it).
