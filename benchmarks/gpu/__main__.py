@@ -90,13 +90,9 @@ def _run_processes(
         rows, log = Path(folder, "rows"), _LOGS / f"{group}-{time.strftime('%H%M%S')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         rows.touch()
-        systems = ROOT / "benchmarks" / "systems" / "launch.py"
-        program = [str(ROOT / "benchmarks" / "gpu" / "program.py"), "--group", group, "--rows", str(rows)]
-        limit = ["--time_limit", str(max(1.0, deadline - time.monotonic()))]
-        command = [sys.executable, str(systems), "--loopback", "--ranks", str(ranks), *limit]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*command, *program, "--checks", *(check.name for check in checks)],
+                _command(group, checks, ranks, rows, deadline - time.monotonic()),
                 cwd=ROOT,
                 env={**environment, "TMPDIR": folder},
                 stdout=output,
@@ -124,6 +120,12 @@ def _run_processes(
             return
         finally:
             _end(process)
+
+
+def _command(group: str, checks: Sequence[Check], ranks: int, rows: Path, seconds: float) -> list[str]:
+    launch = [sys.executable, str(ROOT / "benchmarks" / "systems" / "launch.py"), "--loopback", "--ranks", str(ranks)]
+    program = [str(ROOT / "benchmarks" / "gpu" / "program.py"), "--group", group, "--rows", str(rows)]
+    return [*launch, "--time_limit", str(max(1.0, seconds)), *program, "--checks", *(check.name for check in checks)]
 
 
 def _await_row(process: subprocess.Popen[bytes], rows: Path, name: str, end: float) -> dict[str, Any] | None:

@@ -37,8 +37,10 @@ def offloaded(stage: int) -> dict[str, Any]:
     def look(engine: Any) -> dict[str, Any]:
         masters = [p for group in engine.optimizer.param_groups for p in group["params"]]
         assert {p.device.type for p in masters} == {"cpu"}
-        is_pinned = all(p.is_pinned() for p in masters) if _is_device() else None
-        assert is_pinned is not False, "master weights are not pinned"
+        shards = engine.optimizer.weight_tensors() if stage == 3 else []
+        assert all(shard.device.type == "cpu" for shard in shards)
+        is_pinned = all(shard.is_pinned() for shard in shards) if _is_device() and shards else None
+        assert is_pinned is not False, "the weights' shards are not pinned"
         return {"pinned": is_pinned}
 
     return _trained(ds, look=look)
