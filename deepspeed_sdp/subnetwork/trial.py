@@ -16,8 +16,9 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedModule
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import Chunk, PlannedSpace, SubnetworkPlan, UnitSpace
-from deepspeed_sdp.subnetwork.cut import Masking, cut_model
+from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.layout import FullParameter
+from deepspeed_sdp.subnetwork.subnetwork import Masking
 
 T = TypeVar("T")
 
@@ -130,10 +131,10 @@ class _Trial:
 
     def cut(
         self, plan: SubnetworkPlan, worker: int, block_unit: BlockUnit | None, masking: Masking
-    ) -> tuple[nn.Module, dict[str, FullParameter]]:
+    ) -> tuple[nn.Module, Mapping[str, FullParameter]]:
         model = copy.deepcopy(self.full)
         made = cut_model(model, plan, worker, masking=masking, block_unit=block_unit, adapter=self.adapter)
-        return model, made.by_unit
+        return model, made.full.by_unit
 
     def tried(self, work: Callable[[], T], who: str) -> T:
         try:
