@@ -36,12 +36,8 @@ def translate_groups(
     return translated
 
 
-def agree_on_groups(names: Sequence[str], mine: Mapping[str, int]) -> dict[str, int]:
-    """Collective. What any rank's client put into a group, by full parameter.
-
-    Args:
-        names: of all full parameters.
-        mine: what this rank knows.
+def agree_on_groups(mine: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Collective. What any rank's client put into a group, by full parameter (``names``: of all); each tells ``mine``.
 
     A client that picks parameters by ``requires_grad`` sees of the full model what this rank trains, no more.
 
@@ -54,12 +50,12 @@ def agree_on_groups(names: Sequence[str], mine: Mapping[str, int]) -> dict[str, 
     told = [[sign * mine[name] if name in mine else none for name in names] for sign in (1, -1)]
     lowest, highest = reduce_numbers(torch.tensor(told), what, dist.ReduceOp.MIN).tolist()
     for name, low, high in zip(names, lowest, highest, strict=True):
-        if low not in (-high, none):
+        if low != none and low != -high:
             here = torch.tensor(dist.get_rank() if mine.get(name) == -high else dist.get_world_size())
-            rank = int(reduce_numbers(here, what, dist.ReduceOp.MIN))
             raise ConfigError(
-                f"optimizer.param_groups: {name} is in group {-high} on rank {rank}, and in group {low} on another; "
-                "takes the same groups on all ranks"
+                f"optimizer.param_groups: {name} is in group {-high} on rank "
+                f"{int(reduce_numbers(here, what, dist.ReduceOp.MIN))}, and in group {low} on another; takes the same "
+                "groups on all ranks"
             )
     return {name: low for name, low in zip(names, lowest, strict=True) if low != none}
 
