@@ -50,7 +50,7 @@ def _is_exchanged(bucket: Bucket) -> bool:
     return bucket.in_place or bucket.weights[0].owner_set != SHARED
 
 
-def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float) -> Exchange:
+def _exchange(job: Job, mine: Sequence[Bucket], full: float, largest: float) -> Exchange:
     """``full``: elements of all ranks' shares; ``largest``: of the largest one."""
     width, world = job.dtype.itemsize, job.world_size
     if not full:
@@ -70,19 +70,21 @@ def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float) -> Ex
     return Exchange(int(sent) * width, live, live, int(share) * width)
 
 
-def _by_round(model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> tuple[list[int], list[list[float]]]:
+def _by_round(model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> tuple[list[float], list[list[float]]]:
     """Elements that fall into units, and what each worker sends of them."""
-    full = [0] * len(layout.rounds)
+    full = [0.0] * len(layout.rounds)
     shares = [[0.0] * plan.num_subnetworks for _ in layout.rounds]
     planned = {of.space.name: of for of in plan.spaces}
     for place, space in enumerate(model.spaces):
         if space is None:
             continue
-        round_ = layout.round_of[place]
-        full[round_] += model.numels[place]
-        for chunk in planned[space].chunks:
-            owners = plan.owner_sets[chunk.owner_set]
-            numel = model.numels[place] * (chunk.stop - chunk.start) / planned[space].space.num_units
-            for worker in owners:
-                shares[round_][worker] += numel / len(owners)
+        rounds = layout.segmentation.spans[place]
+        for round_ in rounds:
+            in_round = model.numels[place] / len(rounds)
+            full[round_] += in_round
+            for chunk in planned[space].chunks:
+                owners = plan.owner_sets[chunk.owner_set]
+                numel = in_round * (chunk.stop - chunk.start) / planned[space].space.num_units
+                for worker in owners:
+                    shares[round_][worker] += numel / len(owners)
     return full, shares

@@ -12,9 +12,9 @@ from deepspeed_sdp.engine.comm.groups import OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
-from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.flat_bucket import flat_buckets
 from deepspeed_sdp.engine.zero.reducer import Reducer
-from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.plan.segmentation import Item, segment
 
 
 def gradient_of(rank, parameter, numel, round_):
@@ -35,20 +35,21 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
         Item((i // 3, i % 3), shared.randrange(len(sets)), shared.randrange(2), shared.randint(1, 40), i)
         for i in range(parameters)
     ]
-    round_of = make_rounds([100] * (parameters // 3), shared.choice([1, 250, 10_000]))
+    segmentation = segment([100] * (parameters // 3), shared.choice([1, 50, 250, 10_000]), ranks=world)
     mine = {item.parameter: item for item in layout if rank in sets[item.owner_set]}
     missing = {(r, i) for r in range(world) for i in range(parameters) if shared.random() < 0.2}
     weights = {i: nn.Parameter(torch.zeros(item.numel, dtype=torch.float64)) for i, item in mine.items()}
     flats = [
-        FlatBucket(
-            bucket,
-            [weights[i] for i in bucket.items],
-            groups.ranks(bucket.owner_set),
+        flat
+        for pieces in segmentation.buckets(mine.values(), [len(owners) for owners in sets])
+        for flat in flat_buckets(
+            pieces,
+            weights,
+            groups.ranks(pieces[0].owner_set),
             rank,
-            groups.group(bucket.owner_set),
+            groups.group(pieces[0].owner_set),
             is_sharded=sharded,
         )
-        for bucket in make_buckets(mine.values(), round_of)
     ]
     averages, state = {}, {"round": 0}
 
@@ -66,7 +67,7 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
         transport = AllToAllTransport(groups.for_gradients, torch.device("cpu"), torch.float64, Traffic(), Stopwatch())
     else:
         transport = OwnerSetTransport(Traffic(), Stopwatch())
-    by_round = [[flat for flat in flats if flat.bucket.round == r] for r in range(max(round_of) + 1)]
+    by_round = [[flat for flat in flats if flat.bucket.round == r] for r in range(len(segmentation.numels))]
     reducer = Reducer(by_round, transport, flatten, keep)
     worst = 0.0
     for round_ in range(rounds):

@@ -1,14 +1,13 @@
 """A bucket whose weights are parts of larger ones (backward masking)."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-from deepspeed_sdp.plan.rounds import Bucket
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket, elements
+from deepspeed_sdp.plan.segmentation import Bucket
 
 
 class InPlaceBucket(OwnerBucket):
@@ -32,7 +31,6 @@ class InPlaceBucket(OwnerBucket):
     ) -> None:
         super().__init__(bucket, views, ranks, rank, group, is_sharded)
         self._views = tuple(view.detach() for view in views)
-        self._starts = (0, *accumulate(bucket.numels))
 
     def master(self, device: torch.device) -> nn.Parameter:
         master = torch.zeros(self.shard_numel, dtype=torch.float32, device=device)
@@ -59,26 +57,9 @@ class InPlaceBucket(OwnerBucket):
         return start, min(start + self.shard_numel, self.bucket.numel)
 
     def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
-        for view, first in zip(self._views, self._starts, strict=False):
-            low, high = max(start - first, 0), min(stop - first, view.numel())
+        first = 0
+        for view, (_, begin, end) in zip(self._views, self.bucket.ranges, strict=True):
+            low, high = max(begin + start - first, begin), min(begin + stop - first, end)
             if low < high:
-                yield from _elements(view, low, high)
-
-
-def _elements(view: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """Elements ``[start, stop)`` of ``view`` in row-major order, as views: whole rows and parts of at most two."""
-    if view.dim() == 1 or view.numel() == 0:
-        yield view[start:stop]
-        return
-    width = view[0].numel()
-    row, column = divmod(start, width)
-    if column:
-        end = min(width, column + stop - start)
-        yield from _elements(view[row], column, end)
-        start, row = start + end - column, row + 1
-    rows = (stop - start) // width
-    if rows:
-        yield view[row : row + rows]
-        start, row = start + rows * width, row + rows
-    if start < stop:
-        yield from _elements(view[row], 0, stop - start)
+                yield from elements(view, low, high)
+            first += end - begin

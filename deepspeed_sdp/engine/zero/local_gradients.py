@@ -29,11 +29,14 @@ class LocalGradients:
         self._sums[index] = gradient if before is None else before.add_(gradient)
         parameter.grad = None
 
-    def take(self, index: int) -> torch.Tensor | None:
-        """The sum so far, which this object forgets."""
+    def take(self, index: int, stop: int) -> torch.Tensor | None:
+        """The sum so far, of which elements before ``stop`` are taken; this object forgets it with the last one."""
         parameter = self.parameters[index]
-        gradient, parameter.grad = parameter.grad, None
-        return self._sums.pop(index, gradient)
+        gradient = self._sums.get(index, parameter.grad)
+        if stop == parameter.numel():
+            self._sums.pop(index, None)
+            parameter.grad = None
+        return gradient
 
     def clear(self) -> None:
         """Forget every gradient."""

@@ -31,8 +31,9 @@ class NonFiniteGradients:
         self._step = 0
 
     def watch(self, flat: OwnerBucket, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Remember the norm of every gradient of a bucket, which NaN and Inf spoil; nothing is read back yet."""
-        present = [(i, g) for i, g in zip(flat.bucket.items, gradients, strict=True) if g is not None]
+        """Remember the norm of every gradient that begins in a bucket, which NaN and Inf spoil; it is read later."""
+        of_items = zip(flat.bucket.items, flat.bucket.starts, gradients, strict=True)
+        present = [(index, gradient) for index, start, gradient in of_items if gradient is not None and start == 0]
         if present:
             norms = torch._foreach_norm([gradient for _, gradient in present], dtype=torch.float32)
             self._norms += [(index, value) for (index, _), value in zip(present, norms, strict=True)]

@@ -173,7 +173,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             self.reducer.ready(index)
 
     def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
-        values = [self._local.take(index) for index in bucket.bucket.items]
+        values = [self._local.take(index, stop) for index, _, stop in bucket.bucket.ranges]
         self._nonfinite.watch(bucket, values)
         return bucket.flatten(values, self._precision.reduce)
 

@@ -4,16 +4,13 @@ Under backward masking those who hold a copy build it too; what concerns gradien
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.plan.rounds import Bucket
-
-# A shard's elements are a multiple of this, so that it starts at an aligned address in every dtype.
-_ALIGNMENT = 8
+from deepspeed_sdp.plan.segmentation import Bucket, shard_numel
 
 
 class OwnerBucket(ABC):
@@ -23,7 +20,7 @@ class OwnerBucket(ABC):
 
     Args:
         bucket: what it holds.
-        weights: the weights themselves, one tensor per parameter.
+        weights: the weights themselves, one tensor per parameter, whole where the bucket has a range of it.
         ranks: global ranks of the owners, ascending.
         rank: this rank.
         group: the owners' process group, of which others than owners make no use.
@@ -49,29 +46,28 @@ class OwnerBucket(ABC):
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.shards = len(ranks) if is_sharded else 1
         self.index = ranks.index(rank) if is_sharded and self.is_owned else 0
-        self.shard_numel = self._share(self.shards)
+        self.shard_numel = shard_numel(bucket.numel, self.shards)
         self.average: torch.Tensor | None = None
-
-    def _share(self, count: int) -> int:
-        return -(-self.bucket.numel // (count * _ALIGNMENT)) * _ALIGNMENT
 
     @property
     def padded_numel(self) -> int:
         """Elements of all shards, with zero padding at the end."""
         return self.shards * self.shard_numel
 
-    def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
-        return torch.split(flat.narrow(0, 0, self.bucket.numel), list(self.bucket.numels))
-
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def flatten(self, values: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-        """One ``[padded_numel]`` tensor of ``dtype`` out of one tensor per parameter; ``None`` counts as zeros."""
+        """One ``[padded_numel]`` tensor of ``dtype`` out of one whole gradient per parameter; ``None``: zeros."""
         flat = torch.empty(self.padded_numel, dtype=dtype, device=self.device)
-        for piece, value in zip(self.split(flat), values, strict=True):
-            piece.zero_() if value is None else piece.copy_(value.reshape(-1))
-        flat.narrow(0, self.bucket.numel, self.padded_numel - self.bucket.numel).zero_()
+        taken = 0
+        for (_, start, stop), value in zip(self.bucket.ranges, values, strict=True):
+            piece = flat[taken : taken + stop - start]
+            if value is None:
+                piece.zero_()
+            else:
+                copy_flat(piece, elements(value, start, stop))
+            taken += stop - start
+        flat[taken:].zero_()
         return flat
 
     def add_average(self, piece: torch.Tensor, dtype: torch.dtype) -> None:
@@ -89,7 +85,7 @@ class OwnerBucket(ABC):
 
         At ZeRO 1 and 2 it is the owner's shard, without padding.
         """
-        share, place = self._share(len(self.ranks)), self.ranks.index(rank)
+        share, place = shard_numel(self.bucket.numel, len(self.ranks)), self.ranks.index(rank)
         return min(place * share, self.bucket.numel), min((place + 1) * share, self.bucket.numel)
 
     @abstractmethod
@@ -107,3 +103,30 @@ class OwnerBucket(ABC):
     @abstractmethod
     def write(self, start: int, values: torch.Tensor) -> None:
         """Put ``values`` in the place of the weights from ``start`` on."""
+
+
+def elements(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Elements ``[start, stop)`` of ``tensor`` in row-major order, as views: whole rows and parts of at most two."""
+    if tensor.is_contiguous() or tensor.dim() == 1:
+        yield tensor.reshape(-1)[start:stop]
+        return
+    width = tensor[0].numel()
+    row, column = divmod(start, width)
+    if column:
+        end = min(width, column + stop - start)
+        yield from elements(tensor[row], column, end)
+        start, row = start + end - column, row + 1
+    rows = (stop - start) // width
+    if rows:
+        yield tensor[row : row + rows]
+        start, row = start + rows * width, row + rows
+    if start < stop:
+        yield from elements(tensor[row], 0, stop - start)
+
+
+def copy_flat(flat: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
+    """Fill ``flat`` with the elements of ``pieces``, one after the other."""
+    taken = 0
+    for piece in pieces:
+        flat[taken : taken + piece.numel()].view(piece.shape).copy_(piece)
+        taken += piece.numel()

@@ -1,8 +1,8 @@
 """Averages gradients over their owners while the backward pass runs.
 
 Like DDP's reducer, with one difference: rounds are launched strictly in the total order of
-:mod:`deepspeed_sdp.plan.rounds`, which is what keeps ranks with different parameters from waiting for each other in a
-circle.
+:mod:`deepspeed_sdp.plan.segmentation`, which is what keeps ranks with different parameters from waiting for each other
+in a circle.
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ class Reducer:
         rounds: this rank's buckets by round; empty where it owns nothing of a round.
         transport: moves them.
         flatten: gives the gradients of a bucket as one tensor ``[padded_numel]``, zeros where the backward pass did not
-            reach; the gradients themselves are free after that.
+            reach; a gradient is free after the bucket with its last element.
         keep: takes the averaged shard ``[shard_numel]`` of a bucket.
         is_eager: whether a round is launched as soon as it is complete, or by :meth:`launch_before` alone.
 
@@ -45,12 +45,12 @@ class Reducer:
         self._transport = transport
         self._flatten = flatten
         self._keep = keep
-        self._round_of = {
-            index: round_
-            for round_, buckets in enumerate(self._rounds)
-            for flat in buckets
-            for index in flat.bucket.items
-        }
+        # Several, in ascending order, of a parameter that is cut.
+        self._rounds_of: dict[int, list[int]] = {}
+        for round_, buckets in enumerate(self._rounds):
+            for flat in buckets:
+                for index in flat.bucket.items:
+                    self._rounds_of.setdefault(index, []).append(round_)
         self._in_flight: deque[tuple[tuple[OwnerBucket, ...], Pending]] = deque()
         self._failure: BaseException | None = None
         self._reset()
@@ -63,10 +63,11 @@ class Reducer:
     def ready(self, index: int) -> None:
         """Parameter ``index`` has its whole gradient: launch what is complete, in order."""
         self.check()
-        waiting = self._waiting[self._round_of[index]]
-        if index not in waiting:
+        rounds = self._rounds_of[index]
+        if index not in self._waiting[rounds[0]]:
             raise RuntimeError(f"gradient {index} came twice in one backward pass; it may have been reduced already")
-        waiting.remove(index)
+        for round_ in rounds:
+            self._waiting[round_].remove(index)
         self.is_half_way = True
         if self._is_eager:
             self.launch_before(self._complete())
