@@ -100,7 +100,7 @@ class Exchange:
     def start(self, route: Route) -> Pending:
         """Collective. Send this rank's shares; ``finish`` of the result writes what came from others."""
         for share, receivers in zip(route.sent, route.receivers, strict=True):
-            self._count(share.numel * len(receivers), share.bucket.bucket.owner_set)
+            self._count(share.numel * len(receivers), share.bucket.owner_set)
         return self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
 
     def _all_gather(self, route: Route) -> Pending:

@@ -58,7 +58,7 @@ def _exchange(
     world = len(groups.workers)
     outgoing: list[list[torch.Tensor]] = [[] for _ in range(world)]
     incoming: list[list[int]] = [[] for _ in range(world)]
-    order = sorted(range(len(buckets)), key=lambda place: buckets[place].bucket.key)
+    order = sorted(range(len(buckets)), key=lambda place: buckets[place].key)
     for place in order:
         bucket = buckets[place]
         target = groups.next_owner(groups.rank, bucket.ranks, number)

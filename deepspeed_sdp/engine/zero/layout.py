@@ -54,7 +54,7 @@ class Layout:
     def _portion(self, rounds: range, is_gathered: bool, is_exchanged: bool) -> Portion:
         owned = tuple(self.rounds[round_] for round_ in rounds)
         held = [bucket for round_ in rounds for bucket in (*self.rounds[round_], *self.copies[round_])]
-        held.sort(key=lambda bucket: bucket.bucket.key)
+        held.sort(key=lambda bucket: bucket.key)
         exchanged = [b for b in held if is_exchanged and _is_exchanged(b)]
         gathered = [b for b in held if is_gathered and b not in exchanged and isinstance(b, FlatBucket)]
         return Portion(rounds, owned, tuple(gathered), tuple(exchanged))
@@ -62,7 +62,7 @@ class Layout:
 
 def _is_exchanged(bucket: OwnerBucket) -> bool:
     """What everyone owns is gathered like any weight, but where only the exchange knows where it lies."""
-    return isinstance(bucket, InPlaceBucket) or bucket.bucket.owner_set != SHARED
+    return isinstance(bucket, InPlaceBucket) or bucket.owner_set != SHARED
 
 
 def make_layout(
@@ -98,7 +98,7 @@ def make_layout(
                 else flat_buckets(pieces, weights, *of_owners)
             )
             for bucket in made:
-                by_round[bucket.bucket.round].append(bucket)
+                by_round[bucket.round].append(bucket)
         return tuple(map(tuple, by_round))
 
     parameters = [parameter for _, parameter in trained]

@@ -1,10 +1,10 @@
-"""A bucket and its owners: cut into equal shards over them, with the averaged gradients of this rank's shard.
+"""A bucket and its owners, cut into equal shards over them.
 
 Under backward masking those who hold a copy build it too; what concerns gradients is the owners' alone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -27,7 +27,11 @@ class OwnerBucket(ABC):
         is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
-        average: ``[shard_numel]`` of averaged gradients; ``None`` when there are none.
+        key, round: place in the total order of collectives.
+        owner_set: index of the owner set.
+        client_group: index of the client's parameter group.
+        items, numels: index and elements of each parameter, in backward order; ``numel`` of all.
+        ranges: ``(index, start, stop)`` of each of them: which of its elements, flattened.
     """
 
     def __init__(
@@ -39,44 +43,26 @@ class OwnerBucket(ABC):
         group: Group,
         is_sharded: bool,
     ) -> None:
-        self.bucket = bucket
+        self.key, self.round = bucket.key, bucket.round
+        self.owner_set, self.client_group = bucket.owner_set, bucket.group
+        self.items, self.numels, self.numel = bucket.items, bucket.numels, bucket.numel
+        self.ranges = tuple(bucket.ranges)
         self.ranks = ranks
         self.group = group
         self.is_owned = rank in ranks
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.shards = len(ranks) if is_sharded else 1
         self.index = ranks.index(rank) if is_sharded and self.is_owned else 0
-        self.shard_numel = shard_numel(bucket.numel, self.shards)
-        self.average: torch.Tensor | None = None
+        self.shard_numel = shard_numel(self.numel, self.shards)
 
     @property
     def padded_numel(self) -> int:
         """Elements of all shards, with zero padding at the end."""
         return self.shards * self.shard_numel
 
-    # -- gradients ---------------------------------------------------------------------------------------------------
-
-    def flatten(self, values: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-        """One ``[padded_numel]`` tensor of ``dtype`` out of one whole gradient per parameter; ``None``: zeros."""
-        flat = torch.empty(self.padded_numel, dtype=dtype, device=self.device)
-        taken = 0
-        for (_, start, stop), value in zip(self.bucket.ranges, values, strict=True):
-            piece = flat[taken : taken + stop - start]
-            if value is None:
-                piece.zero_()
-            else:
-                copy_flat(piece, elements(value, start, stop))
-            taken += stop - start
-        flat[taken:].zero_()
-        return flat
-
-    def add_average(self, piece: torch.Tensor, dtype: torch.dtype) -> None:
-        """Add ``piece`` ``[shard_numel]`` to the averaged gradients, held in ``dtype``."""
-        if self.average is None:
-            is_view = piece.untyped_storage().nbytes() > piece.numel() * piece.element_size()
-            self.average = piece.to(dtype, copy=is_view)
-        else:
-            self.average += piece.to(dtype)
+    def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
+        return torch.split(flat.narrow(0, 0, self.numel), list(self.numels))
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -85,16 +71,19 @@ class OwnerBucket(ABC):
 
         At ZeRO 1 and 2 it is the owner's shard, without padding.
         """
-        share, place = shard_numel(self.bucket.numel, len(self.ranks)), self.ranks.index(rank)
-        return min(place * share, self.bucket.numel), min((place + 1) * share, self.bucket.numel)
+        share, place = shard_numel(self.numel, len(self.ranks)), self.ranks.index(rank)
+        return min(place * share, self.numel), min((place + 1) * share, self.numel)
 
     @abstractmethod
     def master(self, device: torch.device) -> nn.Parameter:
         """fp32 weights ``[shard_numel]`` of this rank's shard, for the optimizer; if possible the very weights."""
 
     @abstractmethod
-    def store(self, master: torch.Tensor) -> None:
-        """Write the stepped master weights back into this rank's shard."""
+    def places(self, master: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where the stepped master weights of this rank's shard go: views of the weights, each with its new values.
+
+        Of one shape; nothing where the master weights are the weights.
+        """
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -103,30 +92,3 @@ class OwnerBucket(ABC):
     @abstractmethod
     def write(self, start: int, values: torch.Tensor) -> None:
         """Put ``values`` in the place of the weights from ``start`` on."""
-
-
-def elements(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """Elements ``[start, stop)`` of ``tensor`` in row-major order, as views: whole rows and parts of at most two."""
-    if tensor.is_contiguous() or tensor.dim() == 1:
-        yield tensor.reshape(-1)[start:stop]
-        return
-    width = tensor[0].numel()
-    row, column = divmod(start, width)
-    if column:
-        end = min(width, column + stop - start)
-        yield from elements(tensor[row], column, end)
-        start, row = start + end - column, row + 1
-    rows = (stop - start) // width
-    if rows:
-        yield tensor[row : row + rows]
-        start, row = start + rows * width, row + rows
-    if start < stop:
-        yield from elements(tensor[row], 0, stop - start)
-
-
-def copy_flat(flat: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
-    """Fill ``flat`` with the elements of ``pieces``, one after the other."""
-    taken = 0
-    for piece in pieces:
-        flat[taken : taken + piece.numel()].view(piece.shape).copy_(piece)
-        taken += piece.numel()

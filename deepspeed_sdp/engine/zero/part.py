@@ -45,10 +45,10 @@ class Part:
         self._weights = tuple(dict.fromkeys(bucket.weights for bucket in buckets))
         self._pending: Pending | None = None
 
-    def keep_shards(self, device: torch.device) -> None:
-        """Keep this rank's shards on ``device``, and free the rest."""
+    def keep_shards(self, device: torch.device, is_pinned: bool) -> None:
+        """Keep this rank's shards on ``device``, page-locked if asked, and free the rest."""
         for bucket in self.buckets:
-            bucket.keep_shard_only(device)
+            bucket.keep_shard_only(device, is_pinned)
         self.reshard()
 
     def unshard(self, transport: Transport, is_kept: bool = True) -> None:

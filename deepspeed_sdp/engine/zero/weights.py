@@ -37,6 +37,7 @@ class ShardedWeights:
         transport: moves the shards, on a process group that nothing else uses.
         prefetch: parts gathered ahead of the one that computes.
         device: where the shards rest.
+        is_pinned: whether in page-locked memory.
 
     Attributes:
         before_backward: called with the first round of a part when its backward pass begins: whatever the backward pass
@@ -50,6 +51,7 @@ class ShardedWeights:
         transport: Transport,
         prefetch: int,
         device: torch.device,
+        is_pinned: bool = False,
     ) -> None:
         self._parts = tuple(parts)
         self._transport = transport
@@ -62,7 +64,7 @@ class ShardedWeights:
         self._is_paused = False
         self.before_backward: Callable[[int], None] = lambda round_: None
         for part in self._parts:
-            part.keep_shards(device)
+            part.keep_shards(device, is_pinned)
         self._hooks = [
             module.register_forward_pre_hook(self._begin_forward, prepend=True),
             module.register_forward_hook(self._end_forward),
