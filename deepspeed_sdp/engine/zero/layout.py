@@ -1,5 +1,7 @@
 """From a subnetwork to its buckets: which parameters travel and rest together."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +140,7 @@ def make_parts(subnetwork: Subnetwork, layout: Layout) -> list[Part]:
     layers = list(subnetwork.adapter.layers(module))
     positions = subnetwork.positions()
     part_of = {
-        id(p): _part(positions[name][0], layout.first_places)
+        id(p): bisect_right(layout.first_places[:-1], positions[name][0]) - 1
         for name, p in module.named_parameters(remove_duplicate=False)
         if name in positions
     }
@@ -172,7 +174,7 @@ def _full_numels(subnetwork: Subnetwork) -> list[int]:
         if subnetwork.fragments[name].dim is None
     }
     return [
-        _product(subnetwork.partitioned[name].shape) if name in subnetwork.partitioned else shared[name]
+        math.prod(subnetwork.partitioned[name].shape) if name in subnetwork.partitioned else shared[name]
         for name in subnetwork.full_order
     ]
 
@@ -184,14 +186,3 @@ def _first_places(subnetwork: Subnetwork) -> tuple[int, ...]:
         [i for i, full in enumerate(order) if full.startswith(f"{name}.{layer}.")] for layer in range(len(layers))
     ]
     return (0, *(inside[0] for inside in places), places[-1][-1] + 1, len(order))
-
-
-def _part(place: int, first_places: Sequence[int]) -> int:
-    return next(index for index in reversed(range(len(first_places) - 1)) if first_places[index] <= place)
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
