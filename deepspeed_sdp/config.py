@@ -114,8 +114,8 @@ class SDPConfig(BaseModel):
     plan_file: str | None = Field(
         None, description="a plan made before (deepspeed-sdp plan --out), instead of a design"
     )
-    rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
-        "round_robin", description="which rank trains which subnetwork"
+    rank_order: Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"] = Field(
+        "auto", description="which rank trains which subnetwork; auto: replicas of one side by side"
     )
     max_owner_sets: int = Field(64, ge=1, le=_MAX_OWNER_SETS, description="upper bound of the number of process groups")
     seq_length: int = Field(

@@ -27,7 +27,7 @@ from deepspeed_sdp.engine.comm.description import (
     describe_scheduler,
     digest,
 )
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.deepspeed.contract import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, describe_groups, translate_optimizer
 from deepspeed_sdp.engine.deepspeed.refusals import check_batch_sizes, check_supported
@@ -111,8 +111,7 @@ def initialize(
     before_cut = list(model.parameters())
     subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer)
     del before_cut
-    groups = OwnerGroups(job.plan, job.workers)
-    subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
+    groups = OwnerGroups(job.plan.owner_sets, job.workers)
     build_engine = functools.partial(
         SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
     )
@@ -264,7 +263,7 @@ def _described_units(job: _Job) -> dict[str, Any]:
         "adapter": claims_digest(job.model, job.adapter, job.sdp.partition, block, job.sdp.seq_length),
         "units": f"{len(units)} spaces ({digest(units)})",
     }
-    if job.sdp.rank_order != "round_robin":
+    if job.sdp.rank_order.startswith("owners"):
         described["ranks_per_node"] = _ranks_per_node()
     return described
 

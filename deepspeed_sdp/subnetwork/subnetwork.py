@@ -27,7 +27,6 @@ class Subnetwork:
         partitioned: for every full parameter that is partitioned, its full shape and cut.
         by_unit: the same for every full parameter that could be; initial values are drawn by these units, so that they
             do not depend on what is partitioned.
-        first_ranks: for every worker, the lowest rank that trains its subnetwork; by default its own number.
         full_order: names of all full parameters, in forward order.
         full_config: configuration of the full model.
         generation_config: its generation settings, if it has any.
@@ -51,7 +50,6 @@ class Subnetwork:
     fragments: dict[str, Fragment] = field(default_factory=dict)
     partitioned: dict[str, FullParameter] = field(default_factory=dict)
     by_unit: dict[str, FullParameter] = field(default_factory=dict)
-    first_ranks: tuple[int, ...] = ()
     full_order: tuple[str, ...] = ()
     full_config: Any = None
     generation_config: Any = None
@@ -64,9 +62,6 @@ class Subnetwork:
     views: dict[str, str] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     full_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.first_ranks = self.first_ranks or tuple(range(self.plan.num_subnetworks))
 
     @property
     def is_louder(self) -> bool:

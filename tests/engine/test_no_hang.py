@@ -71,9 +71,9 @@ def test_torchs_own_checks_find_nothing(seeds):
 
 
 TRANSPORTS = [
-    pytest.param({"all_to_all": True}, id="all_to_all"),
-    pytest.param({"all_to_all": False}, id="owner_sets"),
-    pytest.param({"all_to_all": False, "sharded": False}, id="whole"),
+    pytest.param({"all_to_all": all_to_all, "sharded": sharded, "replicas": replicas}, id=f"{name}-{replicas}")
+    for replicas in (1, 2)
+    for all_to_all, sharded, name in ((True, True, "all_to_all"), (False, True, "owner_sets"), (False, False, "whole"))
 ]
 
 

@@ -12,7 +12,8 @@ from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.description import describe_optimizer
 from deepspeed_sdp.engine.comm.exchange import Exchange
-from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
+from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport, Transport, resolve_transport
@@ -55,14 +56,16 @@ def assemble(
     """
     sdp: SDPConfig = engine.sdp_config
     zero, stage = engine._config.zero_config, engine.zero_optimization_stage()
-    backend = groups.for_gradients.backend
+    backend = groups.world.backend
     dtype, accumulate = engine.get_data_types()
     reduce = _DTYPES[sdp.reduction_dtype] if sdp.reduction_dtype else engine.communication_data_type
 
-    def transport(payload: Any, group: Group, of: torch.dtype) -> Transport:
+    stages = Stages(engine.device, groups.replicas)
+
+    def transport(payload: Any, everyone: Owners, of: torch.dtype) -> Transport:
         if resolve_transport(sdp.transport, backend, stage, payload) == "all_to_all":
-            return AllToAllTransport(group, engine.device, of, traffic, stopwatch)
-        return OwnerSetTransport(traffic, stopwatch)
+            return AllToAllTransport(everyone, engine.device, of, stages, traffic, stopwatch)
+        return OwnerSetTransport(stages, traffic, stopwatch)
 
     state_device = _offload_device(zero.offload_optimizer, engine.device)
     # What DeepSpeed or a client's callable made is compared here for the first time.
@@ -86,7 +89,7 @@ def assemble(
     fragments = subnetwork.fragments
     exchange = None
     if subnetwork.masking == "backward":
-        exchange = Exchange(groups.for_weights, stage > 0, engine.device, dtype, traffic, stopwatch)
+        exchange = Exchange(groups.for_weights, stage > 0, engine.device, dtype, stages, traffic, stopwatch)
     is_lazy = exchange is not None and sdp.overlap_refresh
     portion_numel = _asked_numel(engine._config, "allgather_bucket_size") or _default_numel()
     refresh = WeightRefresh(
@@ -110,7 +113,7 @@ def assemble(
         refresh,
         stage=stage,
         transport=transport("gradients", groups.for_gradients, reduce),
-        world=groups.for_gradients,
+        world=groups.world,
         device=engine.device,
         precision=Precision(reduce, accumulate),
         loss_scaler=CreateLossScaler(

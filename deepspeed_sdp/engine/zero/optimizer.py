@@ -23,7 +23,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
@@ -245,7 +245,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
         for bucket in self._buckets:
             # At stage 0 every owner holds the whole bucket: the first one counts it.
-            is_counted = self.stage > 0 or bucket.ranks[0] == dist.get_rank()
+            is_counted = self.stage > 0 or bucket.owners.ranks[0] == dist.get_rank()
             if is_counted and bucket.average is not None:
                 squares.append(torch.linalg.vector_norm(bucket.average, dtype=torch.float32).double() ** 2)
         # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
