@@ -81,12 +81,16 @@ class Transport(Protocol):
         """Fill ``flat`` of every bucket from the shards of its owners; ``kind`` names the traffic."""
 
 
+# What is under way, and how the averaged shard is had then.
+_Reduced = tuple[list[TimedWork], Callable[[], torch.Tensor]]
+
+
 class OwnerSetTransport:
     """Collectives per bucket: all-reduce (ZeRO 0), or reduce-scatter and all-gather.
 
     With replicas one inside, among those of a worker, and one outside, among the owners at one coordinate, of the slice
     that the inner one leaves (or gathers). gloo has no reduce-scatter of its own (torch builds it from an all-reduce),
-    so it is an all-reduce there, and counted as one.
+    so it is an all-reduce there, and counted as one; inside, where all have the same, an all-to-all and a local sum.
     """
 
     def __init__(self, stages: Stages, traffic: Traffic, stopwatch: Stopwatch) -> None:
@@ -100,46 +104,53 @@ class OwnerSetTransport:
             for bucket, flat in zip(buckets, grads, strict=True)
         ]
         done = self._stages.run(flows)
-        works, shards = [work for works, _ in done for work in works], [shard for _, shard in done]
+        works = [work for works, _ in done for work in works]
         held = grads if self._stages.is_aside else ()
-        return Pending(works, lambda: shards, sum(map(_nbytes, grads)), held)
+        return Pending(works, lambda: [take() for _, take in done], sum(map(_nbytes, grads)), held)
 
-    def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow[tuple[list[TimedWork], torch.Tensor]]:
+    def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow[_Reduced]:
         """Inside, then of the slice outside."""
         _divide(flat, bucket)
-        works: list[TimedWork] = []
-        for group in filter(None, (bucket.owners.inner, bucket.owners.outer)):
-            if works:
-                yield works.pop()
-            work, flat = self._scatter_in(group, bucket, flat)
-            works.append(work)
-        return works, flat
+        groups = [group for group in (bucket.owners.inner, bucket.owners.outer) if group is not None]
+        work, take = self._scatter_in(groups[0], bucket, flat)
+        for group in groups[1:]:
+            yield work
+            work, take = self._scatter_in(group, bucket, take())
+        return [work], take
 
-    def _scatter_in(self, group: Group, bucket: OwnerBucket, flat: torch.Tensor) -> tuple[TimedWork, torch.Tensor]:
+    def _scatter_in(
+        self, group: Group, bucket: OwnerBucket, flat: torch.Tensor
+    ) -> tuple[TimedWork, Callable[[], torch.Tensor]]:
         """The sum over ``group`` of this rank's part of ``flat``."""
-        mine = flat.view(len(group.ranks), -1)[group.place]
-        if group.backend == "gloo":
-            return self._sum_in(group, bucket, flat), mine
-        part = torch.empty_like(mine)
-        self._count("gradient_reduce_scatter", all_gather_bytes(_nbytes(flat), len(group.ranks)), bucket)
-        work = getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True)
-        return self._stopwatch.timed(work, _AVERAGING, group), part
+        parts, ring = flat.view(len(group.ranks), -1), all_gather_bytes(_nbytes(flat), len(group.ranks))
+        if group.backend != "gloo":
+            part = torch.empty_like(parts[group.place])
+            self._count("gradient_reduce_scatter", ring, bucket)
+            work = getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True)
+            return self._stopwatch.timed(work, _AVERAGING, group), lambda: part
+        if group is bucket.owners.outer:
+            return self._sum_in(group, bucket, flat), lambda: parts[group.place]
+        received = torch.empty_like(parts)
+        self._count("gradient_all_to_all", ring, bucket)
+        work = dist.all_to_all_single(received, parts, group=group.handle, async_op=True)
+        return self._stopwatch.timed(work, _AVERAGING, group), lambda: _sum(received.unbind(0)).to(flat.dtype)
 
     def _sum_in(self, group: Group, bucket: OwnerBucket, flat: torch.Tensor) -> TimedWork:
         self._count("gradient_all_reduce", all_reduce_bytes(_nbytes(flat), len(group.ranks)), bucket)
         work = dist.all_reduce(flat, group=group.handle, async_op=True)
         return self._stopwatch.timed(work, _AVERAGING, group)
 
-    def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow[tuple[list[TimedWork], torch.Tensor]]:
+    def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow[_Reduced]:
         """Scattered inside, all-reduced outside, and gathered inside."""
         _divide(flat, bucket)
         inner, outer = bucket.owners.inner, bucket.owners.outer
         if inner is None or outer is None:
-            return [self._sum_in(group, bucket, flat) for group in filter(None, (inner, outer))], flat
-        work, part = self._scatter_in(inner, bucket, flat)
+            return [self._sum_in(group, bucket, flat) for group in (inner, outer) if group is not None], lambda: flat
+        work, take = self._scatter_in(inner, bucket, flat)
         yield work
+        part = take()
         yield self._sum_in(outer, bucket, part)
-        return [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)], flat
+        return [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)], lambda: flat
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         done = self._stages.run([self._gather_one(bucket, kind) for bucket in buckets])
@@ -318,11 +329,15 @@ def _divide(flat: torch.Tensor, bucket: OwnerBucket) -> None:
 
 
 def _mean(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _sum(pieces).div_(len(pieces))
+
+
+def _sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """In their order, in fp32 at least."""
     total = torch.zeros(pieces[0].shape, dtype=_sum_dtype(pieces[0].dtype), device=pieces[0].device)
     for piece in pieces:
         total += piece
-    return total.div_(len(pieces))
+    return total
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
