@@ -1,6 +1,6 @@
 """Backward masking: updated weights on their way from their owners to every rank, which all compute with them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.mesh import Group, Owners
-from deepspeed_sdp.engine.comm.stages import Flow, Stages
+from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork
 from deepspeed_sdp.engine.comm.traffic import Traffic
-from deepspeed_sdp.engine.comm.transport import Pending, start_all_gather
+from deepspeed_sdp.engine.comm.transport import start_all_gather
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
 KIND = "weight_refresh"
@@ -112,36 +112,29 @@ class Exchange:
     def start(self, route: Route) -> Pending:
         """Collective. Send this rank's shares; ``finish`` of the result writes what came from others."""
         for share, receivers in zip(route.sent, route.receivers, strict=True):
-            self._count(share.numel * len(receivers), share.bucket.bucket.owner_set)
-        ((work, result, nbytes),) = self._stages.run([self._flow(route)])
-        return Pending([work] if work else [], result, nbytes)
+            self._count(share.numel * len(receivers), share.bucket.owner_set)
+        return self._stages.start([self._flow(route)])
 
-    def _flow(self, route: Route) -> Flow[tuple[TimedWork | None, Callable[[], None], int]]:
+    def _flow(self, route: Route) -> Flow:
         """Outside, then inside."""
-        work, pieces, nbytes = self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
-
-        def write() -> None:
-            for shares, values in zip(route.received, pieces, strict=True):
-                _write(shares, values)
-
+        arriving = self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
         if self._everyone.inner is None:
-            return work, write, nbytes
-        if work is not None:
-            yield work
-        write()
+            return arriving
+        yield from arriving.works
+        arriving.take()
         return self._spread(route, self._everyone.inner)
 
-    def _all_gather(self, route: Route) -> tuple[TimedWork | None, Sequence[torch.Tensor], int]:
+    def _all_gather(self, route: Route) -> Arriving:
         numel, workers = route.all_gather_numel, len(route.received)
         send = torch.empty(numel, dtype=self._dtype, device=self._device)
         taken = _read(route.sent, send)
         self._count((numel - taken) * (workers - 1))
         received = torch.empty(workers * numel, dtype=self._dtype, device=self._device)
         group = self._everyone.outer
-        work = self._timed(start_all_gather(received, send, group), group) if group else None
-        return work, torch.split(received, numel), _nbytes(received) + _nbytes(send)
+        works = [self._timed(start_all_gather(received, send, group), group)] if group else []
+        return _arriving(works, route.received, torch.split(received, numel), send, received)
 
-    def _all_to_all(self, route: Route) -> tuple[TimedWork | None, Sequence[torch.Tensor], int]:
+    def _all_to_all(self, route: Route) -> Arriving:
         pieces: list[list[torch.Tensor]] = [[] for _ in route.received]
         for share, receivers in zip(route.sent, route.receivers, strict=True):
             value = share.bucket.read(share.start, share.stop)
@@ -152,27 +145,22 @@ class Exchange:
         send = torch.cat(sent) if sent else torch.empty(0, dtype=self._dtype, device=self._device)
         expected = [sum(share.numel for share in of_rank) for of_rank in route.received]
         received = torch.empty(sum(expected), dtype=self._dtype, device=self._device)
-        work, group = None, self._everyone.outer
+        works, group = [], self._everyone.outer
         if group is not None:
-            made = dist.all_to_all_single(received, send, expected, sizes, group=group.handle, async_op=True)
-            work = self._timed(made, group)
-        return work, torch.split(received, expected), _nbytes(received) + _nbytes(send)
+            work = dist.all_to_all_single(received, send, expected, sizes, group=group.handle, async_op=True)
+            works = [self._timed(work, group)]
+        return _arriving(works, route.received, torch.split(received, expected), send, received)
 
-    def _spread(self, route: Route, inner: Group) -> tuple[TimedWork, Callable[[], None], int]:
+    def _spread(self, route: Route, inner: Group) -> Arriving:
         """This rank's slices to the other replicas, whose slices it lacks."""
         numel = max(sum(share.numel for share in of_replica) for of_replica in route.slices)
         send = torch.empty(numel, dtype=self._dtype, device=self._device)
         _read(route.slices[inner.place], send)
         received = torch.empty(len(inner.ranks) * numel, dtype=self._dtype, device=self._device)
         self._count(numel * (len(inner.ranks) - 1))
-        work = self._timed(start_all_gather(received, send, inner), inner)
-
-        def write() -> None:
-            for replica, values in enumerate(torch.split(received, numel) if numel else ()):
-                if replica != inner.place:
-                    _write(route.slices[replica], values)
-
-        return work, write, _nbytes(received) + _nbytes(send)
+        works = [self._timed(start_all_gather(received, send, inner), inner)]
+        lacked = [() if replica == inner.place else of_replica for replica, of_replica in enumerate(route.slices)]
+        return _arriving(works, lacked, received.view(len(inner.ranks), -1), send, received)
 
     def _timed(self, work: Any, group: Group) -> TimedWork:
         return self._stopwatch.timed(work, "refreshing weights", group)
@@ -200,11 +188,23 @@ def _read(shares: Sequence[Share], values: torch.Tensor) -> int:
     return taken
 
 
-def _write(shares: Sequence[Share], values: torch.Tensor) -> None:
-    taken = 0
-    for share in shares:
-        share.bucket.write(share.start, values[taken : taken + share.numel])
-        taken += share.numel
+def _arriving(
+    works: Sequence[TimedWork],
+    shares: Sequence[Sequence[Share]],
+    pieces: Iterable[torch.Tensor],
+    *buffers: torch.Tensor,
+) -> Arriving:
+    """``pieces`` bring ``shares``, which are written when they have come."""
+
+    def write() -> list[torch.Tensor]:
+        for of_sender, values in zip(shares, pieces, strict=True):
+            taken = 0
+            for share in of_sender:
+                share.bucket.write(share.start, values[taken : taken + share.numel])
+                taken += share.numel
+        return []
+
+    return Arriving(works, write, sum(map(_nbytes, buffers)))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

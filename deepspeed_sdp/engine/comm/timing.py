@@ -10,6 +10,9 @@ from typing import Any
 from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.waits import raise_if_lost
 
+# Seconds between two looks at a collective that is waited for a limited time.
+_POLL = 2e-4
+
 
 @dataclass
 class Stopwatch:
@@ -64,6 +67,16 @@ class TimedWork:
 
     def _done(self, _: Any) -> None:
         self._completed = time.perf_counter()
+
+    def arrives_within(self, seconds: float) -> bool:
+        """Block for so long at most; whether :meth:`wait` will then not keep the host waiting."""
+        if self._group.backend != "gloo":
+            return True  # its stream waits
+        began = time.perf_counter()
+        while not (is_done := bool(self._work.is_completed())) and time.perf_counter() - began < seconds:
+            time.sleep(_POLL)
+        self._stopwatch.current["exposed"] += time.perf_counter() - began
+        return is_done
 
     def wait(self) -> None:
         """Block until the collective is done (on an accelerator: until its stream waits for it).

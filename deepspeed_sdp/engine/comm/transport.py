@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.mesh import Group, Owners
-from deepspeed_sdp.engine.comm.stages import Flow, Stages
+from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
@@ -45,29 +45,6 @@ def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: Group) ->
     return getattr(dist, _ALL_GATHER)(output, shard, group=group.handle, async_op=True)
 
 
-class Pending:
-    """Collectives under way. ``finish`` waits for them and gives their result; call it once.
-
-    Attributes:
-        nbytes: bytes of the buffers that live until then.
-        held: what must live until then besides.
-    """
-
-    def __init__(
-        self, works: Sequence[TimedWork], result: Callable[[], Any], nbytes: int, held: Sequence[torch.Tensor] = ()
-    ) -> None:
-        self.works = works
-        self._result = result
-        self.nbytes = nbytes
-        self.held = held
-
-    def finish(self) -> Any:
-        """The result; blocks until the collectives are done."""
-        for work in self.works:
-            work.wait()
-        return self._result()
-
-
 class Transport(Protocol):
     """Collective over the world: every rank calls it for the same rounds in the same order, with its own buckets."""
 
@@ -79,10 +56,6 @@ class Transport(Protocol):
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         """Fill ``flat`` of every bucket from the shards of its owners; ``kind`` names the traffic."""
-
-
-# What is under way, and how the averaged shard is had then.
-_Reduced = tuple[list[TimedWork], Callable[[], torch.Tensor]]
 
 
 class OwnerSetTransport:
@@ -103,12 +76,9 @@ class OwnerSetTransport:
             self._scatter(bucket, flat) if bucket.shards > 1 else self._all_reduce(bucket, flat)
             for bucket, flat in zip(buckets, grads, strict=True)
         ]
-        done = self._stages.run(flows)
-        works = [work for works, _ in done for work in works]
-        held = grads if self._stages.is_aside else ()
-        return Pending(works, lambda: [take() for _, take in done], sum(map(_nbytes, grads)), held)
+        return self._stages.start(flows, can_wait=True, nbytes=sum(map(_nbytes, grads)), held=grads)
 
-    def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow[_Reduced]:
+    def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
         """Inside, then of the slice outside."""
         _divide(flat, bucket)
         groups = [group for group in (bucket.owners.inner, bucket.owners.outer) if group is not None]
@@ -116,7 +86,7 @@ class OwnerSetTransport:
         for group in groups[1:]:
             yield work
             work, take = self._scatter_in(group, bucket, take())
-        return [work], take
+        return Arriving([work], lambda: [take()], _nbytes(flat))
 
     def _scatter_in(
         self, group: Group, bucket: OwnerBucket, flat: torch.Tensor
@@ -140,41 +110,37 @@ class OwnerSetTransport:
         work = dist.all_reduce(flat, group=group.handle, async_op=True)
         return self._stopwatch.timed(work, _AVERAGING, group)
 
-    def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow[_Reduced]:
+    def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
         """Scattered inside, all-reduced outside, and gathered inside."""
         _divide(flat, bucket)
         inner, outer = bucket.owners.inner, bucket.owners.outer
         if inner is None or outer is None:
-            return [self._sum_in(group, bucket, flat) for group in (inner, outer) if group is not None], lambda: flat
-        work, take = self._scatter_in(inner, bucket, flat)
-        yield work
-        part = take()
-        yield self._sum_in(outer, bucket, part)
-        return [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)], lambda: flat
+            works = [self._sum_in(group, bucket, flat) for group in (inner, outer) if group is not None]
+        else:
+            work, take = self._scatter_in(inner, bucket, flat)
+            yield work
+            part = take()
+            yield self._sum_in(outer, bucket, part)
+            works = [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)]
+        return Arriving(works, lambda: [flat], _nbytes(flat))
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
-        done = self._stages.run([self._gather_one(bucket, kind) for bucket in buckets])
-        return Pending([work for works in done for work in works], lambda: None, 0)
+        return self._stages.start([self._gather_one(bucket, kind) for bucket in buckets])
 
-    def _gather_one(self, bucket: FlatBucket, kind: str) -> Flow[list[TimedWork]]:
+    def _gather_one(self, bucket: FlatBucket, kind: str) -> Flow:
         """Outside, then inside."""
-        part = bucket.shard.to(bucket.flat.device)
-        if bucket.shards == 1:
-            if bucket.shard.data_ptr() != bucket.flat.data_ptr():
-                bucket.flat.copy_(part)
-            return []
+        part = bucket.shard.to(bucket.flat.device, non_blocking=True)
+        if bucket.shards == 1 and bucket.shard.data_ptr() != bucket.flat.data_ptr():
+            bucket.flat.copy_(part)
         works: list[TimedWork] = []
-        slices = bucket.flat.view(bucket.owners.replicas, -1)
-        for group, whole in (
-            (bucket.owners.outer, slices[bucket.owners.replica]),
-            (bucket.owners.inner, bucket.flat),
-        ):
-            if group is not None:
+        slices, owners = bucket.flat.view(bucket.owners.replicas, -1), bucket.owners
+        for group, whole in ((owners.outer, slices[owners.replica]), (owners.inner, bucket.flat)):
+            if group is not None and bucket.shards > 1:
                 if works:
                     yield works.pop()
                 works.append(self._gather_in(group, bucket, whole, part, kind, _GATHERING))
                 part = whole
-        return works
+        return Arriving(works, list)
 
     def _gather_in(
         self, group: Group, bucket: OwnerBucket, whole: torch.Tensor, part: torch.Tensor, kind: str, what: str
@@ -183,7 +149,7 @@ class OwnerSetTransport:
         return self._stopwatch.timed(start_all_gather(whole, part, group), what, group)
 
     def _count(self, kind: str, nbytes: int, bucket: OwnerBucket) -> None:
-        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+        self._traffic.add(kind, nbytes, bucket.owner_set)
 
 
 class AllToAllTransport:
@@ -220,56 +186,56 @@ class AllToAllTransport:
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         for bucket, flat in zip(buckets, grads, strict=True):
             self._count("gradient_all_to_all", bucket, flat.element_size())
-        ((works, received, sizes),) = self._stages.run([self._reduce(buckets, grads)])
+        nbytes = 2 * sum(map(_nbytes, grads))
+        return self._stages.start([self._reduce(buckets, grads)], can_wait=True, nbytes=nbytes, held=grads)
 
-        # It holds what was received, and nothing of what was sent.
-        def result() -> list[torch.Tensor]:
-            by_place = torch.split(received, sizes)
-            taken = [0] * len(sizes)
-            shards = []
-            for bucket in buckets:
-                pieces = []
-                for place in map(self._place_of.__getitem__, bucket.owners.peers):
-                    pieces.append(by_place[place].narrow(0, taken[place], bucket.shard_numel))
-                    taken[place] += bucket.shard_numel
-                shards.append(_mean(pieces))
-            return shards
-
-        return Pending(works, result, 2 * _nbytes(received), grads if self._stages.is_aside else ())
-
-    def _reduce(
-        self, buckets: Sequence[OwnerBucket], slices: Sequence[torch.Tensor]
-    ) -> Flow[tuple[list[TimedWork], torch.Tensor, list[int]]]:
+    def _reduce(self, buckets: Sequence[OwnerBucket], slices: Sequence[torch.Tensor]) -> Flow:
         if self._inner is not None and buckets:
+            sizes = [flat.numel() // self._replicas for flat in slices]
             send = torch.cat([flat.view(self._replicas, -1) for flat in slices], dim=1)
+            slices = ()
             received = torch.empty_like(send)
             work = dist.all_to_all_single(received, send, group=self._inner.handle, async_op=True)
             yield self._stopwatch.timed(work, _AVERAGING, self._inner)
-            mean = _mean(received.unbind(0)).to(send.dtype)
-            slices = torch.split(mean, [flat.numel() // self._replicas for flat in slices])
+            slices = torch.split(_mean(received.unbind(0)).to(send.dtype), sizes)
+            del send
         pieces: list[list[torch.Tensor]] = [[] for _ in self._place_of]
         for bucket, flat in zip(buckets, slices, strict=True):
             for rank, piece in zip(bucket.owners.peers, torch.split(flat, bucket.shard_numel), strict=True):
                 pieces[self._place_of[rank]].append(piece)
         # The shards of one bucket lie in the order of its ranks.
-        return self._exchange(_AVERAGING, pieces, slices[0] if len(slices) == 1 else None)
+        works, received, sizes = self._exchange(_AVERAGING, pieces, slices[0] if len(slices) == 1 else None)
+
+        # It holds what was received, and nothing of what was sent.
+        def take() -> list[torch.Tensor]:
+            by_place = torch.split(received, sizes)
+            taken = [0] * len(sizes)
+            shards = []
+            for bucket in buckets:
+                of_bucket = []
+                for place in map(self._place_of.__getitem__, bucket.owners.peers):
+                    of_bucket.append(by_place[place].narrow(0, taken[place], bucket.shard_numel))
+                    taken[place] += bucket.shard_numel
+                shards.append(_mean(of_bucket))
+            return shards
+
+        return Arriving(works, take, 2 * _nbytes(received))
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         for bucket in buckets:
             self._count(kind, bucket, bucket.shard.element_size())
-        ((works, result, nbytes),) = self._stages.run([self._gather(buckets)])
-        return Pending(works, result, nbytes)
+        return self._stages.start([self._gather(buckets)])
 
-    def _gather(self, buckets: Sequence[FlatBucket]) -> Flow[tuple[list[TimedWork], Callable[[], None], int]]:
+    def _gather(self, buckets: Sequence[FlatBucket]) -> Flow:
         pieces: list[list[torch.Tensor]] = [[] for _ in self._place_of]
-        shards = [bucket.shard.to(bucket.flat.device) for bucket in buckets]
+        shards = [bucket.shard.to(bucket.flat.device, non_blocking=True) for bucket in buckets]
         for bucket, shard in zip(buckets, shards, strict=True):
             for rank in bucket.owners.peers:
                 if rank != self._rank:
                     pieces[self._place_of[rank]].append(shard)
         works, received, sizes = self._exchange(_GATHERING, pieces)
 
-        def fill() -> None:
+        def fill() -> list[torch.Tensor]:
             by_place = torch.split(received, sizes)
             taken = [0] * len(sizes)
             for bucket, shard in zip(buckets, shards, strict=True):
@@ -281,9 +247,10 @@ class AllToAllTransport:
                         taken[place] += len(shard)
                     elif piece.data_ptr() != shard.data_ptr():
                         piece.copy_(shard)
+            return []
 
         if self._inner is None or not buckets:
-            return works, fill, 2 * _nbytes(received)
+            return Arriving(works, fill, 2 * _nbytes(received))
         yield from works
         fill()
         slices = [bucket.flat.view(self._replicas, -1) for bucket in buckets]
@@ -291,12 +258,13 @@ class AllToAllTransport:
         gathered = torch.empty(self._replicas * len(mine), dtype=mine.dtype, device=mine.device)
         work = self._stopwatch.timed(start_all_gather(gathered, mine, self._inner), _GATHERING, self._inner)
 
-        def spread() -> None:
+        def spread() -> list[torch.Tensor]:
             of_buckets = torch.split(gathered.view(self._replicas, -1), [s.shape[1] for s in slices], dim=1)
             for whole, of_bucket in zip(slices, of_buckets, strict=True):
                 whole.copy_(of_bucket)
+            return []
 
-        return [work], spread, _nbytes(gathered) + _nbytes(mine)
+        return Arriving([work], spread, _nbytes(gathered) + _nbytes(mine))
 
     def _exchange(
         self, what: str, pieces: Sequence[Sequence[torch.Tensor]], whole: torch.Tensor | None = None
@@ -319,7 +287,7 @@ class AllToAllTransport:
 
     def _count(self, kind: str, bucket: OwnerBucket, element_size: int) -> None:
         nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size
-        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+        self._traffic.add(kind, nbytes, bucket.owner_set)
 
 
 def _divide(flat: torch.Tensor, bucket: OwnerBucket) -> None:

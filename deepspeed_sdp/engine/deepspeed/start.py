@@ -48,11 +48,21 @@ def start_communication(distributed_port: int = 29500, dist_init_required: bool 
     if not deepspeed.comm.is_initialized():
         take_a_place()
         clear_stale_locks()
+        _say_if_it_compiles()
     with _clearing_locks():
         deepspeed.init_distributed(
             get_accelerator().communication_backend_name(),
             distributed_port=distributed_port,
             dist_init_required=dist_init_required,
+        )
+
+
+def _say_if_it_compiles() -> None:
+    """Nothing else is seen meanwhile."""
+    is_built = any(_build_root().glob("**/deepspeed_shm_comm/*.so"))
+    if get_accelerator().device_name() == "cpu" and not is_built and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "DeepSpeed compiles its op for CPU ranks (deepspeed_shm_comm), once: it takes minutes on a slow CPU"
         )
 
 
@@ -112,7 +122,7 @@ def clear_stale_locks(patience: float = 300.0) -> list[Path]:
     A process of another machine may hold a lock in a shared home folder, which cannot be seen from here: a lock younger
     than ``patience`` seconds is waited for.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = _build_root()
     removed = []
     for op in COMPILED_OPS:
         for lock in (*root.glob(f"{op}/lock"), *root.glob(f"*/{op}/lock")):
@@ -125,6 +135,10 @@ def clear_stale_locks(patience: float = 300.0) -> list[Path]:
                     lock.unlink(missing_ok=True)
                     removed.append(lock)
     return removed
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def _lock(file: IO[str], seconds: float) -> bool:

@@ -28,12 +28,15 @@ class Access:
         traffic: counts bytes sent.
         readable: a collective that makes this rank's weights of one layer readable inside; ``None``: those outside of
             the layers.
+        full_scale: what the full model's writes are multiplied by when it is put together, under forward masking; see
+            :mod:`deepspeed_sdp.engine.full.calibration`.
     """
 
     device: torch.device
     groups: OwnerGroups
     traffic: Traffic
     readable: Callable[[int | None], AbstractContextManager[None]]
+    full_scale: float
 
 
 def layers_name(subnetwork: Subnetwork) -> str:
@@ -86,10 +89,10 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, access: Access) 
         if subnetwork.fragments[name].dim is not None
     }
     full = {p.name: _gather_parameter(subnetwork, planned, p, mine, access) for p in parameters}
-    if subnetwork.full_scale != 1.0:
+    if access.full_scale != 1.0:
         for parameter in parameters:
             if parameter.is_write:
-                full[parameter.name].mul_(subnetwork.full_scale)
+                full[parameter.name].mul_(access.full_scale)
     return full
 
 

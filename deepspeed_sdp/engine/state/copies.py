@@ -60,7 +60,7 @@ def _exchange(
     place_of = {rank: place for place, rank in enumerate(rail.peers)}
     outgoing: list[list[torch.Tensor]] = [[] for _ in rail.peers]
     incoming: list[list[int]] = [[] for _ in rail.peers]
-    order = sorted(range(len(buckets)), key=lambda place: buckets[place].bucket.key)
+    order = sorted(range(len(buckets)), key=lambda place: buckets[place].key)
     for place in order:
         bucket = buckets[place]
         target = place_of[bucket.owners.next_owner(groups.rank, number)]

@@ -69,8 +69,8 @@ class TrainingState:
         entries: list[Entry] = []
         self._read = {}
         for bucket, master in self._optimizer.masters.items():
-            start = min(bucket.index * bucket.shard_numel, bucket.bucket.numel)
-            shard = (start, min(start + bucket.shard_numel, bucket.bucket.numel))
+            start = min(bucket.index * bucket.shard_numel, bucket.numel)
+            shard = (start, min(start + bucket.shard_numel, bucket.numel))
             base = self._base(bucket)
             entries += self._of_bucket(bucket, "master", master.data, base, *shard)
             for key, kept in self._kept(bucket).items() if state_keys else ():
@@ -112,10 +112,10 @@ class TrainingState:
             state = self._optimizer.state.get(master, {})
             numbers = [key for key, kept in self._kept(bucket).items() if not kept.by_element and key in state]
             scalars = {key: _described(state[key]) for key in numbers}
-            first = found.setdefault(bucket.bucket.group, scalars)
+            first = found.setdefault(bucket.client_group, scalars)
             if first != scalars:
                 raise CheckpointError(
-                    f"optimizer: parameters of group {bucket.bucket.group} differ: {first} and {scalars}"
+                    f"optimizer: parameters of group {bucket.client_group} differ: {first} and {scalars}"
                 )
         return found
 
@@ -138,22 +138,20 @@ class TrainingState:
         self._optimizer.reset_state()
         for bucket, master in self._optimizer.masters.items():
             numbers = {
-                key: kept.number(scalars[bucket.bucket.group][key]["value"])
+                key: kept.number(scalars[bucket.client_group][key]["value"])
                 for key, kept in self._kept(bucket).items()
-                if not kept.by_element and key in scalars[bucket.bucket.group]
+                if not kept.by_element and key in scalars[bucket.client_group]
             }
             if state := {**self._read.get(master, {}), **numbers}:
                 self._optimizer.optimizer.state[master].update(state)
         self._read = {}
 
     def _kept(self, bucket: OwnerBucket) -> Mapping[str, Kept]:
-        return self._optimizer.behaviour.state[bucket.bucket.group]
+        return self._optimizer.behaviour.state[bucket.client_group]
 
     def spread(self) -> None:
         """Collective. The master weights are new: bring them to all who compute with them."""
-        with torch.no_grad():
-            for bucket, master in self._optimizer.masters.items():
-                bucket.store(master.data)
+        self._optimizer.store_masters()
         self._optimizer.refresh.send_all()
 
     def _base(self, bucket: OwnerBucket) -> int:
@@ -165,7 +163,7 @@ class TrainingState:
     ) -> Iterator[Entry]:
         """Elements ``[start, stop)`` of the bucket, out of ``values``, which begin at its element ``base``."""
         first = 0
-        for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
+        for index, numel in zip(bucket.items, bucket.numels, strict=True):
             name, whole = self._names[index], self._region(self._names[index])
             for region, low, high in regions_of_range(whole, max(start - first, 0), min(stop - first, numel)):
                 part = values[first + low - base : first + high - base]
