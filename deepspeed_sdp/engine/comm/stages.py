@@ -23,8 +23,8 @@ class Arriving(NamedTuple):
     nbytes: int = 0
 
 
-Flow = Generator[TimedWork, None, Arriving]
-"""Yields a collective, and goes on with its result."""
+Flow = Generator[TimedWork | None, None, Arriving]
+"""Yields a collective, and goes on with its result; ``None`` is one that has come."""
 
 
 class Pending:
@@ -60,7 +60,7 @@ class Pending:
             self._works = []
             for place, flow in tuple(self._left.items()):
                 try:
-                    self._works.append(next(flow))
+                    self._works += filter(None, [next(flow)])
                 except StopIteration as end:
                     self._arriving[place] = end.value
                     del self._left[place]

@@ -190,7 +190,10 @@ class AllToAllTransport:
         return self._stages.start([self._reduce(buckets, grads)], can_wait=True, nbytes=nbytes, held=grads)
 
     def _reduce(self, buckets: Sequence[OwnerBucket], slices: Sequence[torch.Tensor]) -> Flow:
-        if self._inner is not None and buckets:
+        if self._inner is not None and not buckets:
+            # Outside it comes after the rounds before, like that of those who have something.
+            yield None
+        elif self._inner is not None:
             sizes = [flat.numel() // self._replicas for flat in slices]
             send = torch.cat([flat.view(self._replicas, -1) for flat in slices], dim=1)
             slices = ()
