@@ -35,6 +35,8 @@ def random_case(seed, worlds=(3, 4)):
         "chunk_multiple": draw.choice([1, 4, 64]),
     }
     ds = {"stage": stage, "bucket": bucket, "accumulation": draw.choice([1, 2])}
+    if world == 4 and draw.random() < 0.5:
+        sdp |= {"num_subnetworks": 2, "owners_per_unit": draw.choice([1, 2]), "design": "cyclic"}
     return world, {"model": model, "sdp": sdp, "ds": ds, "sleep": seed, "steps": 3}
 
 
