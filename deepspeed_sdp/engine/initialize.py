@@ -170,7 +170,7 @@ def _agree_on_job(
 
 
 def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...]]:
-    plan = plan_for(job.model, job.sdp, dist.get_world_size())
+    plan = plan_for(job.model, job.sdp, dist.get_world_size(), dist.get_backend())
     check_copies(job.sdp, plan)
     return plan, place_workers(plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
 
@@ -299,9 +299,6 @@ def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> 
         client=client_map,
     )
     if on_meta:
-        # DeepSpeed's engine sets the device too, but later than this.
-        if "LOCAL_RANK" in os.environ and get_accelerator().is_available():
-            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed, client_map)
     return subnetwork, _translate_client(optimizer, subnetwork, client_map)
 

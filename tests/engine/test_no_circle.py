@@ -81,7 +81,7 @@ class RecordedWork:
         self.wait()
         return True
 
-    def wait(self):
+    def wait(self, is_aside=False):
         self.recorder.events[self.recorder.rank].append(("wait", self.key, self.number))
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.mesh import Group, Owners
 from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
-from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork
+from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import start_all_gather
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -109,6 +109,7 @@ class Exchange:
         lacked = [bucket for bucket in buckets if self._is_sharded or not bucket.is_owned]
         return tuple(tuple(_slice(b, replica) for b in lacked) for replica in range(self._everyone.replicas))
 
+    @named("refresh weights")
     def start(self, route: Route) -> Pending:
         """Collective. Send this rank's shares; ``finish`` of the result writes what came from others."""
         for share, receivers in zip(route.sent, route.receivers, strict=True):

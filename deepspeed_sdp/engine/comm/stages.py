@@ -54,9 +54,9 @@ class Pending:
 
     def _advance(self) -> None:
         """Wait for the collectives under way, and issue those that follow."""
-        with self._aside():
+        with self._aside() as is_aside:
             for work in self._works:
-                work.wait()
+                work.wait(is_aside)
             self._works = []
             for place, flow in tuple(self._left.items()):
                 try:
@@ -111,14 +111,14 @@ class Stages:
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def _aside(self) -> Iterator[bool]:
         if self._stream is None:
-            yield
+            yield False
             return
         # Memory that flows took there before, and that is free by now, may still be read by what computes.
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
-            yield
+            yield True
 
     def start(
         self, flows: Sequence[Flow], *, can_wait: bool = False, nbytes: int = 0, held: Sequence[torch.Tensor] = ()

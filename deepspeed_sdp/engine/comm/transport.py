@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.mesh import Group, Owners
 from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
-from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork
+from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -71,6 +71,7 @@ class OwnerSetTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
+    @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         flows = [
             self._scatter(bucket, flat) if bucket.shards > 1 else self._all_reduce(bucket, flat)
@@ -124,6 +125,7 @@ class OwnerSetTransport:
             works = [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)]
         return Arriving(works, lambda: [flat], _nbytes(flat))
 
+    @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         return self._stages.start([self._gather_one(bucket, kind) for bucket in buckets])
 
@@ -183,6 +185,7 @@ class AllToAllTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
+    @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         for bucket, flat in zip(buckets, grads, strict=True):
             self._count("gradient_all_to_all", bucket, flat.element_size())
@@ -224,6 +227,7 @@ class AllToAllTransport:
 
         return Arriving(works, take, 2 * _nbytes(received))
 
+    @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         for bucket in buckets:
             self._count(kind, bucket, bucket.shard.element_size())
