@@ -21,6 +21,7 @@ class Bucket:
         ends: those whose last element is in it.
         numel: elements.
         owners: ranks that own it.
+        replicas: of each worker among them.
         shards: so many ranks hold a part of its state each.
         in_place: whether its weights lie in larger ones.
     """
@@ -30,18 +31,25 @@ class Bucket:
     ends: tuple[Weight, ...]
     numel: int
     owners: int
+    replicas: int
     shards: int
     in_place: bool
 
     @property
     def shard(self) -> int:
-        """Elements of a shard, padding included."""
-        return shard_numel(self.numel, self.shards)
+        """Elements of a shard, padding included; a whole one falls into slices."""
+        pieces = self.shards if self.shards > 1 else self.replicas
+        return shard_numel(self.numel, pieces) * pieces // self.shards
 
     @property
     def padded(self) -> int:
         """Elements of all shards."""
         return self.shard * self.shards
+
+    @property
+    def brought(self) -> int:
+        """Elements in the buffers of an all-to-all that gathers it, or of the all-gather inside that comes after."""
+        return 2 * (self.padded - self.shard) if self.replicas == 1 else self.padded + self.padded // self.replicas
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,9 @@ def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job) -> Layout:
         weights = tuple(model.trained[index] for index in found.items)
         ends = tuple(model.trained[index] for index, _, stop in found.ranges if stop == model.trained[index].numel)
         shards = owners if job.stage else 1
-        by_round[found.round].append(Bucket(found.round, weights, ends, found.numel, owners, shards, found.in_place))
+        by_round[found.round].append(
+            Bucket(found.round, weights, ends, found.numel, owners, replicas, shards, found.in_place)
+        )
     places = [(bisect_left(model.parts, p), bisect_right(model.parts, p)) for p in range(model.last_part + 1)]
     return Layout(
         tuple(map(tuple, by_round)),

@@ -29,14 +29,14 @@ class GatheredParts:
         self._first_round = layout.first_round
         count, width = len(layout.first_round), job.dtype.itemsize
         self._schedule = Schedule(count, int(job.prefetch), range(not is_tied, count), range(is_tied))
-        flat, others = [0] * count, [0] * count
+        flat, brought = [0] * count, [0] * count
         for bucket in layout.buckets:
             part = bucket.weights[0].part
             flat[part] += bucket.padded * width
-            others[part] += (bucket.padded - bucket.shard) * width
+            brought[part] += bucket.brought * width
         is_all_to_all = job.transport("weights") == "all_to_all"
         self._flat = flat
-        self._buffers = [2 * nbytes * is_all_to_all for nbytes in others]
+        self._buffers = [nbytes * is_all_to_all for nbytes in brought]
         self.pending_bytes = 0
 
     def at(self, moment: Moment) -> None:

@@ -7,10 +7,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Owners
 from deepspeed_sdp.engine.zero.flat_weights import FlatWeights
-from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-from deepspeed_sdp.plan.segmentation import Bucket, shard_numel
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket, padded_numel
+from deepspeed_sdp.plan.segmentation import Bucket
 
 
 class FlatBucket(OwnerBucket):
@@ -29,12 +29,10 @@ class FlatBucket(OwnerBucket):
         bucket: Bucket,
         weights: FlatWeights,
         start: int,
-        ranks: tuple[int, ...],
-        rank: int,
-        group: Group,
+        owners: Owners,
         is_sharded: bool,
     ) -> None:
-        super().__init__(bucket, [weights.flat], ranks, rank, group, is_sharded)
+        super().__init__(bucket, [weights.flat], owners, is_sharded)
         self.weights = weights
         self._start = start
         self.shard = self.flat.narrow(0, self.index * self.shard_numel, self.shard_numel)
@@ -67,12 +65,7 @@ class FlatBucket(OwnerBucket):
 
 
 def flat_buckets(
-    pieces: Sequence[Bucket],
-    parameters: Sequence[nn.Parameter],
-    ranks: tuple[int, ...],
-    rank: int,
-    group: Group,
-    is_sharded: bool,
+    pieces: Sequence[Bucket], parameters: Sequence[nn.Parameter], owners: Owners, is_sharded: bool
 ) -> list[FlatBucket]:
     """Buckets that lie one after the other in one flat tensor; all but the last fill their range.
 
@@ -81,9 +74,7 @@ def flat_buckets(
     """
     own = [parameters[index] for index in dict.fromkeys(index for bucket in pieces for index in bucket.items)]
     starts = [0, *accumulate(bucket.numel for bucket in pieces[:-1])]
-    shards = len(ranks) if is_sharded else 1
-    weights = FlatWeights(own, starts[-1] + shards * shard_numel(pieces[-1].numel, shards))
+    weights = FlatWeights(own, starts[-1] + padded_numel(pieces[-1].numel, owners, is_sharded))
     return [
-        FlatBucket(bucket, weights, start, ranks, rank, group, is_sharded)
-        for bucket, start in zip(pieces, starts, strict=True)
+        FlatBucket(bucket, weights, start, owners, is_sharded) for bucket, start in zip(pieces, starts, strict=True)
     ]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Owners
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.segmentation import Bucket
 
@@ -24,12 +24,10 @@ class InPlaceBucket(OwnerBucket):
         self,
         bucket: Bucket,
         views: Sequence[torch.Tensor],
-        ranks: tuple[int, ...],
-        rank: int,
-        group: Group,
+        owners: Owners,
         is_sharded: bool,
     ) -> None:
-        super().__init__(bucket, views, ranks, rank, group, is_sharded)
+        super().__init__(bucket, views, owners, is_sharded)
         self._views = tuple(view.detach() for view in views)
 
     def master(self, device: torch.device) -> nn.Parameter:

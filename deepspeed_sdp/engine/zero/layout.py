@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.full.gather import layers_name
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket, flat_buckets
 from deepspeed_sdp.engine.zero.in_place_bucket import InPlaceBucket
@@ -92,12 +92,11 @@ def make_layout(
     def build(items: Sequence[Item], weights: Sequence[Any]) -> tuple[tuple[OwnerBucket, ...], ...]:
         by_round: list[list[OwnerBucket]] = [[] for _ in segmentation.numels]
         for pieces in segmentation.buckets(items, owners):
-            owner_set = pieces[0].owner_set
-            of_owners = (groups.ranks(owner_set), groups.rank, groups.group(owner_set), stage > 0)
+            of = groups.owners(pieces[0].owner_set)
             made: Sequence[OwnerBucket] = (
-                [InPlaceBucket(bucket, [weights[i] for i in bucket.items], *of_owners) for bucket in pieces]
+                [InPlaceBucket(bucket, [weights[i] for i in bucket.items], of, stage > 0) for bucket in pieces]
                 if pieces[0].in_place
-                else flat_buckets(pieces, weights, *of_owners)
+                else flat_buckets(pieces, weights, of, stage > 0)
             )
             for bucket in made:
                 by_round[bucket.round].append(bucket)

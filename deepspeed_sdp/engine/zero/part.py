@@ -6,7 +6,8 @@ from enum import Enum, auto
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.transport import Pending, Transport
+from deepspeed_sdp.engine.comm.stages import Pending
+from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 
 
