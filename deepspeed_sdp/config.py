@@ -117,8 +117,8 @@ class SDPConfig(BaseModel):
     plan_file: str | None = Field(
         None, description="a plan made before (deepspeed-sdp plan --out), instead of a design"
     )
-    rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
-        "round_robin", description="which rank trains which subnetwork"
+    rank_order: Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"] = Field(
+        "auto", description="which rank trains which subnetwork; auto: replicas of one side by side"
     )
     max_owner_sets: int | None = Field(
         None,
@@ -347,6 +347,16 @@ _DEFAULT_SUBNETWORKS = f"the largest divisor of the world size up to {_MOST_DEFA
 def default_subnetworks(world_size: int) -> int:
     """``N`` where nobody says: the largest divisor of the world size up to 8."""
     return max(n for n in range(1, _MOST_DEFAULT_SUBNETWORKS + 1) if world_size % n == 0)
+
+
+def default_bucket_numel(backend: str, world_size: int) -> int:
+    """Elements of the full model in a round of gradients, or a portion of weights, where a job does not say.
+
+    DeepSpeed's own default is larger than most models: nothing would overlap. On a CPU smaller pieces also stay in
+    reach of the allocator (measured by benchmarks/engine_speed.py). Above 64 ranks pieces grow with the world, as the
+    latency of a ring does (docs/scale.md), up to DeepSpeed's default.
+    """
+    return 5_000_000 if backend == "gloo" else min(500_000_000, 25_000_000 * max(64, world_size) // 64)
 
 
 def _check_owners(key: str, value: float, workers: int) -> int:

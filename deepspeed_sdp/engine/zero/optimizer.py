@@ -14,7 +14,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
@@ -229,7 +229,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         """
         rank = dist.get_rank()
         # At stage 0 every owner holds the whole bucket: the first one counts it.
-        counted = [a for bucket, a in self.gradients.averages.items() if self.stage > 0 or bucket.ranks[0] == rank]
+        averages = self.gradients.averages.items()
+        counted = [average for bucket, average in averages if self.stage > 0 or bucket.owners.ranks[0] == rank]
         norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else ()
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         square = torch.stack([nothing, *(norm.double() ** 2 for norm in norms)]).sum()
@@ -260,11 +261,12 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def _divided(self, part: Sequence[OwnerBucket], divisor: float) -> list[torch.Tensor]:
         """Takes the averages of ``part``, in fp32."""
-        taken = [self.gradients.averages.pop(bucket, None) for bucket in part]
-        gradients = [
-            torch.zeros(bucket.shard_numel, device=self.device) if average is None else average.float()
-            for bucket, average in zip(part, taken, strict=True)
-        ]
+        gradients = []
+        for bucket in part:
+            average = self.gradients.averages.pop(bucket, None)
+            gradients.append(
+                torch.zeros(bucket.shard_numel, device=self.device) if average is None else average.float()
+            )
         if gradients and divisor != 1.0:
             torch._foreach_div_(gradients, divisor)
         return gradients
