@@ -28,7 +28,7 @@ class OwnerBucket(ABC):
         key, round: place in the total order of collectives.
         owner_set: index of the owner set.
         client_group: index of the client's parameter group.
-        items, numels: index and elements of each parameter, in backward order; ``numel`` of all.
+        items, numel: index of each parameter, in backward order; elements of all.
         ranges: ``(index, start, stop)`` of each of them: which of its elements, flattened.
         shard_numel, padded_numel: elements of this rank's shard, and of all shards, with zero padding at the end.
     """
@@ -42,7 +42,7 @@ class OwnerBucket(ABC):
     ) -> None:
         self.key, self.round = bucket.key, bucket.round
         self.owner_set, self.client_group = bucket.owner_set, bucket.group
-        self.items, self.numels, self.numel = bucket.items, bucket.numels, bucket.numel
+        self.items, self.numel = bucket.items, bucket.numel
         self.ranges = tuple(bucket.ranges)
         self.owners = owners
         self.is_owned = owners.rank in owners
@@ -51,12 +51,6 @@ class OwnerBucket(ABC):
         self.index = owners.index(owners.rank) if is_sharded and self.is_owned else 0
         self.padded_numel = padded_numel(self.numel, owners, is_sharded)
         self.shard_numel = self.padded_numel // self.shards
-
-    def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
-        return torch.split(flat.narrow(0, 0, self.numel), list(self.numels))
-
-    # -- weights -----------------------------------------------------------------------------------------------------
 
     def share_of(self, rank: int) -> tuple[int, int]:
         """The half-open range of the flat vector that owner ``rank`` sends to those who hold a copy.
