@@ -22,6 +22,7 @@ class Bucket:
         round: its place in the backward pass.
         weights: in it.
         owners: ranks that own it.
+        replicas: of each worker among them.
         shards: so many ranks hold a part of its state each.
         in_place: whether its weights lie in larger ones.
     """
@@ -29,6 +30,7 @@ class Bucket:
     round: int
     weights: tuple[Weight, ...]
     owners: int
+    replicas: int
     shards: int
     in_place: bool
 
@@ -39,13 +41,19 @@ class Bucket:
 
     @cached_property
     def shard(self) -> int:
-        """Elements of a shard, padding included."""
-        return -(-self.numel // (self.shards * _ALIGNMENT)) * _ALIGNMENT
+        """Elements of a shard, padding included; a whole one falls into slices."""
+        pieces = self.shards if self.shards > 1 else self.replicas
+        return -(-self.numel // (pieces * _ALIGNMENT)) * _ALIGNMENT * pieces // self.shards
 
     @property
     def padded(self) -> int:
         """Elements of all shards."""
         return self.shard * self.shards
+
+    @property
+    def brought(self) -> int:
+        """Elements in the buffers of an all-to-all that gathers it, or of the all-gather inside that comes after."""
+        return 2 * (self.padded - self.shard) if self.replicas == 1 else self.padded + self.padded // self.replicas
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,9 @@ def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job) -> Layout:
     for found in make_buckets(items, rounds):
         owners = replicas * len(plan.owner_sets[found.owner_set])
         weights = tuple(model.trained[index] for index in found.items)
-        by_round[found.round].append(Bucket(found.round, weights, owners, owners if job.stage else 1, found.in_place))
+        by_round[found.round].append(
+            Bucket(found.round, weights, owners, replicas, owners if job.stage else 1, found.in_place)
+        )
     first_round = tuple(
         min((r for r, p in zip(rounds, model.parts, strict=True) if p == part), default=max(rounds) + 1)
         for part in range(model.last_part + 1)

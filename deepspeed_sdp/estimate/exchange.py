@@ -41,6 +41,7 @@ def exchanges(job: Job, model: WorkerModel, plan: SubnetworkPlan, layout: Layout
             max(sum(of_worker) for of_worker in zip(*(shares[round_] for round_ in portion), strict=True))
             * plan.num_subnetworks
             / job.world_size,
+            plan.num_subnetworks,
         )
         for portion in layout.portions
     ]
@@ -50,22 +51,37 @@ def _is_exchanged(bucket: Bucket) -> bool:
     return bucket.in_place or bucket.weights[0].owner_set != SHARED
 
 
-def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float) -> Exchange:
-    """``full``: elements of all ranks' shares; ``largest``: of the largest one."""
-    width, world = job.dtype.itemsize, job.world_size
+def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float, workers: int) -> Exchange:
+    """``full``: elements of all ranks' shares; ``largest``: of the largest one; ``workers``: how many there are."""
     if not full:
         return Exchange()
+    replicas = job.world_size // workers
     share = sum(bucket.numel / bucket.owners for bucket in mine)
-    if job.stage > 0 and world * largest <= (1 + _PADDING) * full:
-        # One all-gather of equal pieces; gloo gathers into a tensor of its own, and copies.
-        counted = int(largest * (world + 1)) * width
-        copied = int(largest * world) * width if job.backend == "gloo" else 0
-        return Exchange(int(largest * (world - 1)) * width, counted + copied, counted)
-    if job.stage > 0:
-        sent, received = share * (world - 1), full - share
+    if job.stage > 0 and job.world_size * largest <= (1 + _PADDING) * full:
+        outside = _all_gather(job, largest, workers)
+    elif job.stage > 0:
+        outside = _all_to_all(job, share * (workers - 1), full / replicas - share, share)
     else:
-        sent = sum(bucket.numel / bucket.owners * (world - bucket.owners) for bucket in mine)
-        received = float(full - sum(bucket.numel for bucket in mine))
+        sent = sum(bucket.numel / bucket.owners * (workers - bucket.owners // replicas) for bucket in mine)
+        outside = _all_to_all(job, sent, (full - sum(bucket.numel for bucket in mine)) / replicas, share)
+    if replicas == 1:
+        return outside
+    # Then the slices inside; what came from outside lives until they leave.
+    lacked = full if job.stage > 0 else full - sum(bucket.numel for bucket in mine)
+    inside = _all_gather(job, lacked / replicas, replicas)
+    return Exchange(outside.sent + inside.sent, inside.live, inside.counted, outside.live + outside.passing)
+
+
+def _all_gather(job: Job, piece: float, ranks: int) -> Exchange:
+    """Of equal pieces; gloo gathers into a tensor of its own, and copies."""
+    width = job.dtype.itemsize
+    counted = int(piece * (ranks + 1)) * width
+    copied = int(piece * ranks) * width if job.backend == "gloo" else 0
+    return Exchange(int(piece * (ranks - 1)) * width, counted + copied, counted)
+
+
+def _all_to_all(job: Job, sent: float, received: float, share: float) -> Exchange:
+    width = job.dtype.itemsize
     live = int(sent + received) * width
     return Exchange(int(sent) * width, live, live, int(share) * width)
 

@@ -28,10 +28,10 @@ class GatheredParts:
         width = job.dtype.itemsize
         parts: list[list[tuple[int, int]]] = [[] for _ in layout.first_round]
         for bucket in layout.buckets:
-            parts[bucket.weights[0].part].append((bucket.padded * width, (bucket.padded - bucket.shard) * width))
+            parts[bucket.weights[0].part].append((bucket.padded * width, bucket.brought * width))
         is_all_to_all = job.transport("weights") == "all_to_all"
         self._flat = [sum(flat for flat, _ in part) for part in parts]
-        self._pending_bytes = [2 * sum(other for _, other in part) * is_all_to_all for part in parts]
+        self._pending_bytes = [sum(brought for _, brought in part) * is_all_to_all for part in parts]
         self._resident: set[int] = set()
         self._pending: set[int] = set()
         self._sequence: list[int] = []

@@ -155,11 +155,14 @@ class EngineStep:
             self.ledger.pass_by("buffers", flat * (2 if len(buckets) > 1 else 1))
             self.ledger.add("buffers", flat)
             return 2 * flat
-        if self._job.backend == "gloo" or self._job.stage == 0:
-            return flat
-        shards = sum(b.shard for b in buckets if b.owners > 1) * self._job.reduce_dtype.itemsize
-        self.ledger.add("buffers", shards)
-        return flat + shards
+        received = 0
+        if self._job.backend != "gloo" and self._job.stage > 0:
+            received += sum(b.shard for b in buckets if b.owners > 1) * self._job.reduce_dtype.itemsize
+        if any(bucket.replicas > 1 for bucket in buckets):
+            # Inside: the whole on gloo, which has an all-to-all there, else a slice.
+            received += flat if self._job.backend == "gloo" else flat // buckets[0].replicas
+        self.ledger.add("buffers", received)
+        return flat + received
 
     def _take(self) -> None:
         buckets, buffers = self._in_flight.popleft()
@@ -241,7 +244,7 @@ class EngineStep:
             flats = [bucket for bucket in flats if bucket.weights[0].owner_set == SHARED]
         if 0 < self._job.stage < 3:
             if self._job.transport("weights") == "all_to_all":
-                nbytes = counted = 2 * sum(bucket.padded - bucket.shard for bucket in flats) * self._width
+                nbytes = counted = sum(bucket.brought for bucket in flats) * self._width
             elif self._job.backend == "gloo":
                 # gloo gathers into a tensor of its own, and copies.
                 nbytes += sum(bucket.padded for bucket in flats) * self._width

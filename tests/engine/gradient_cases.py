@@ -2,13 +2,13 @@
 
 import random
 import time
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
+from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
@@ -22,15 +22,18 @@ def gradient_of(rank, parameter, numel, round_):
     return torch.randn(numel, generator=generator, dtype=torch.float64)
 
 
-def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=24):
+def reduce_in_random_order(seed, all_to_all, sharded=True, replicas=1, rounds=4, parameters=24):
     """Largest error of the averaged shards over all rounds. A fifth of the gradients never comes: it counts as zero."""
     shared, own = random.Random(seed), random.Random(seed * 10 + dist.get_rank())
     rank, world = dist.get_rank(), dist.get_world_size()
-    sets = [
-        tuple(range(world)),
-        *(tuple(sorted(shared.sample(range(world), shared.randint(1, world - 1)))) for _ in range(5)),
+    workers = [r // replicas for r in range(world)]
+    count = world // replicas
+    of_workers = [
+        tuple(range(count)),
+        *(tuple(sorted(shared.sample(range(count), shared.randint(1, count - 1)))) for _ in range(5)),
     ]
-    groups = OwnerGroups(SimpleNamespace(owner_sets=tuple(sets)), range(world))
+    groups = OwnerGroups(of_workers, workers)
+    sets = [tuple(r for r in range(world) if workers[r] in owners) for owners in of_workers]
     layout = [
         Item((i // 3, i % 3), shared.randrange(len(sets)), shared.randrange(2), shared.randint(1, 40), i)
         for i in range(parameters)
@@ -43,17 +46,17 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
         FlatBucket(
             bucket,
             [weights[i] for i in bucket.items],
-            groups.ranks(bucket.owner_set),
-            rank,
-            groups.group(bucket.owner_set),
+            groups.owners(bucket.owner_set),
             is_sharded=sharded,
         )
         for bucket in make_buckets(mine.values(), round_of)
     ]
+    device = torch.device("cpu")
+    stages = Stages(device, replicas)
     if all_to_all:
-        transport = AllToAllTransport(groups.for_gradients, torch.device("cpu"), torch.float64, Traffic(), Stopwatch())
+        transport = AllToAllTransport(groups.for_gradients, device, torch.float64, stages, Traffic(), Stopwatch())
     else:
-        transport = OwnerSetTransport(Traffic(), Stopwatch())
+        transport = OwnerSetTransport(stages, Traffic(), Stopwatch())
     by_round = [[flat for flat in flats if flat.round == r] for r in range(max(round_of) + 1)]
     path = GradientPath(by_round, weights, transport, reduce=torch.float64, accumulate=torch.float64)
     worst = 0.0
@@ -82,18 +85,16 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
 
 def reduce_beside_a_users_barrier():
     """Averages, where rank 0 is at a barrier of the user's before its first gradient, rank 1 before its last."""
-    groups = OwnerGroups(SimpleNamespace(owner_sets=((0, 1),)), range(2))
+    groups = OwnerGroups([(0, 1)], range(2))
     weights = {i: nn.Parameter(torch.zeros(4)) for i in range(6)}
     buckets = [
-        FlatBucket(
-            bucket, [weights[i] for i in bucket.items], (0, 1), dist.get_rank(), groups.group(0), is_sharded=False
-        )
+        FlatBucket(bucket, [weights[i] for i in bucket.items], groups.owners(0), is_sharded=False)
         for bucket in make_buckets([Item((i, 0), 0, 0, 4, i) for i in range(6)], range(6))
     ]
     path = GradientPath(
         [[bucket] for bucket in buckets],
         weights,
-        OwnerSetTransport(Traffic(), Stopwatch()),
+        OwnerSetTransport(Stages(torch.device("cpu"), 1), Traffic(), Stopwatch()),
         reduce=torch.float32,
         accumulate=torch.float32,
     )

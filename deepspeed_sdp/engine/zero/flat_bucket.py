@@ -6,7 +6,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Owners
 from deepspeed_sdp.engine.zero.freed_weight import FreedWeight, nothing_of
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.rounds import Bucket
@@ -29,12 +29,10 @@ class FlatBucket(OwnerBucket):
         self,
         bucket: Bucket,
         parameters: Sequence[nn.Parameter],
-        ranks: tuple[int, ...],
-        rank: int,
-        group: Group,
+        owners: Owners,
         is_sharded: bool,
     ) -> None:
-        super().__init__(bucket, parameters, ranks, rank, group, is_sharded)
+        super().__init__(bucket, parameters, owners, is_sharded)
         self._is_resident = True
         self._parameters = tuple(parameters)
         self._nothing: tuple[torch.Tensor, ...] = ()

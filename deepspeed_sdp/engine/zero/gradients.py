@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from deepspeed_sdp.engine.comm.transport import Pending, Transport
+from deepspeed_sdp.engine.comm.stages import Pending
+from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
 # Rounds under way at a time: flat copies of gradients alive beyond the gradients themselves.

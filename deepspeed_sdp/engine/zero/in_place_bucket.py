@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Owners
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.rounds import Bucket
 
@@ -25,12 +25,10 @@ class InPlaceBucket(OwnerBucket):
         self,
         bucket: Bucket,
         views: Sequence[torch.Tensor],
-        ranks: tuple[int, ...],
-        rank: int,
-        group: Group,
+        owners: Owners,
         is_sharded: bool,
     ) -> None:
-        super().__init__(bucket, views, ranks, rank, group, is_sharded)
+        super().__init__(bucket, views, owners, is_sharded)
         self._views = tuple(view.detach() for view in views)
         self._starts = (0, *accumulate(bucket.numels))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.full.gather import layers_name
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.in_place_bucket import InPlaceBucket
@@ -98,10 +98,8 @@ def make_layout(
 
     def build(bucket: Bucket, weights: Sequence[torch.Tensor]) -> OwnerBucket:
         kind = InPlaceBucket if bucket.in_place else FlatBucket
-        ranks = groups.ranks(bucket.owner_set)
-        group = groups.group(bucket.owner_set)
         of_items = [weights[index] for index in bucket.items]
-        return kind(bucket, of_items, ranks, groups.rank, group, is_sharded=stage > 0)  # type: ignore[arg-type]
+        return kind(bucket, of_items, groups.owners(bucket.owner_set), is_sharded=stage > 0)  # type: ignore[arg-type]
 
     parameters = [parameter for _, parameter in trained]
     return Layout(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Owners
 from deepspeed_sdp.plan.rounds import Bucket
 
 # A shard's elements are a multiple of this, so that it starts at an aligned address in every dtype.
@@ -24,9 +24,7 @@ class OwnerBucket(ABC):
     Args:
         bucket: what it holds.
         weights: the weights themselves, one tensor per parameter.
-        ranks: global ranks of the owners, ascending.
-        rank: this rank.
-        group: the owners' process group, of which others than owners make no use.
+        owners: who owns it.
         is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
@@ -40,21 +38,19 @@ class OwnerBucket(ABC):
         self,
         bucket: Bucket,
         weights: Sequence[torch.Tensor],
-        ranks: tuple[int, ...],
-        rank: int,
-        group: Group,
+        owners: Owners,
         is_sharded: bool,
     ) -> None:
         self.key, self.round = bucket.key, bucket.round
         self.owner_set, self.client_group = bucket.owner_set, bucket.group
         self.items, self.numels, self.numel = bucket.items, bucket.numels, bucket.numel
-        self.ranks = ranks
-        self.group = group
-        self.is_owned = rank in ranks
+        self.owners = owners
+        self.is_owned = owners.rank in owners
         self.dtype, self.device = weights[0].dtype, weights[0].device
-        self.shards = len(ranks) if is_sharded else 1
-        self.index = ranks.index(rank) if is_sharded and self.is_owned else 0
-        self.shard_numel = self._share(self.shards)
+        self.shards = len(owners.ranks) if is_sharded else 1
+        self.index = owners.index(owners.rank) if is_sharded and self.is_owned else 0
+        # A whole shard is cut too, into a slice for each replica.
+        self.shard_numel = self._share(self.shards) if is_sharded else self._share(owners.replicas) * owners.replicas
 
     def _share(self, count: int) -> int:
         return -(-self.numel // (count * _ALIGNMENT)) * _ALIGNMENT
@@ -81,7 +77,7 @@ class OwnerBucket(ABC):
 
         At ZeRO 1 and 2 it is the owner's shard, without padding.
         """
-        share, place = self._share(len(self.ranks)), self.ranks.index(rank)
+        share, place = self._share(len(self.owners.ranks)), self.owners.index(rank)
         return min(place * share, self.numel), min((place + 1) * share, self.numel)
 
     @abstractmethod
