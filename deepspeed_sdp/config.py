@@ -128,9 +128,6 @@ class SDPConfig(BaseModel):
     transport: Literal["auto", "owner_sets", "all_to_all"] = Field(
         "auto", description="how gradients and weights cross the network; auto: what is faster on the backend"
     )
-    reduction_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
-        None, description="dtype of the gradients' collectives; default: DeepSpeed's communication_data_type"
-    )
     on_nonfinite: Literal["skip", "stop"] = Field("skip", description="what a step with NaN or Inf gradients does")
     consistency_check_interval: int = Field(
         0, ge=0, le=_MAX_COUNT, description="steps between two comparisons of the owners' weights, 0: never"
@@ -400,5 +397,7 @@ def _describe(item: Any, block: Mapping[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, SDPConfig.model_fields, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        if key == "reduction_dtype":
+            hint = 'takes "communication_data_type" of the DeepSpeed config in its place; this block '
         return f"{BLOCK}.{key}: unknown key, got {got}; {hint}takes {', '.join(SDPConfig.model_fields)}"
     return f"{BLOCK}.{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"

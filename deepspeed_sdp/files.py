@@ -110,7 +110,8 @@ def replace_folder(staged: Path, final: Path) -> None:
         _remove(_aside(final))
     elif _exchange(staged, final):
         fsync(final.parent)
-        shutil.rmtree(staged, ignore_errors=True)
+        with suppress(OSError):
+            _remove(staged)  # a link to a folder, where ``final`` was one
     else:
         aside = _aside(final)
         _remove(aside)

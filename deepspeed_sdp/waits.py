@@ -15,7 +15,7 @@ _MOST_PATIENCE = 30.0
 _PATIENCE_AFTER_A_LOSS = 2.0
 _SHOWN = 8
 # How gloo, NCCL and torch's store say that somebody did not come, or is gone.
-_SIGNS = ("gloo/", "imed out", "imeout", "onnection", "NCCL")
+_SIGNS = ("gloo/", "imed out", "imeout", "onnection", "ncclRemoteError", "NCCL communicator was aborted")
 
 
 def time_limit() -> timedelta:

@@ -96,6 +96,16 @@ def test_what_fails_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["name.json"]
 
 
+def test_a_link_in_the_place_of_a_folder_is_replaced_and_its_target_stays(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").touch()
+    (tmp_path / "final").symlink_to("target")
+    replace_folder(tmp_path / "final", "new")
+    assert content_of(tmp_path / "final") == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "target"]
+    assert (tmp_path / "target" / "kept").exists()
+
+
 def test_modes_are_those_of_new_files(tmp_path):
     before = os.umask(0o027)
     try:

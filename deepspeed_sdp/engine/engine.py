@@ -15,14 +15,15 @@ from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, translate_groups
+from deepspeed_sdp.engine.deepspeed.settings import Settings
 from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.consistency import check_owners
 from deepspeed_sdp.engine.state.face import CheckpointFace
-from deepspeed_sdp.engine.zero.build import assemble
+from deepspeed_sdp.engine.zero.build import Parts, assemble
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.subnetwork import Subnetwork
+from deepspeed_sdp.subnetwork import ClientMap, Subnetwork
 
 
 class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore[misc]
@@ -37,6 +38,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         sdp_config: SDPConfig,
         subnetwork: Subnetwork,
         groups: OwnerGroups,
+        client: ClientMap,
         agreed_weights: bool,
         **kwargs: Any,
     ) -> None:
@@ -48,12 +50,15 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _agreed_weights=agreed_weights,
             _traffic=Traffic(),
             _stopwatch=Stopwatch(),
-            _weights=None,
+            _client=client,
+            _parts=None,
             _is_destroyed=False,
+            full_scale=1.0,
             _checkpoint_writer=BackgroundWriter(),
             _checkpoint_locks=FolderLocks(),
         )
         super().__init__(*args, **kwargs)
+        del self._client
         # One that a callable made is compared here for the first time.
         agree(lambda: describe_scheduler(self.lr_scheduler))
 
@@ -131,9 +136,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             return
         self.__dict__["_is_destroyed"] = True
         with ExitStack() as stack:
-            stack.callback(self._owner_groups.destroy)
-            if self._weights is not None:
-                stack.callback(self._weights.close)
+            parts: Parts | None = self._parts
+            stack.callback(self._owner_groups.destroy if parts is None else parts.close)
             for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
                 if self.__dict__.get(hook) is not None:
                     stack.callback(self.__dict__.pop(hook).remove)
@@ -175,7 +179,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         super()._configure_optimizer(client_optimizer, model_parameters)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
-        groups = translate_groups(as_groups(model_parameters), self._subnetwork)
+        groups = translate_groups(as_groups(model_parameters), self._subnetwork, self._client)
         return self._remember_groups(super()._configure_basic_optimizer(groups))
 
     def _remember_groups(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -185,10 +189,12 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> SDPOptimizer:
         optimizer.param_groups[:] = self._client_groups
-        made, self.__dict__["_weights"] = assemble(
-            self, optimizer, self._subnetwork, self._owner_groups, self._traffic, self._stopwatch
+        settings, group_of = Settings.of(self, self.sdp_config), self._client.group_of
+        parts = assemble(
+            settings, optimizer, self._subnetwork, group_of, self._owner_groups, self._traffic, self._stopwatch
         )
-        return made
+        self.__dict__.update(_parts=parts, _subnetwork=parts.subnetwork)
+        return parts.optimizer
 
     def zero_optimization_partition_weights(self) -> bool:
         """``False``: what DeepSpeed does for its own ZeRO-3 parameters is not for ours."""

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.claims import claims_digest
 from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
-from deepspeed_sdp.engine.comm.agreement import agree, from_first_rank
+from deepspeed_sdp.engine.comm.agreement import agree, agreed, from_first_rank
 from deepspeed_sdp.engine.comm.description import (
     describe_module,
     describe_optimizer,
@@ -37,6 +37,7 @@ from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import (
+    ClientMap,
     Subnetwork,
     check_as_configured,
     cut_model,
@@ -107,22 +108,23 @@ def initialize(
     if dist.get_world_size() == 1:
         say_world_of_one()
     _check_deepspeed()
+    on_meta, client_map = is_meta(model), ClientMap(model)
     # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
     before_cut = list(model.parameters())
-    subnetwork, agreed, optimizer = _cut_all_alike(model, job, optimizer)
+    subnetwork, optimizer = agreed(lambda: _cut(model, job, optimizer, client_map))
     del before_cut
-    groups = OwnerGroups(job.plan, job.workers)
-    subnetwork.first_ranks = tuple(groups.rank_of(worker) for worker in range(job.plan.num_subnetworks))
     build_engine = functools.partial(
-        SDPEngine, sdp_config=job.sdp, subnetwork=subnetwork, groups=groups, agreed_weights=agreed
+        SDPEngine,
+        sdp_config=job.sdp,
+        subnetwork=subnetwork,
+        groups=OwnerGroups(job.plan, job.workers),
+        client=client_map,
+        agreed_weights=on_meta,
     )
     with engine_class(build_engine):
         result = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
         )
-    # From here on the parameters that the client's were translated to are the only ones.
-    subnetwork.replaced.clear()
-    subnetwork.full_names.clear()
     return result  # type: ignore[no-any-return]
 
 
@@ -284,48 +286,34 @@ def _check_deepspeed() -> None:
         )
 
 
-def _cut_all_alike(model: nn.Module, job: _Job, optimizer: Any) -> tuple[Subnetwork, bool, Any]:
-    """Collective: an SDPError of one rank is raised on all of them."""
-    made: list[tuple[Subnetwork, bool, Any]] = []
-
-    def cut() -> Mapping[str, Any]:
-        subnetwork, agreed = _build(model, job, job.workers[dist.get_rank()])
-        made.append((subnetwork, agreed, _translate_client(optimizer, subnetwork)))
-        return {}
-
-    agree(cut)
-    return made[0]
-
-
-def _build(model: nn.Module, job: _Job, index: int) -> tuple[Subnetwork, bool]:
+def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> tuple[Subnetwork, Any]:
     on_meta = is_meta(model)
     subnetwork = cut_model(
         model,
         job.plan,
-        index,
+        job.workers[dist.get_rank()],
         masking=job.sdp.masking,
         output_scaling=job.sdp.output_scaling,
         block_unit=job.sdp.effective_block_unit,
         recompute_frozen=job.sdp.recompute_frozen,
+        client=client_map,
     )
     if on_meta:
-        # DeepSpeed's engine sets the device too, but later than this.
-        if "LOCAL_RANK" in os.environ and get_accelerator().is_available():
-            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-        materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed)
-    return subnetwork, on_meta
+        materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed, client_map)
+    first_ranks = tuple(map(job.workers.index, range(job.plan.num_subnetworks)))
+    return replace(subnetwork, first_ranks=first_ranks), _translate_client(optimizer, subnetwork, client_map)
 
 
-def _translate_client(optimizer: Any, subnetwork: Subnetwork) -> Any:
+def _translate_client(optimizer: Any, subnetwork: Subnetwork, client_map: ClientMap) -> Any:
     if optimizer is None:
         return None
     if isinstance(optimizer, torch.optim.Optimizer):
-        translate_optimizer(optimizer, subnetwork)
+        translate_optimizer(optimizer, subnetwork, client_map)
         return optimizer
 
     def build(parameters: Any) -> torch.optim.Optimizer:
         built: torch.optim.Optimizer = optimizer(parameters)
-        translate_optimizer(built, subnetwork)
+        translate_optimizer(built, subnetwork, client_map)
         return built
 
     return build

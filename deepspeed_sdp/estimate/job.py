@@ -32,7 +32,7 @@ class Job:
         moments: state tensors of the optimizer, each as large as the weights: 2 for Adam, 1 for SGD with momentum.
         step_temporaries: fp32 tensors, each as large as a shard, that the update of one shard makes: 2 for
             ``torch.optim.Adam`` on the CPU, 0 for fused kernels.
-        accumulate, reduce: dtypes in which gradients are summed up and sent; those of DeepSpeed's configuration.
+        accumulate, reduce: dtypes in which gradients are summed up and sent, where the job says.
         bucket, gather_bucket: ``reduce_bucket_size`` and ``allgather_bucket_size``; ``None``: the default.
         offload_optimizer, offload_param: state, or at ZeRO-3 shards, rest in the host's memory.
         overlap_comm: plain DeepSpeed's second bucket.
@@ -76,8 +76,8 @@ class Job:
 
     @property
     def reduce_dtype(self) -> torch.dtype:
-        """The dtype of gradients on their way."""
-        return self.reduce or self.dtype
+        """The dtype of gradients on their way: fp32 by default, but with plain DeepSpeed."""
+        return self.reduce or (torch.float32 if self.sdp else self.dtype)
 
     @property
     def round_numel(self) -> int:

@@ -69,8 +69,6 @@ def job_of(ds_config: Mapping[str, Any], job: Job) -> Job:
     if ds_config.get(BLOCK) is not None:
         sdp = SDPConfig.parse(ds_config[BLOCK])
         changes["sdp"] = sdp if sdp.enabled else None
-        if sdp.reduction_dtype:
-            changes["reduce"] = DTYPES[sdp.reduction_dtype]
     return replace(job, **changes)
 
 

@@ -1,7 +1,7 @@
 """A step of the SDP engine in bytes: what ``engine/`` allocates and frees, in its order.
 
 The passes come from :mod:`~deepspeed_sdp.estimate.trace`, the buckets from :mod:`~deepspeed_sdp.estimate.buckets`; here
-stands what the engine does between: ``local_gradients.py``, ``reducer.py`` and ``transport.py`` in the backward pass,
+stands what the engine does between: ``gradients.py`` and ``transport.py`` in the backward pass,
 ``sharded_weights.py`` in :mod:`~deepspeed_sdp.estimate.gathered`, ``optimizer.py`` and ``refresh.py`` in the step.
 """
 
@@ -20,7 +20,7 @@ from deepspeed_sdp.estimate.worker_model import WorkerModel
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import SHARED
 
-# As in ``engine/zero/reducer.py`` and ``engine/zero/refresh.py``.
+# As in ``engine/zero/gradients.py`` and ``engine/zero/refresh.py``.
 _ROUNDS_IN_FLIGHT = 2
 _PORTIONS_IN_FLIGHT = 2
 _STEP_COUNTER = 4
@@ -195,8 +195,7 @@ class EngineStep:
         average = self._job.accumulate_dtype.itemsize
         budget = average * sum(bucket.shard for bucket in self._layout.buckets) * self._is_lazy
         for index, portion in enumerate(self._layout.portions):
-            for round_ in portion:
-                self._step_round(self._layout.rounds[round_])
+            self._step_portion([bucket for round_ in portion for bucket in self._layout.rounds[round_]])
             while len(self._under_way) >= _PORTIONS_IN_FLIGHT and sum(n for *_, n in self._under_way) >= budget:
                 self._arrive()
             self._under_way.append((index, *self._refresh(index, portion)))
@@ -224,25 +223,15 @@ class EngineStep:
                 break
             self._settle(needed[moment.part])
 
-    def _step_round(self, buckets: Sequence[Bucket]) -> None:
-        made, freed = 0, 0
-        is_copied = self._average_width != 4 and not self._job.offload_optimizer
-        for place, bucket in enumerate(buckets):
-            average, master = bucket.shard * self._average_width, 4 * bucket.shard
-            if is_copied:
-                self.ledger.add("gradients", master)
-                made += master
-            if is_copied and place + 1 < len(buckets):
-                self.ledger.add("gradients", -average)
-            else:
-                # The loop's variable holds the last one to the end of the round.
-                freed += average
-        # What only a variable holds is nobody's gradient any more.
-        self.ledger.sample_gradients(-freed if is_copied else 0)
-        largest = max((bucket.shard for bucket in buckets), default=0)
+    def _step_portion(self, buckets: Sequence[Bucket]) -> None:
+        shards, largest = sum(b.shard for b in buckets), max((b.shard for b in buckets), default=0)
+        if self._average_width != 4:
+            self.ledger.add("gradients", 4 * shards)
+            self.ledger.add("gradients", -self._average_width * shards)
+        self.ledger.sample_gradients(0)
         if not self._job.offload_optimizer:
             self.ledger.pass_by("buffers", 4 * largest * self._job.step_temporaries)
-        self.ledger.add("gradients", -made - freed)
+        self.ledger.add("gradients", -4 * shards)
 
     def _refresh(self, index: int, portion: tuple[int, ...]) -> tuple[int, int]:
         """Send the stepped weights; bytes that live until they arrive, and what the engine counts of them."""

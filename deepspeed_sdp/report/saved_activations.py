@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepspeed_sdp.engine.zero.freed_weight import FreedWeight
+
 
 @dataclass
 class SavedActivations:
@@ -29,7 +31,8 @@ class SavedActivations:
 def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
     """Watch forward passes inside (``torch.autograd.graph.saved_tensors_hooks``). Weights and buffers do not count."""
     found = SavedActivations()
-    seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    there = (t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, FreedWeight))
+    seen = {t.untyped_storage().data_ptr() for t in there}
     running: list[str] = [""]
     alive: list[torch.Tensor] = []  # or an address could be used again
 

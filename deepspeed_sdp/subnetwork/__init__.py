@@ -1,6 +1,7 @@
 """From a full model to one worker's subnetwork."""
 
 from deepspeed_sdp.subnetwork.as_configured import check_as_configured
+from deepspeed_sdp.subnetwork.client_map import ClientMap
 from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space
@@ -10,6 +11,7 @@ from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
 
 __all__ = [
     "SHARED",
+    "ClientMap",
     "Fragment",
     "FullParameter",
     "Subnetwork",

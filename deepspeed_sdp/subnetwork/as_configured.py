@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.subnetwork.full_model import skeleton_of
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,7 +48,7 @@ def check_as_configured(model: nn.Module) -> None:
     """
     name = type(model).__name__
     try:
-        built = full_skeleton(type(model), getattr(model, "config", None))
+        built = skeleton_of(type(model), getattr(model, "config", None))
     except Exception as error:
         raise ModelError(
             f"model: {name} cannot be built from its config alone ({type(error).__name__}: {error}), which "
@@ -59,12 +60,6 @@ def check_as_configured(model: nn.Module) -> None:
             "would be lost; takes a model as its config describes it, and not one that is a subnetwork already. Hooks "
             "can be put on engine.module once it is there"
         )
-
-
-def full_skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
-    """A model on the meta device: shapes and names, no memory."""
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
 
 
 def check_hooks(model: nn.Module, replaced: Iterable[str]) -> None:

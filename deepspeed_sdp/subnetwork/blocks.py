@@ -10,39 +10,39 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.adapters import Block
+from deepspeed_sdp.subnetwork.cutting import Cutting, replace_module
 from deepspeed_sdp.subnetwork.layout import FullParameter
-from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
 
-def cut_block(subnetwork: Subnetwork, block: Block, scale: float) -> None:
+def cut_block(cutting: Cutting, block: Block, scale: float) -> None:
     """Keep or remove ``block``; ``scale`` multiplies what an owned one adds to the residual stream."""
-    model, space = subnetwork.module, block.space
+    model, space = cutting.module, block.space
     names = (space.name, *block.norms)
-    weights = [parameter.name for parameter in subnetwork.by_unit.values() if parameter.is_write]
+    weights = [parameter.name for parameter in cutting.full.by_unit.values() if parameter.is_write]
     writes = {*weights, *(f"{name.removesuffix('.weight')}.bias" for name in weights)}
-    owned = subnetwork.plan.owned(space.name, subnetwork.index)
+    owned = cutting.plan.owned(space.name, cutting.index)
     for name in names:
         for local, parameter in model.get_submodule(name).named_parameters():
             full_name = f"{name}.{local}"
             # One unit, as wide as the parameter.
             shape = tuple(parameter.shape)
             full = FullParameter(full_name, shape, 0, shape[0], space.name, is_write=full_name in writes)
-            subnetwork.partitioned[full_name] = full
+            cutting.partitioned[full_name] = full
             if owned:
-                subnetwork.fragments[full_name] = full.fragment(0, 1, owned[0].owner_set)
+                cutting.fragments[full_name] = full.fragment(0, 1, owned[0].owner_set)
             else:
-                subnetwork.replaced.setdefault(id(parameter), [])
+                cutting.client.replaced.setdefault(id(parameter), [])
     if not owned:
-        _remove(subnetwork, block)
+        _remove(cutting, block)
     elif scale != 1.0:
         hook = _scale_layer if space.kind == "layer" else _scale_branch
         model.get_submodule(space.name).register_forward_hook(hook(scale), with_kwargs=True)
 
 
-def _remove(subnetwork: Subnetwork, block: Block) -> None:
-    model = subnetwork.module
+def _remove(cutting: Cutting, block: Block) -> None:
+    model = cutting.module
     layer = model.get_submodule(block.space.name)
-    absent = subnetwork.adapter.absent(block.space.kind)()
+    absent = cutting.full.adapter.absent(block.space.kind)()
     if hasattr(layer, "attention_type"):  # the model asks its layers which attention mask they take
         absent.attention_type = layer.attention_type
     replace_module(model, block.space.name, absent)

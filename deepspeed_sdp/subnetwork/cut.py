@@ -15,15 +15,17 @@ from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork.as_configured import check_hooks
 from deepspeed_sdp.subnetwork.blocks import cut_block
+from deepspeed_sdp.subnetwork.client_map import ClientMap
+from deepspeed_sdp.subnetwork.cutting import Cutting, replace_module
+from deepspeed_sdp.subnetwork.full_model import FullModel
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
 from deepspeed_sdp.subnetwork.linear import LinearForm, SubnetworkLinear, is_transposed, weight_and_bias
 from deepspeed_sdp.subnetwork.mask import mask_block, mask_units
-from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
+from deepspeed_sdp.subnetwork.subnetwork import Masking, Subnetwork
 
 KINDS = ("mlp", "attention")
 
 OutputScaling = Literal["none", "inverse_sqrt_coverage", "inverse_coverage"]
-Masking = Literal["forward", "backward"]
 
 
 def cut_model(
@@ -36,6 +38,7 @@ def cut_model(
     block_unit: BlockUnit | None = None,
     recompute_frozen: bool = False,
     adapter: Adapter | None = None,
+    client: ClientMap | None = None,
 ) -> Subnetwork:
     """Cut ``model`` in place down to the subnetwork of worker ``index``; works on real and on meta parameters.
 
@@ -44,30 +47,29 @@ def cut_model(
         output_scaling: for forward masking.
         block_unit: what a unit of the plan is at block granularity; ``None`` at neuron granularity.
         recompute_frozen: for backward masking of blocks, see :func:`~deepspeed_sdp.subnetwork.mask.mask_block`.
+        client: of ``model``; learns what takes the place of its parameters.
 
     Raises:
         ModelError: no adapter knows the model, or the plan was made for other shapes.
     """
     adapter = adapter or find_adapter(model)
-    subnetwork = Subnetwork(
-        model,
-        plan,
-        index,
-        adapter,
-        full_order=tuple(name for name, _ in model.named_parameters()),
-        full_config=copy.deepcopy(getattr(model, "config", None)),
-        generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
-        model_class=type(model),
-        full_names={id(parameter): name for name, parameter in model.named_parameters()},
-        trainable=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
-        masking=masking,
-    )
     modules = {module.space.name: module for module in adapter.partitioned_modules(model, KINDS)}
+    by_unit: dict[str, FullParameter] = {}
     for module in modules.values():
         for spec in module.linears:
-            subnetwork.by_unit.update(_full_parameters(model, module, spec))
+            by_unit.update(_full_parameters(model, module, spec))
+    full = FullModel(
+        adapter,
+        type(model),
+        copy.deepcopy(getattr(model, "config", None)),
+        copy.deepcopy(getattr(model, "generation_config", None)),
+        order=tuple(name for name, _ in model.named_parameters()),
+        trainable=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        by_unit=by_unit,
+    )
+    cutting = Cutting(model, plan, index, full, masking, client or ClientMap(model))
     planned_names = {planned.space.name for planned in plan.spaces}
-    check_hooks(model, (name for name, full in subnetwork.by_unit.items() if full.space in planned_names))
+    check_hooks(model, (name for name, full in by_unit.items() if full.space in planned_names))
     blocks = {block.space.name: block for block in adapter.blocks(model, block_unit, KINDS)} if block_unit else {}
     for planned in plan.spaces:
         found = (blocks if block_unit else modules).get(planned.space.name)
@@ -77,22 +79,20 @@ def cut_model(
                 f"plan: made for {planned.space.name} with {planned.space.num_units} units; the model has {got}"
             )
         if masking == "backward" and isinstance(found, PartitionedModule):
-            mask_units(subnetwork, found, planned.chunks)
+            mask_units(cutting, found, planned.chunks)
         elif masking == "backward":
             assert isinstance(found, Block)
             inside = [spec for name, spec in modules.items() if f"{name}.".startswith(f"{found.space.name}.")]
-            mask_block(subnetwork, found, planned.chunks[0], inside, recompute_frozen)
+            mask_block(cutting, found, planned.chunks[0], inside, recompute_frozen)
         elif isinstance(found, PartitionedModule):
-            _cut_module(subnetwork, found, output_scale(output_scaling, plan, index, found.space.kind))
+            _cut_module(cutting, found, output_scale(output_scaling, plan, index, found.space.kind))
         else:
-            cut_block(subnetwork, found, output_scale(output_scaling, plan, index, found.space.kind))
-    for name, _ in model.named_parameters():
-        subnetwork.fragments.setdefault(name, Fragment(name, SHARED))
+            cut_block(cutting, found, output_scale(output_scaling, plan, index, found.space.kind))
     config: Any = getattr(model, "config", None)
     if config is not None:
         # A cache of keys and values serves generation; a subnetwork only trains.
         config.use_cache = False
-    return subnetwork
+    return cutting.done()
 
 
 def output_scale(output_scaling: OutputScaling, plan: SubnetworkPlan, worker: int, kind: str) -> float:
@@ -102,15 +102,15 @@ def output_scale(output_scaling: OutputScaling, plan: SubnetworkPlan, worker: in
     return math.pow(plan.shares(kind)[worker], -powers[output_scaling])
 
 
-def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -> None:
+def _cut_module(cutting: Cutting, spec: PartitionedModule, scale: float) -> None:
     name = spec.space.name
-    module = subnetwork.module.get_submodule(name)
-    owned = subnetwork.plan.owned(name, subnetwork.index)
+    module = cutting.module.get_submodule(name)
+    owned = cutting.plan.owned(name, cutting.index)
     for linear_spec in spec.linears:
         full_name = f"{name}.{linear_spec.name}"
         linear = module.get_submodule(linear_spec.name)
-        full = {kind: subnetwork.by_unit.get(f"{full_name}.{kind}") for kind in ("weight", "bias")}
-        subnetwork.partitioned.update({parameter.name: parameter for parameter in full.values() if parameter})
+        full = {kind: cutting.full.by_unit.get(f"{full_name}.{kind}") for kind in ("weight", "bias")}
+        cutting.partitioned.update({parameter.name: parameter for parameter in full.values() if parameter})
         if not owned:
             continue
         pieces = {
@@ -118,29 +118,29 @@ def _cut_module(subnetwork: Subnetwork, spec: PartitionedModule, scale: float) -
             for kind, parameter in full.items()
             if parameter
         }
-        _replace_linear(subnetwork, full_name, linear, linear_spec, pieces, scale)
+        _replace_linear(cutting, full_name, linear, linear_spec, pieces, scale)
     if not owned:
-        _replace_by_absent(subnetwork, spec, module)
+        _replace_by_absent(cutting, spec, module)
         return
     for attribute, width in spec.widths:
         setattr(module, attribute, width * sum(chunk.stop - chunk.start for chunk in owned))
 
 
-def _replace_by_absent(subnetwork: Subnetwork, spec: PartitionedModule, module: nn.Module) -> None:
+def _replace_by_absent(cutting: Cutting, spec: PartitionedModule, module: nn.Module) -> None:
     name = spec.space.name
-    partitioned = {name for name in subnetwork.partitioned if name.startswith(f"{spec.space.name}.")}
+    partitioned = {name for name in cutting.partitioned if name.startswith(f"{spec.space.name}.")}
     bias: nn.Parameter | None = None
     unused: list[nn.Parameter] = []
     for local, parameter in module.named_parameters():
         if f"{name}.{local}" in partitioned:
-            subnetwork.replaced.setdefault(id(parameter), [])
+            cutting.client.replaced.setdefault(id(parameter), [])
         elif bias is None and any(local == f"{linear.name}.bias" for linear in spec.linears):
             bias = parameter
-            subnetwork.fragments[f"{name}.bias"] = Fragment(f"{name}.{local}", SHARED)
+            cutting.fragments[f"{name}.bias"] = Fragment(f"{name}.{local}", SHARED)
         else:
-            subnetwork.fragments[f"{name}.unused.{len(unused)}"] = Fragment(f"{name}.{local}", SHARED)
+            cutting.fragments[f"{name}.unused.{len(unused)}"] = Fragment(f"{name}.{local}", SHARED)
             unused.append(parameter)
-    replace_module(subnetwork.module, name, subnetwork.adapter.absent(spec.space.kind)(bias, unused))
+    replace_module(cutting.module, name, cutting.full.adapter.absent(spec.space.kind)(bias, unused))
 
 
 def _full_parameters(model: nn.Module, module: PartitionedModule, spec: PartitionedLinear) -> dict[str, FullParameter]:
@@ -157,17 +157,17 @@ def _full_parameters(model: nn.Module, module: PartitionedModule, spec: Partitio
 
 
 def _replace_linear(
-    subnetwork: Subnetwork,
+    cutting: Cutting,
     full_name: str,
     linear: nn.Module,
     spec: PartitionedLinear,
     pieces: dict[str, list[Fragment]],
     scale: float,
 ) -> None:
-    fragments = subnetwork.fragments
+    fragments = cutting.fragments
     weight, bias = weight_and_bias(linear)
-    weights = [_slice(subnetwork, weight, fragment) for fragment in pieces["weight"]]
-    biases = [_slice(subnetwork, bias, fragment) for fragment in pieces.get("bias", []) if bias is not None]
+    weights = [_slice(cutting, weight, fragment) for fragment in pieces["weight"]]
+    biases = [_slice(cutting, bias, fragment) for fragment in pieces.get("bias", []) if bias is not None]
     if isinstance(linear, nn.Linear) and len(weights) == spec.groups == 1 and (spec.cut == "out" or scale == 1.0):
         linear.weight = weights[0]
         fragments[f"{full_name}.weight"] = pieces["weight"][0]
@@ -185,11 +185,11 @@ def _replace_linear(
             fragments[f"{full_name}.{plural}.{i}"] = fragment
     form = LinearForm(spec.cut, is_transposed(linear), spec.groups)
     replacement = SubnetworkLinear(weights, biases, form, scale if spec.cut == "in" else 1.0)
-    replace_module(subnetwork.module, full_name, replacement)
+    replace_module(cutting.module, full_name, replacement)
 
 
-def _slice(subnetwork: Subnetwork, parameter: torch.Tensor, fragment: Fragment) -> nn.Parameter:
-    view = subnetwork.partitioned[fragment.full_name].part_of(parameter.detach(), fragment)
+def _slice(cutting: Cutting, parameter: torch.Tensor, fragment: Fragment) -> nn.Parameter:
+    view = cutting.partitioned[fragment.full_name].part_of(parameter.detach(), fragment)
     piece = nn.Parameter(view.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
-    subnetwork.replaced.setdefault(id(parameter), []).append(piece)
+    cutting.client.replaced.setdefault(id(parameter), []).append(piece)
     return piece

@@ -7,31 +7,31 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspeed_sdp.adapters import Block, PartitionedLinear, PartitionedModule
 from deepspeed_sdp.plan import Chunk
+from deepspeed_sdp.subnetwork.cutting import Cutting, replace_module
 from deepspeed_sdp.subnetwork.gated_mlp import MaskedGatedMLP
 from deepspeed_sdp.subnetwork.layout import FullParameter
 from deepspeed_sdp.subnetwork.linear import LinearForm, is_transposed
 from deepspeed_sdp.subnetwork.masked_linear import MaskedLinear
-from deepspeed_sdp.subnetwork.subnetwork import Subnetwork, replace_module
 
 
-def mask_units(subnetwork: Subnetwork, spec: PartitionedModule, chunks: Sequence[Chunk]) -> None:
+def mask_units(cutting: Cutting, spec: PartitionedModule, chunks: Sequence[Chunk]) -> None:
     """Leave gradients to what this worker owns of one unit space; ``chunks`` are those of its plan."""
     for linear_spec in spec.linears:
         name = f"{spec.space.name}.{linear_spec.name}"
-        fulls = [subnetwork.by_unit[n] for n in (f"{name}.weight", f"{name}.bias") if n in subnetwork.by_unit]
+        fulls = [cutting.full.by_unit[n] for n in (f"{name}.weight", f"{name}.bias") if n in cutting.full.by_unit]
         for full in fulls:
             if len(chunks) == 1:
-                _hold_whole(subnetwork, full, chunks[0])
+                _hold_whole(cutting, full, chunks[0])
             else:
-                _hold_parts(subnetwork, full)
+                _hold_parts(cutting, full)
         if len(chunks) > 1:
-            _mask_linear(subnetwork, name, linear_spec, fulls)
+            _mask_linear(cutting, name, linear_spec, fulls)
     if len(chunks) > 1:
-        _keep_less(subnetwork, spec)
+        _keep_less(cutting, spec)
 
 
 def mask_block(
-    subnetwork: Subnetwork, block: Block, chunk: Chunk, inside: Sequence[PartitionedModule], recompute: bool
+    cutting: Cutting, block: Block, chunk: Chunk, inside: Sequence[PartitionedModule], recompute: bool
 ) -> None:
     """Train ``block`` if this worker owns it, else keep it frozen.
 
@@ -41,62 +41,62 @@ def mask_block(
     """
     space = block.space.name
     for name in (space, *block.norms):
-        for local, parameter in subnetwork.module.get_submodule(name).named_parameters():
+        for local, parameter in cutting.module.get_submodule(name).named_parameters():
             # One unit, as wide as the parameter.
             full = FullParameter(f"{name}.{local}", tuple(parameter.shape), 0, parameter.shape[0], space)
-            _hold_whole(subnetwork, full, chunk)
-    if subnetwork.index in subnetwork.plan.owner_sets[chunk.owner_set]:
+            _hold_whole(cutting, full, chunk)
+    if cutting.index in cutting.plan.owner_sets[chunk.owner_set]:
         return
     for spec in inside:
-        _keep_less(subnetwork, spec)
+        _keep_less(cutting, spec)
     if recompute:
-        module = subnetwork.module.get_submodule(space)
+        module = cutting.module.get_submodule(space)
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def _keep_less(subnetwork: Subnetwork, spec: PartitionedModule) -> None:
+def _keep_less(cutting: Cutting, spec: PartitionedModule) -> None:
     if spec.is_gated:
-        children = dict(subnetwork.module.get_submodule(spec.space.name).named_children())
-        replace_module(subnetwork.module, spec.space.name, MaskedGatedMLP(**children))
+        children = dict(cutting.module.get_submodule(spec.space.name).named_children())
+        replace_module(cutting.module, spec.space.name, MaskedGatedMLP(**children))
 
 
-def _hold_whole(subnetwork: Subnetwork, full: FullParameter, chunk: Chunk) -> None:
+def _hold_whole(cutting: Cutting, full: FullParameter, chunk: Chunk) -> None:
     """A parameter that is owned whole or not at all."""
-    subnetwork.partitioned[full.name] = full
-    subnetwork.fragments[full.name] = full.fragment(chunk.start, chunk.stop, chunk.owner_set)
-    if subnetwork.index not in subnetwork.plan.owner_sets[chunk.owner_set]:
-        _freeze(subnetwork, full)
+    cutting.partitioned[full.name] = full
+    cutting.fragments[full.name] = full.fragment(chunk.start, chunk.stop, chunk.owner_set)
+    if cutting.index not in cutting.plan.owner_sets[chunk.owner_set]:
+        _freeze(cutting, full)
 
 
-def _hold_parts(subnetwork: Subnetwork, full: FullParameter) -> None:
+def _hold_parts(cutting: Cutting, full: FullParameter) -> None:
     """A parameter of which workers own parts: whole it is nobody's."""
-    subnetwork.partitioned[full.name] = full
-    subnetwork.fragments[full.name] = full.whole()
-    subnetwork.frozen.add(full.name)
-    parameter = subnetwork.module.get_parameter(full.name)
-    subnetwork.replaced.setdefault(id(parameter), [])
+    cutting.partitioned[full.name] = full
+    cutting.fragments[full.name] = full.whole()
+    cutting.frozen.add(full.name)
+    parameter = cutting.module.get_parameter(full.name)
+    cutting.client.replaced.setdefault(id(parameter), [])
 
 
-def _mask_linear(subnetwork: Subnetwork, name: str, spec: PartitionedLinear, fulls: Sequence[FullParameter]) -> None:
-    owned = subnetwork.plan.owned(fulls[0].space, subnetwork.index)
+def _mask_linear(cutting: Cutting, name: str, spec: PartitionedLinear, fulls: Sequence[FullParameter]) -> None:
+    owned = cutting.plan.owned(fulls[0].space, cutting.index)
     if not owned:
         for full in fulls:
-            _freeze(subnetwork, full)
+            _freeze(cutting, full)
         return
-    linear = subnetwork.module.get_submodule(name)
+    linear = cutting.module.get_submodule(name)
     width = spec.features_per_unit
     ranges = [(chunk.start * width, chunk.stop * width) for chunk in owned]
     masked = MaskedLinear(linear, LinearForm(spec.cut, is_transposed(linear), spec.groups), ranges, spec.is_input_kept)
     for full, kind, views in zip(fulls, ("weights", "biases"), (masked.weights, masked.biases), strict=False):
-        subnetwork.replaced[id(subnetwork.module.get_parameter(full.name))] += views
+        cutting.client.replaced[id(cutting.module.get_parameter(full.name))] += views
         for i, chunk in enumerate(owned):
-            subnetwork.fragments[f"{name}.{kind}.{i}"] = full.fragment(chunk.start, chunk.stop, chunk.owner_set)
-            subnetwork.views[f"{name}.{kind}.{i}"] = full.name
-    replace_module(subnetwork.module, name, masked)
+            cutting.fragments[f"{name}.{kind}.{i}"] = full.fragment(chunk.start, chunk.stop, chunk.owner_set)
+            cutting.views[f"{name}.{kind}.{i}"] = full.name
+    replace_module(cutting.module, name, masked)
 
 
-def _freeze(subnetwork: Subnetwork, full: FullParameter) -> None:
-    parameter = subnetwork.module.get_parameter(full.name)
+def _freeze(cutting: Cutting, full: FullParameter) -> None:
+    parameter = cutting.module.get_parameter(full.name)
     parameter.requires_grad_(False)
-    subnetwork.replaced.setdefault(id(parameter), [])
-    subnetwork.frozen.add(full.name)
+    cutting.client.replaced.setdefault(id(parameter), [])
+    cutting.frozen.add(full.name)

@@ -5,6 +5,7 @@ own ``_init_weights``. So all owners of a unit agree to the bit without talking,
 and the same full model for every ``N``, ``K`` and plan.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import nn
 
 from deepspeed_sdp.adapters.base import features_of, is_linear
 from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.subnetwork.client_map import ClientMap
 from deepspeed_sdp.subnetwork.layout import Fragment
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
 
@@ -33,15 +35,20 @@ def is_meta(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 0) -> None:
+def materialize(
+    subnetwork: Subnetwork, device: torch.device | str, seed: int = 0, client: ClientMap | None = None
+) -> None:
     """Give every meta parameter and buffer of ``subnetwork.module`` memory on ``device``, and its initial values.
+
+    Args:
+        client: learns which parameters take the place of those on the meta device.
 
     Raises:
         ModelError: the family's ``_init_weights`` leaves a parameter or buffer without a value.
     """
     model = subnetwork.module
     tied = _tied(model)
-    branches = {full.space for full in subnetwork.by_unit.values()}
+    branches = {full.space for full in subnetwork.full.by_unit.values()}
     fresh: dict[int, nn.Parameter] = {}
     with torch.random.fork_rng(devices=[]):
         for module_name, module in model.named_modules():
@@ -60,7 +67,7 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
                 continue
             for local, _ in parameters:
                 name = _join(module_name, local)
-                if subnetwork.fragments[name].full_name in subnetwork.by_unit:
+                if subnetwork.fragments[name].full_name in subnetwork.full.by_unit:
                     _init_fragment(subnetwork, name, module.get_parameter(local), seed)
                 else:
                     _init_shared(subnetwork, name, module.get_parameter(local), seed)
@@ -68,10 +75,8 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
     for names in tied:
         for name in names[1:]:
             _assign(model, name, model.get_parameter(names[0]))
-    for replacements in subnetwork.replaced.values():
-        replacements[:] = [fresh.get(id(parameter), parameter) for parameter in replacements]
-    for old, parameter in fresh.items():
-        subnetwork.replaced.setdefault(old, [parameter])
+    if client is not None:
+        client.renew(fresh)
     subnetwork.link_views()
     _check_initialised(model)
 
@@ -79,13 +84,13 @@ def materialize(subnetwork: Subnetwork, device: torch.device | str, seed: int = 
 def _is_special(subnetwork: Subnetwork, name: str) -> bool:
     """Whether a parameter is drawn on its own: it sits in a linear that falls into units, or was moved by the cut."""
     full_name = subnetwork.fragments[name].full_name
-    return full_name != name or f"{full_name.rpartition('.')[0]}.weight" in subnetwork.by_unit
+    return full_name != name or f"{full_name.rpartition('.')[0]}.weight" in subnetwork.full.by_unit
 
 
 def _init_fragment(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: int) -> None:
     """Draw the units of a fragment one by one."""
     fragment = subnetwork.fragments[name]
-    full = subnetwork.by_unit[fragment.full_name]
+    full = subnetwork.full.by_unit[fragment.full_name]
     width, dim = full.features_per_unit, full.unit_dim
     start = fragment.start if fragment.dim is not None else 0
     shape = list(full.unit_shape)
@@ -111,10 +116,10 @@ def _init_shared(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: i
     """Draw a shared parameter that sits in a module with partitioned ones: a bias, or a norm of an absent module."""
     fragment: Fragment = subnetwork.fragments[name]
     owner_name, _, local = fragment.full_name.rpartition(".")
-    owner = subnetwork.full_skeleton().get_submodule(owner_name)
+    owner = subnetwork.full.skeleton.get_submodule(owner_name)
     if is_linear(owner):
         owner = nn.Linear(1, features_of(owner)[1], bias=True, device="meta", dtype=value.dtype)
-    owner = owner.to_empty(device="cpu")
+    owner = copy.deepcopy(owner).to_empty(device="cpu")
     with _seeded(seed, fragment.full_name):
         _family_init(subnetwork.module, owner)
     value.copy_(owner.get_parameter(local))

@@ -1,20 +1,22 @@
 """One worker's subnetwork, as the engine sees it."""
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from deepspeed_sdp.adapters import Adapter
 from deepspeed_sdp.plan import SubnetworkPlan
-from deepspeed_sdp.subnetwork.as_configured import full_skeleton
+from deepspeed_sdp.subnetwork.full_model import FullModel
 from deepspeed_sdp.subnetwork.layout import Fragment, FullParameter
 
+Masking = Literal["forward", "backward"]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Subnetwork:
     """What the engine needs to know about a cut model.
 
@@ -22,51 +24,38 @@ class Subnetwork:
         module: the cut model, the very object that was given.
         plan: who owns what.
         index: ``w``, the worker whose subnetwork this is.
-        adapter: the model family.
+        full: the model that it was cut from.
+        masking: ``"forward"``: ``module`` lacks what is not owned; ``"backward"``: it is the full model.
         fragments: for every parameter name of ``module``, where it lies in the full model.
         partitioned: for every full parameter that is partitioned, its full shape and cut.
-        by_unit: the same for every full parameter that could be; initial values are drawn by these units, so that they
-            do not depend on what is partitioned.
-        first_ranks: for every worker, the lowest rank that trains its subnetwork; by default its own number.
-        full_order: names of all full parameters, in forward order.
-        full_config: configuration of the full model.
-        generation_config: its generation settings, if it has any.
-        model_class: class of the full model.
-        replaced: full parameter (by ``id``) -> the parameters that took its place.
-        full_names: full parameter (by ``id``) -> its name, from before the cut.
-        trainable: names of the full parameters that take gradients.
-        group_of: the client's parameter group of every full parameter that is in one, by name.
-        masking: ``"forward"``: ``module`` lacks what is not owned; ``"backward"``: it is the full model.
         views: for backward masking, parameters of ``module`` that are views of another one: name -> name of the other.
         frozen: for backward masking, names of parameters of ``module`` that are held, and not trained, by this worker:
             those not owned, and the full weights of which only views are trained.
-        full_scale: what the full model's writes are multiplied by when it is put together, under forward masking; see
-            :mod:`deepspeed_sdp.engine.full.calibration`.
+        first_ranks: for every worker, the lowest rank that trains its subnetwork.
+        group_of: the client's parameter group of every full parameter that is in one, by name.
     """
 
     module: nn.Module
     plan: SubnetworkPlan
     index: int
-    adapter: Adapter
-    fragments: dict[str, Fragment] = field(default_factory=dict)
-    partitioned: dict[str, FullParameter] = field(default_factory=dict)
-    by_unit: dict[str, FullParameter] = field(default_factory=dict)
-    first_ranks: tuple[int, ...] = ()
-    full_order: tuple[str, ...] = ()
-    full_config: Any = None
-    generation_config: Any = None
-    model_class: type[nn.Module] = nn.Module
-    replaced: dict[int, list[nn.Parameter]] = field(default_factory=dict)
-    full_names: dict[int, str] = field(default_factory=dict)
-    trainable: frozenset[str] = frozenset()
-    group_of: dict[str, int] = field(default_factory=dict)
-    masking: Literal["forward", "backward"] = "forward"
-    views: dict[str, str] = field(default_factory=dict)
-    frozen: set[str] = field(default_factory=set)
-    full_scale: float = 1.0
+    full: FullModel
+    masking: Masking
+    fragments: Mapping[str, Fragment]
+    partitioned: Mapping[str, FullParameter]
+    views: Mapping[str, str]
+    frozen: frozenset[str]
+    first_ranks: tuple[int, ...]
+    group_of: Mapping[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.first_ranks = self.first_ranks or tuple(range(self.plan.num_subnetworks))
+    @property
+    def adapter(self) -> Adapter:
+        """The model family."""
+        return self.full.adapter
+
+    @property
+    def full_order(self) -> tuple[str, ...]:
+        """Names of all full parameters, in forward order."""
+        return self.full.order
 
     @property
     def is_louder(self) -> bool:
@@ -89,7 +78,7 @@ class Subnetwork:
 
         By the plan, for at ZeRO-3 weights come and go.
         """
-        model = self.full_skeleton()
+        model = self.full.skeleton
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         full = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
         partitioned = sum(planned.space.num_units * planned.space.unit_numel for planned in self.plan.spaces)
@@ -117,7 +106,7 @@ class Subnetwork:
 
     def is_trained(self, full_name: str) -> bool:
         """Whether a parameter of the full model takes gradients and is in one of the client's groups."""
-        return full_name in self.trainable and full_name in self.group_of
+        return full_name in self.full.trainable and full_name in self.group_of
 
     def persistent_buffers(self) -> list[tuple[str, torch.Tensor]]:
         """Buffers that are part of a state dict, by name."""
@@ -127,16 +116,3 @@ class Subnetwork:
             if local not in self.module.get_submodule(parent)._non_persistent_buffers_set:
                 found.append((name, buffer))
         return found
-
-    def full_skeleton(self) -> nn.Module:
-        """The full model on the meta device: shapes and names, no memory."""
-        model: Any = full_skeleton(self.model_class, self.full_config)
-        if self.generation_config is not None:
-            model.generation_config = copy.deepcopy(self.generation_config)
-        return model  # type: ignore[no-any-return]
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

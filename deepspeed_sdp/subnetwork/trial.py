@@ -16,8 +16,9 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedModule
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import Chunk, PlannedSpace, SubnetworkPlan, UnitSpace
-from deepspeed_sdp.subnetwork.cut import Masking, cut_model
+from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.layout import FullParameter
+from deepspeed_sdp.subnetwork.subnetwork import Masking
 
 T = TypeVar("T")
 
@@ -29,7 +30,8 @@ _TOLERANCE = 1e-3
 # Worker 0 has two chunks of a space, worker 1 has one, worker 2 has nothing.
 _OWNER_SETS = ((0, 1, 2), (0,), (1,))
 
-_passed: set[tuple[object, ...]] = set()
+# By the adapter's identity, as it need not be hashable; it is held, so that no other one takes over its id.
+_passed: dict[tuple[object, ...], Adapter] = {}
 
 
 def try_adapter(
@@ -47,7 +49,7 @@ def try_adapter(
         config = tiny_config(getattr(model, "config", None))
     except AttributeError:
         return
-    key = (type(model), repr(config), adapter, tuple(kinds), block_unit, masking)
+    key = (type(model), repr(config), id(adapter), tuple(kinds), block_unit, masking)
     if key in _passed:
         return
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
@@ -57,7 +59,7 @@ def try_adapter(
         if trial is not None:
             for kind in ("layer",) if block_unit == "layer" else kinds:
                 trial.check(kind, block_unit, masking)
-    _passed.add(key)
+    _passed[key] = adapter
 
 
 class _Trial:
@@ -129,10 +131,10 @@ class _Trial:
 
     def cut(
         self, plan: SubnetworkPlan, worker: int, block_unit: BlockUnit | None, masking: Masking
-    ) -> tuple[nn.Module, dict[str, FullParameter]]:
+    ) -> tuple[nn.Module, Mapping[str, FullParameter]]:
         model = copy.deepcopy(self.full)
         made = cut_model(model, plan, worker, masking=masking, block_unit=block_unit, adapter=self.adapter)
-        return model, made.by_unit
+        return model, made.full.by_unit
 
     def tried(self, work: Callable[[], T], who: str) -> T:
         try:

@@ -203,3 +203,11 @@ def test_trying_leaves_the_random_numbers_alone(monkeypatch):
     first = torch.rand(2)
     torch.default_generator.manual_seed(3)
     assert torch.equal(first, torch.rand(2))
+
+
+def test_an_adapter_need_not_be_hashable(using):
+    class Unhashable(LlamaAdapter):
+        __hash__ = None
+
+    using(Unhashable())
+    assert plan(tiny_model(meta=True)).num_subnetworks == 4

@@ -44,7 +44,7 @@ def calibrate(**values):
     fitted, held_back, _ = halves(batches)
 
     def at(scale, part):
-        engine._subnetwork.full_scale = scale
+        engine.full_scale = scale
         return engine.evaluate_full(part)
 
     result = {
@@ -57,7 +57,7 @@ def calibrate(**values):
         "loss_after": engine.evaluate_full(batches),
         "tried": scales_to_try(engine.plan, engine.sdp_config),
     }
-    scale = engine._subnetwork.full_scale
+    scale = engine.full_scale
     result["held_back"] = [at(each, held_back) for each in (1.0, scale)]
     result["fitted"] = [at(scale * factor, fitted) for factor in (0.97, 1.0, 1.03)]
     engine.destroy()
@@ -75,7 +75,7 @@ def calibrate_untrained(few=False, **values):
         scale = engine.calibrate(batches)
     losses = {scale: engine.evaluate_full(batches)}
     for silent in (0.3, 1.0):
-        engine._subnetwork.full_scale = silent
+        engine.full_scale = silent
         losses[silent] = engine.evaluate_full(batches)
     result = {"scale": scale, "said": said, "losses": losses, "tried": scales_to_try(engine.plan, engine.sdp_config)}
     engine.destroy()

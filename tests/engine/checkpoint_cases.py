@@ -91,7 +91,7 @@ def save_what_json_cannot_hold(folder):
     """The message of every rank, and a step after it."""
     engine = start(HALF, {"stage": 1})
     run_steps(engine, 1)
-    engine._subnetwork.full_config.note = {1, 2}
+    engine._subnetwork.full.config.note = {1, 2}
     try:
         engine.save_checkpoint(folder)
     except Exception as error:

@@ -60,8 +60,8 @@ def traffic(ds, sdp, model=None):
 def buckets(engine):
     """Every bucket: (name of one parameter in it, owner set, elements, elements with padding)."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    parameters = engine.optimizer._local.parameters
+    parameters = engine.optimizer.parameters
     return [
-        (names[id(parameters[flat.bucket.items[0]])], flat.bucket.owner_set, flat.bucket.numel, flat.padded_numel)
+        (names[id(parameters[flat.items[0]])], flat.owner_set, flat.numel, flat.padded_numel)
         for flat in engine.optimizer._buckets
     ]

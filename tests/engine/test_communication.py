@@ -8,6 +8,7 @@ import time
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from deepspeed_sdp.engine.deepspeed import start
 from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks
 
 HOLD = (
@@ -56,3 +57,16 @@ def test_a_young_lock_may_be_another_machines(lock):
 
 def test_no_lock_is_no_work(lock):
     assert clear_stale_locks() == []
+
+
+def test_a_first_compilation_is_announced(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    start._say_if_it_compiles()
+    assert "DeepSpeed compiles" in caplog.text
+    caplog.clear()
+    built = tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
+    built.parent.mkdir()
+    built.touch()
+    start._say_if_it_compiles()
+    assert not caplog.records

@@ -102,9 +102,9 @@ def attributes(base):
 
 
 def used(ours, names):
-    """Attributes that engine/*.py takes of ``self`` in the classes of ``ours``, and anywhere of what has ``names``."""
+    """Attributes that engine takes of ``self`` in the classes of ``ours``, and anywhere of what has ``names``."""
     classes = {part.__name__ for part in parts_of(ours)}
-    for file in sorted(Path(internals.__file__).parent.glob("*.py")):
+    for file in sorted(Path(internals.__file__).parents[1].rglob("*.py")):
         for statement in ast.parse(file.read_text()).body:
             is_own = isinstance(statement, ast.ClassDef) and statement.name in classes
             called = {*names, "self", "super()"} if is_own else names

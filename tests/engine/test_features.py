@@ -189,11 +189,11 @@ def test_fp16_at_full_coverage_is_deepspeeds(ranks4, stage):
 
 
 @pytest.mark.parametrize("transport", ["owner_sets", "all_to_all"])
-def test_fp32_reduction_of_bf16_gradients(ranks4, transport):
+def test_bf16_gradients_are_reduced_in_fp32_unless_the_job_says_otherwise(ranks4, transport):
     norms, sent = {}, {}
-    for dtype in ("bf16", "fp32"):
-        sdp = {"coverage": 1.0, "transport": transport, "reduction_dtype": dtype}
-        results = ranks4.run("tests.engine.cases:train", timeout=60, sdp=sdp, steps=1, ds={"stage": 2, "bf16": True})
+    for dtype, asked in (("bf16", {"communication_data_type": "bf16"}), ("fp32", {})):
+        sdp, ds = {"coverage": 1.0, "transport": transport}, {"stage": 2, "bf16": True, **asked}
+        results = ranks4.run("tests.engine.cases:train", timeout=60, sdp=sdp, steps=1, ds=ds)
         assert_owners_equal(results)
         norms[dtype] = results[0]["norms"][0]
         sent[dtype] = sum(

@@ -79,6 +79,11 @@ TRANSPORTS = [
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 70))])
-def test_the_reducer_takes_gradients_in_any_order(ranks4, seed, transport):
-    errors = ranks4.run("tests.engine.reducer_cases:reduce_in_random_order", timeout=30, seed=seed, **transport)
+def test_gradients_are_averaged_in_whatever_order_they_come(ranks4, seed, transport):
+    errors = ranks4.run("tests.engine.gradient_cases:reduce_in_random_order", timeout=30, seed=seed, **transport)
     assert max(errors) < 1e-12
+
+
+def test_a_users_barrier_in_a_gradient_hook_may_stand_elsewhere_on_each_rank(pools):
+    averages = pools(2).run("tests.engine.gradient_cases:reduce_beside_a_users_barrier", timeout=30)
+    assert averages == [[index + 0.5 for index in range(6)]] * 2

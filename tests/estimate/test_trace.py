@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from deepspeed_sdp import SDPConfig
+from deepspeed_sdp.engine.zero.freed_weight import FreedWeight, nothing_of
 from deepspeed_sdp.estimate.trace import trace
 from deepspeed_sdp.estimate.worker_model import worker_model
 from deepspeed_sdp.report.saved_activations import saved_activations
@@ -100,3 +102,12 @@ def test_checkpointing_keeps_a_layer_s_input_alone():
     less, more = (kept(trace(worker_model(full, torch.float32), BATCH, LENGTH, flag)) for flag in (True, False))
     inputs = 5 * BATCH * LENGTH * 64 * 4
     assert inputs < less < inputs + 4 * BATCH * LENGTH * (2 * 193 + 3 * 64) < more
+
+
+def test_what_is_measured_reads_no_weight_that_is_not_there():
+    model = nn.Linear(3, 3)
+    model.weight.data = nothing_of(model.weight)
+    model.weight.__class__ = FreedWeight
+    with saved_activations(model) as saved:
+        pass
+    assert saved.total == 0

@@ -177,3 +177,25 @@ def test_only_what_is_owned_takes_host_memory():
     assert report["owned"] < 0.3 * report["full"]
     assert 0.5 * report["owned"] < report["raised"] < 1.3 * report["owned"] + 8e6, report
     assert report["raised"] < 0.45 * report["full"], report
+
+
+def test_the_full_models_skeleton_is_built_once(monkeypatch):
+    model = tiny_model("gpt2", meta=True, num_hidden_layers=40)
+    spaces = [module.space for module in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))]
+    cut = cut_model(model, make_plan(spaces, 4, owners_per_unit=2), 0)
+    built = []
+    initialise = type(model).__init__
+    monkeypatch.setattr(type(model), "__init__", lambda self, config: built.append(self) or initialise(self, config))
+    materialize(cut, "cpu")
+    assert len(built) == 1
+    assert cut.full.new_skeleton() is not cut.full.skeleton is built[0]
+
+
+def test_what_a_subnetwork_is_does_not_change():
+    model = tiny_model(meta=True)
+    spaces = [module.space for module in find_adapter(model).partitioned_modules(model, ("mlp",))]
+    cut = cut_model(model, make_plan(spaces, 2, owners_per_unit=1), 0)
+    with pytest.raises(AttributeError):
+        cut.index = 1
+    with pytest.raises(TypeError):
+        cut.fragments["lm_head.weight"] = None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork
+from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -56,6 +56,10 @@ class Pending:
         self._result = result
         self.nbytes = nbytes
 
+    def arrives_within(self, seconds: float) -> bool:
+        """Block for about so long at most; whether :meth:`finish` will then not keep the host waiting."""
+        return all(work.arrives_within(seconds) for work in self.works)
+
     def finish(self) -> Any:
         """The result; blocks until the collectives are done."""
         for work in self.works:
@@ -87,6 +91,7 @@ class OwnerSetTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
+    @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         works, shards = [], []
         for bucket, flat in zip(buckets, grads, strict=True):
@@ -111,10 +116,11 @@ class OwnerSetTransport:
         work = getattr(dist, _REDUCE_SCATTER)(shard, flat, group=bucket.group.handle, async_op=True)
         return [self._timed(work, _AVERAGING, bucket)], shard
 
+    @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         works = []
         for bucket in buckets:
-            shard = bucket.shard.to(bucket.flat.device)
+            shard = bucket.shard.to(bucket.flat.device, non_blocking=True)
             if bucket.shards == 1:
                 if bucket.shard.data_ptr() != bucket.flat.data_ptr():
                     bucket.flat.copy_(shard)
@@ -125,7 +131,7 @@ class OwnerSetTransport:
         return Pending(works, lambda: None, 0)
 
     def _count(self, kind: str, nbytes: int, bucket: OwnerBucket) -> None:
-        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+        self._traffic.add(kind, nbytes, bucket.owner_set)
 
     def _timed(self, work: Any, what: str, bucket: OwnerBucket) -> TimedWork:
         return self._stopwatch.timed(work, what, bucket.group)
@@ -157,6 +163,7 @@ class AllToAllTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
+    @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
         for bucket, flat in zip(buckets, grads, strict=True):
@@ -181,9 +188,10 @@ class AllToAllTransport:
 
         return Pending(work, result, 2 * _nbytes(received))
 
+    @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
-        shards = [bucket.shard.to(bucket.flat.device) for bucket in buckets]
+        shards = [bucket.shard.to(bucket.flat.device, non_blocking=True) for bucket in buckets]
         for bucket, shard in zip(buckets, shards, strict=True):
             for rank in bucket.ranks:
                 if rank != self._rank:
@@ -223,7 +231,7 @@ class AllToAllTransport:
 
     def _count(self, kind: str, bucket: OwnerBucket, element_size: int) -> None:
         nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size
-        self._traffic.add(kind, nbytes, bucket.bucket.owner_set)
+        self._traffic.add(kind, nbytes, bucket.owner_set)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,7 +52,6 @@ ENGINE_METHODS: dict[str, tuple[str, ...]] = {
     "offload_states": (),
     "reload_states": (),
     "managed_gradient_accumulation": (),
-    "communication_data_type": (),
     "gradient_clipping": (),
     "get_global_grad_norm": (),
     "zero_optimization": (),
@@ -137,7 +136,7 @@ SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
     ),
     (DeepSpeedEngine, "step"): ("self.optimizer.finalize_gradient_accumulation_boundary()",),
     (DeepSpeedConfig, "__init__"): ("self._param_dict = ",),
-    (DeepSpeedConfig, "_initialize_params"): ("self.zero_config = ",),
+    (DeepSpeedConfig, "_initialize_params"): ("self.communication_data_type = ", "self.zero_config = "),
     (MonitorMaster, "__init__"): ("self.enabled = ",),
     (loss_scaler.LossScalerBase, "__init__"): ("self.cur_scale = ", "self.dynamic = "),
     # Looked for with a default: without them bytes of DeepSpeed's own optimizers would not be counted, and its sharded

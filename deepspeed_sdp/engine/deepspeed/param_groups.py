@@ -9,14 +9,16 @@ from torch import nn
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, constants, state_like
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.ranks import gather_objects
-from deepspeed_sdp.subnetwork import Subnetwork
+from deepspeed_sdp.subnetwork import ClientMap, Subnetwork
 
 
-def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork) -> list[dict[str, Any]]:
+def translate_groups(
+    groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork, client: ClientMap
+) -> list[dict[str, Any]]:
     """The client's groups with the trainable fragments that took the place of their parameters.
 
     Parameters may be the full model's (from before the cut) or the subnetwork's. A group keeps its options and gets its
-    index under ``GROUP_KEY``; it may end up empty. ``subnetwork.group_of`` learns the index of every full parameter.
+    index under ``GROUP_KEY``; it may end up empty. ``client.group_of`` learns the index of every full parameter.
 
     Raises:
         ConfigError: a parameter belongs to neither model.
@@ -25,33 +27,35 @@ def translate_groups(groups: Sequence[Mapping[str, Any]], subnetwork: Subnetwork
     translated = []
     for index, group in enumerate(groups):
         for parameter in _members(group["params"]):
-            name = _full_name(parameter, names, subnetwork)
+            name = _full_name(parameter, names, subnetwork, client)
             if name is not None:
-                subnetwork.group_of[name] = index
-        members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, subnetwork))))
+                client.group_of[name] = index
+        members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, client))))
         translated.append({**group, "params": members, GROUP_KEY: index})
     return translated
 
 
-def agree_on_groups(subnetwork: Subnetwork) -> None:
-    """Collective. Let ``subnetwork.group_of`` know what any rank's client put into a group.
+def agree_on_groups(mine: Mapping[str, int]) -> dict[str, int]:
+    """Collective. What any rank's client put into a group, by full parameter; of each rank, ``mine`` is told.
 
     A client that picks parameters by ``requires_grad`` sees of the full model what this rank trains, no more.
 
     Raises:
         ConfigError: ranks put a parameter into different groups; on every rank.
     """
-    told: list[dict[str, int]] = gather_objects(subnetwork.group_of, "agreeing on parameter groups")
+    told: list[dict[str, int]] = gather_objects(mine, "agreeing on parameter groups")
+    found: dict[str, int] = {}
     for rank, groups in enumerate(told):
         for name, index in groups.items():
-            if subnetwork.group_of.setdefault(name, index) != index:
+            if found.setdefault(name, index) != index:
                 raise ConfigError(
                     f"optimizer.param_groups: {name} is in group {index} on rank {rank}, and in group "
-                    f"{subnetwork.group_of[name]} on another; takes the same groups on all ranks"
+                    f"{found[name]} on another; takes the same groups on all ranks"
                 )
+    return found
 
 
-def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork) -> None:
+def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork, client: ClientMap) -> None:
     """Translate the groups of a client's optimizer in place, with the state that its constructor made.
 
     Raises:
@@ -61,7 +65,7 @@ def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork
         next(iter([constants(optimizer.state[p]) for p in _members(group["params"]) if optimizer.state.get(p)]), {})
         for group in optimizer.param_groups
     ]
-    groups = translate_groups(optimizer.param_groups, subnetwork)
+    groups = translate_groups(optimizer.param_groups, subnetwork, client)
     optimizer.state.clear()
     # The very dicts, which a scheduler may hold.
     for group, translated, state in zip(optimizer.param_groups, groups, initial, strict=True):
@@ -94,17 +98,17 @@ def _members(parameters: Any) -> list[Any]:
     return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in members]
 
 
-def _full_name(parameter: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> str | None:
-    if id(parameter) in subnetwork.full_names:
-        return subnetwork.full_names[id(parameter)]
+def _full_name(parameter: Any, names: Mapping[int, str], subnetwork: Subnetwork, client: ClientMap) -> str | None:
+    if id(parameter) in client.names:
+        return client.names[id(parameter)]
     return subnetwork.fragments[names[id(parameter)]].full_name if id(parameter) in names else None
 
 
-def _fragments_of(parameters: Any, names: Mapping[int, str], subnetwork: Subnetwork) -> list[nn.Parameter]:
+def _fragments_of(parameters: Any, names: Mapping[int, str], client: ClientMap) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for parameter in _members(parameters):
-        if id(parameter) in subnetwork.replaced:
-            found += subnetwork.replaced[id(parameter)]
+        if id(parameter) in client.replaced:
+            found += client.replaced[id(parameter)]
         elif id(parameter) in names:
             found.append(parameter)
         else:

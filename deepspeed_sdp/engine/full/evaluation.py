@@ -113,7 +113,7 @@ def outputs_of(subnetwork: Subnetwork, batches: Sequence[Mapping[str, Any]], acc
     """Collective, inside ``access.readable(None)``. What the full model returns for each batch."""
     calls = [_record(subnetwork, batch) for batch in batches]
     hidden = [call[0][0] for call in calls]
-    skeleton = subnetwork.full_skeleton().eval()
+    skeleton = subnetwork.full.skeleton
     for index, layer in enumerate(subnetwork.adapter.layers(skeleton)):
         with access.readable(index):
             weights = _gather_layer(subnetwork, index, access)

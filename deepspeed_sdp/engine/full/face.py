@@ -18,6 +18,7 @@ from deepspeed_sdp.engine.full.full_model import full_state_dict, save_hf, skele
 from deepspeed_sdp.engine.full.gather import Access
 from deepspeed_sdp.engine.full.whole_model import whole_model
 from deepspeed_sdp.engine.lifetime import while_alive
+from deepspeed_sdp.engine.zero.build import Parts
 from deepspeed_sdp.engine.zero.memory import model_state_bytes
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
@@ -34,7 +35,8 @@ class FullModelFace:
     sdp_config: SDPConfig
     _owner_groups: OwnerGroups
     _subnetwork: Subnetwork
-    _weights: ShardedWeights | None
+    _parts: Parts | None
+    full_scale: float
     _traffic: Traffic
     _stopwatch: Stopwatch
 
@@ -49,8 +51,12 @@ class FullModelFace:
         return self._subnetwork.index
 
     @property
+    def _weights(self) -> ShardedWeights | None:
+        return None if self._parts is None else self._parts.weights
+
+    @property
     def _access(self) -> Access:
-        return Access(self.device, self._owner_groups.for_weights, self.gathered_weights)
+        return Access(self.device, self._owner_groups.for_weights, self.gathered_weights, self.full_scale)
 
     # -- the full model ----------------------------------------------------------------------------------------------
 
@@ -93,20 +99,19 @@ class FullModelFace:
         Returns:
             The scale, of all ranks; 1 where there is nothing to find.
         """
-        subnetwork = self._subnetwork
         mine = list(batches)
-        if not subnetwork.is_louder:
+        if not self._subnetwork.is_louder:
             return 1.0
 
         def loss(scale: float, part: Iterable[Mapping[str, torch.Tensor]]) -> float:
-            subnetwork.full_scale = scale
+            self.full_scale = scale
             return self.evaluate_full(part)
 
-        scale = subnetwork.full_scale
+        scale = self.full_scale
         try:
             scale = calibrated(loss, mine, scales_to_try(self.plan, self.sdp_config))
         finally:
-            subnetwork.full_scale = scale
+            self.full_scale = scale
         return scale
 
     @while_alive

@@ -32,7 +32,7 @@ def full_state_dict(
         return None
     for name, buffer in subnetwork.persistent_buffers():
         weights[name] = buffer.detach().to("cpu", copy=True)
-    skeleton = subnetwork.full_skeleton()
+    skeleton = subnetwork.full.skeleton
     owners = {id(p): name for name, p in skeleton.named_parameters()}
     # Tied weights stand under each of their names, as in the model's own state dict.
     names = {name: owners.get(id(p), name) for name, p in skeleton.state_dict(keep_vars=True).items()}
@@ -49,7 +49,7 @@ def save_hf(subnetwork: Subnetwork, folder: Path, access: Access, dtype: torch.d
 
 def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedModel:
     """The full model without memory; ``dtype`` is what ``save_pretrained`` writes into the config."""
-    model: Any = subnetwork.full_skeleton().to(dtype)
+    model: Any = subnetwork.full.new_skeleton().to(dtype)
     return model  # type: ignore[no-any-return]
 
 

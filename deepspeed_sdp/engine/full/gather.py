@@ -26,11 +26,14 @@ class Access:
         group: of all ranks, on which they travel.
         readable: a collective that makes this rank's weights of one layer readable inside; ``None``: those outside of
             the layers.
+        full_scale: what the full model's writes are multiplied by when it is put together, under forward masking; see
+            :mod:`deepspeed_sdp.engine.full.calibration`.
     """
 
     device: torch.device
     group: Group
     readable: Callable[[int | None], AbstractContextManager[None]]
+    full_scale: float
 
 
 def layers_name(subnetwork: Subnetwork) -> str:
@@ -93,10 +96,10 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, access: Access) 
             fragment = parameter.fragment(chunk.start, chunk.stop, chunk.owner_set)
             part = parameter.part_of(full[parameter.name], fragment)
             part.copy_(piece.view(parameter.fragment_shape(fragment)))
-    if subnetwork.full_scale != 1.0:
+    if access.full_scale != 1.0:
         for parameter in parameters:
             if parameter.is_write:
-                full[parameter.name].mul_(subnetwork.full_scale)
+                full[parameter.name].mul_(access.full_scale)
     return full
 
 

@@ -22,7 +22,7 @@ def gather_model(subnetwork: Subnetwork, access: Access, is_sharded: bool) -> nn
 
     for some in full_parameters(subnetwork, access):
         weights.update((name, value.clone() if is_sharded else value) for name, value in some.items())
-    model = subnetwork.full_skeleton()
+    model = subnetwork.full.new_skeleton()
     if "_loss_function" in vars(subnetwork.module):  # the one thing a model may have beside its class and config
         model.__dict__["_loss_function"] = vars(subnetwork.module)["_loss_function"]
     owner = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -46,8 +46,8 @@ class StreamedModel(nn.Module):
 
     def __init__(self, subnetwork: Subnetwork, access: Access) -> None:
         super().__init__()
-        self.config = subnetwork.full_config
-        self._class_name = subnetwork.model_class.__name__
+        self.config = subnetwork.full.config
+        self._class_name = subnetwork.full.model_class.__name__
         self.main_input_name = getattr(subnetwork.module, "main_input_name", "input_ids")
 
         def call(inputs: dict[str, Any]) -> Any:

@@ -118,7 +118,7 @@ def load_checkpoint(
         state.check(keys, scalars)
     entries = state.to_read(keys)
     checkpoint.read(entries)
-    _take_full_scale(engine._subnetwork, checkpoint, entries)
+    _take_full_scale(engine, checkpoint, entries)
     if with_optimizer:
         state.take_state(scalars)
         for group, options in zip(engine.optimizer.param_groups, saved["optimizer_groups"], strict=True):
@@ -138,15 +138,16 @@ def load_checkpoint(
     return str(checkpoint.path), saved["client_state"]
 
 
-def _take_full_scale(subnetwork: Subnetwork, checkpoint: Checkpoint, entries: Sequence[Entry]) -> None:
+def _take_full_scale(engine: Any, checkpoint: Checkpoint, entries: Sequence[Entry]) -> None:
     """The full model stays what it was: a job that cannot have its scale beside the weights takes it into them."""
+    subnetwork: Subnetwork = engine._subnetwork
     scale = float(checkpoint.meta.get(FULL_SCALE, 1.0))
-    subnetwork.full_scale = 1.0
+    engine.full_scale = 1.0
     if scale == 1.0:
         return
-    writes = writes_of(checkpoint.path, checkpoint.meta, copy.deepcopy(subnetwork.full_config))
+    writes = writes_of(checkpoint.path, checkpoint.meta, copy.deepcopy(subnetwork.full.config))
     if subnetwork.is_louder and writes == subnetwork.writes:
-        subnetwork.full_scale = scale
+        engine.full_scale = scale
         return
     for entry in entries:
         for run, values in entry.parts():
@@ -160,7 +161,7 @@ def _state_of(engine: Any) -> TrainingState:
 
 def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
     subnetwork = engine._subnetwork
-    config = subnetwork.full_config
+    config = subnetwork.full.config
     return {
         **{counter: getattr(engine, counter) for counter in _COUNTERS},
         "world_size": dist.get_world_size(),
@@ -170,9 +171,9 @@ def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
         "optimizer": type(engine.basic_optimizer).__name__,
         "optimizer_state": state.state_keys(),
         "plan_hash": engine.plan.hash,
-        FULL_SCALE: subnetwork.full_scale,
+        FULL_SCALE: engine.full_scale,
         "subnetwork_data_parallel": engine.sdp_config.model_dump(mode="json"),
-        "model_class": subnetwork.model_class.__name__,
+        "model_class": subnetwork.full.model_class.__name__,
         "model_config": config.to_dict() if hasattr(config, "to_dict") else {},
         "versions": {
             "torch": torch.__version__,

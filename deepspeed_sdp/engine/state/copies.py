@@ -33,7 +33,7 @@ def exchange_copies(
     world = len(groups.workers)
     outgoing: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     incoming: defaultdict[int, list[int]] = defaultdict(list)
-    for place in sorted(range(len(buckets)), key=lambda place: buckets[place].bucket.key):
+    for place in sorted(range(len(buckets)), key=lambda place: buckets[place].key):
         bucket = buckets[place]
         target = groups.next_owner(groups.rank, bucket.ranks, copy)
         outgoing[target].append(own[place][: _length(bucket, groups.rank)].to(device))

@@ -65,10 +65,10 @@ class TrainingState:
         for group, kinds in self._kinds().items():
             held = []
             for bucket in self._buckets(group):
-                if bucket.bucket.owner_set not in of_set:
-                    of_set[bucket.bucket.owner_set] = number(bucket.ranks)
+                if bucket.owner_set not in of_set:
+                    of_set[bucket.owner_set] = number(bucket.ranks)
                 share = bucket.share_of(bucket.ranks[0])[1]
-                held.append(Held(of_set[bucket.bucket.owner_set], tuple(self._runs(bucket)), share))
+                held.append(Held(of_set[bucket.owner_set], tuple(self._runs(bucket)), share))
             sections.append(Section(kinds, held))
         for run, value, ranks in self._untrained():
             writers = tuple((self._groups.next_owner(ranks[0], ranks, copy),) for copy in range(copies))
@@ -112,7 +112,7 @@ class TrainingState:
     def _portions(self, group: int) -> Iterator[list[OwnerBucket]]:
         """This rank's buckets of one of the client's groups, a portion of the model at a time; as many on all ranks."""
         for portion in self._optimizer.refresh.portions:
-            yield [bucket for buckets in portion.owned for bucket in buckets if bucket.bucket.group == group]
+            yield [bucket for buckets in portion.owned for bucket in buckets if bucket.client_group == group]
 
     def _buckets(self, group: int) -> Iterator[OwnerBucket]:
         return (bucket for portion in self._portions(group) for bucket in portion)
@@ -177,10 +177,10 @@ class TrainingState:
             state = self._optimizer.state.get(master, {})
             numbers = [key for key, kept in self._kept(bucket).items() if not kept.by_element and key in state]
             scalars = {key: _described(state[key]) for key in numbers}
-            first = found.setdefault(bucket.bucket.group, scalars)
+            first = found.setdefault(bucket.client_group, scalars)
             if first != scalars:
                 raise CheckpointError(
-                    f"optimizer: parameters of group {bucket.bucket.group} differ: {first} and {scalars}"
+                    f"optimizer: parameters of group {bucket.client_group} differ: {first} and {scalars}"
                 )
         return found
 
@@ -203,34 +203,32 @@ class TrainingState:
         self._optimizer.reset_state()
         for bucket, master in self._optimizer.masters.items():
             numbers = {
-                key: kept.number(scalars[bucket.bucket.group][key]["value"])
+                key: kept.number(scalars[bucket.client_group][key]["value"])
                 for key, kept in self._kept(bucket).items()
-                if not kept.by_element and key in scalars[bucket.bucket.group]
+                if not kept.by_element and key in scalars[bucket.client_group]
             }
             if state := {**self._read.get(master, {}), **numbers}:
                 self._optimizer.optimizer.state[master].update(state)
         self._read = {}
 
     def _kept(self, bucket: OwnerBucket) -> Mapping[str, Kept]:
-        return self._optimizer.behaviour.state[bucket.bucket.group]
+        return self._optimizer.behaviour.state[bucket.client_group]
 
     def spread(self) -> None:
         """Collective. The master weights are new: bring them to all who compute with them."""
-        with torch.no_grad():
-            for bucket, master in self._optimizer.masters.items():
-                bucket.store(master.data)
+        self._optimizer.store_masters()
         self._optimizer.refresh.send_all()
 
     # -- where things lie --------------------------------------------------------------------------------------------
 
     def _shard(self, bucket: OwnerBucket) -> tuple[int, int]:
         """The half-open range of the bucket's flat vector of which this rank has the master weights."""
-        return (0, bucket.bucket.numel) if bucket.shards == 1 else bucket.share_of(self._rank)
+        return (0, bucket.numel) if bucket.shards == 1 else bucket.share_of(self._rank)
 
     def _runs(self, bucket: OwnerBucket) -> Iterator[Run]:
         """The bucket's flat vector."""
-        for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
-            yield replace(self._run(self._names[index]), start=0, stop=numel)
+        for index, start, stop in bucket.ranges:
+            yield replace(self._run(self._names[index]), start=start, stop=stop)
 
     def _run(self, name: str) -> Run:
         """What of its full parameter a parameter of the subnetwork is."""

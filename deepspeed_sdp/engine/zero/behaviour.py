@@ -230,6 +230,7 @@ def _run(
         for call in calls:
             for place in call:
                 parameters[place].grad = of_step[place].clone()
+            optimizer.param_groups[0]["params"] = [parameters[place] for place in call]
             optimizer.step()
             for parameter in parameters:
                 parameter.grad = None

@@ -1,8 +1,9 @@
 """A bucket whose weights lie in one flat tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from deepspeed_sdp.engine.comm.groups import Group
@@ -49,9 +50,9 @@ class FlatBucket(OwnerBucket):
             return nn.Parameter(self.shard)
         return nn.Parameter(self.shard.to(device, torch.float32, copy=True))
 
-    def store(self, master: torch.Tensor) -> None:
+    def places(self, master: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if master.data_ptr() != self.shard.data_ptr():
-            self.shard.copy_(master)
+            yield self.shard, master
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self.flat[start:stop]
@@ -61,9 +62,10 @@ class FlatBucket(OwnerBucket):
 
     # -- ZeRO 3: the flat tensor exists only while it is used ---------------------------------------------------------
 
-    def keep_shard_only(self, device: torch.device) -> None:
-        """Give the shard memory of its own on ``device`` and free the rest."""
-        self.shard = self.shard.to(device, copy=True)
+    def keep_shard_only(self, device: torch.device, is_pinned: bool = False) -> None:
+        """Give the shard memory of its own on ``device``, page-locked if asked, and free the rest."""
+        shard = self.shard.to(device, copy=True)
+        self.shard = get_accelerator().pin_memory(shard) if is_pinned else shard
         self._nothing = tuple(map(nothing_of, self._parameters))
         self.free()
 

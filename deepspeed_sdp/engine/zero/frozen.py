@@ -4,7 +4,7 @@ A step passes over them, as it does where every parameter is stepped by itself: 
 Only the count of steps, which all parameters of a bucket share, goes on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,24 +42,20 @@ class FrozenParameters:
         self._names = names
         self._outside = dict(outside)
         self._copies = tuple(copies)
-        self._reached: set[int] = set()
-        self._passed_over: frozenset[int] = frozenset()
+        self._now = self._passed_over = frozenset[int]()
 
-    def reach(self, index: int) -> None:
-        """Parameter ``index`` has a gradient."""
-        self._reached.add(index)
+    def have_changed(self, reached: Set[int]) -> bool:
+        """Whether ranks must agree again, as this one freezes other parameters than in the last step.
 
-    def clear(self) -> None:
-        """Gradients are dropped."""
-        self._reached.clear()
-
-    def have_changed(self) -> bool:
-        """Whether ranks must agree again, as this one freezes other parameters than in the last step."""
+        Args:
+            reached: parameters that got a gradient.
+        """
         for parameter in self._copies:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        return self._now() != self._passed_over or any(p.requires_grad for p in self._outside.values())
+        self._now = frozenset(i for i, p in self._parameters.items() if not p.requires_grad and i not in reached)
+        return self._now != self._passed_over or any(p.requires_grad for p in self._outside.values())
 
     def agree(self) -> None:
         """Collective. Pass over what is frozen now.
@@ -67,11 +63,10 @@ class FrozenParameters:
         Raises:
             ConfigError: ranks differ, or train what was frozen from the start; on every rank.
         """
-        now = self._now()
         held = {
-            (bucket.bucket.key, place): (self._names[index], index in now)
+            (bucket.key, place): (self._names[index], index in self._now)
             for bucket in self._buckets
-            for place, index in enumerate(bucket.bucket.items)
+            for place, index in enumerate(bucket.items)
         }
         thawed = [name for name, parameter in self._outside.items() if parameter.requires_grad]
         told = gather_objects((held, thawed), "agreeing on frozen parameters")
@@ -89,10 +84,7 @@ class FrozenParameters:
                         f"requires_grad: {name} is {_word(expected)} on rank {before} and {_word(is_frozen)} on rank "
                         f"{rank}; takes the same on all ranks"
                     )
-        self._passed_over = now
-
-    def _now(self) -> frozenset[int]:
-        return frozenset(i for i, p in self._parameters.items() if not p.requires_grad and i not in self._reached)
+        self._passed_over = self._now
 
     @contextmanager
     def kept(self, buckets: Sequence[OwnerBucket], tensors_of: Any) -> Iterator[None]:
@@ -116,7 +108,7 @@ class FrozenParameters:
         """In this rank's shard."""
         base = bucket.index * bucket.shard_numel
         start = 0
-        for index, numel in zip(bucket.bucket.items, bucket.bucket.numels, strict=True):
+        for index, numel in zip(bucket.items, bucket.numels, strict=True):
             low, high = max(start - base, 0), min(start + numel - base, bucket.shard_numel)
             if index in self._passed_over and low < high:
                 yield low, high

@@ -40,23 +40,27 @@ class InPlaceBucket(OwnerBucket):
         master[: stop - start].copy_(self.read(start, stop))
         return nn.Parameter(master)
 
-    def store(self, master: torch.Tensor) -> None:
+    def places(self, master: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         start, stop = self._shard_range()
-        self.write(start, master[: stop - start].to(self.device, self.dtype))
+        return self._pairs(start, master[: stop - start])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         pieces = [piece.reshape(-1) for piece in self._pieces(start, stop)]
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype, device=self.device)
 
     def write(self, start: int, values: torch.Tensor) -> None:
+        for piece, value in self._pairs(start, values):
+            piece.copy_(value)
+
+    def _pairs(self, start: int, values: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         taken = 0
         for piece in self._pieces(start, start + len(values)):
-            piece.copy_(values[taken : taken + piece.numel()].view(piece.shape))
+            yield piece, values[taken : taken + piece.numel()].view(piece.shape)
             taken += piece.numel()
 
     def _shard_range(self) -> tuple[int, int]:
-        start = min(self.index * self.shard_numel, self.bucket.numel)
-        return start, min(start + self.shard_numel, self.bucket.numel)
+        start = min(self.index * self.shard_numel, self.numel)
+        return start, min(start + self.shard_numel, self.numel)
 
     def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         for view, first in zip(self._views, self._starts, strict=False):

@@ -64,7 +64,7 @@ class Layout:
     def _portion(self, rounds: tuple[int, ...], is_gathered: bool, is_exchanged: bool) -> Portion:
         owned = tuple(self.rounds[round_] for round_ in rounds)
         held = [bucket for round_ in rounds for bucket in (*self.rounds[round_], *self.copies[round_])]
-        held.sort(key=lambda bucket: bucket.bucket.key)
+        held.sort(key=lambda bucket: bucket.key)
         exchanged = [b for b in held if is_exchanged and _is_exchanged(b)]
         gathered = [b for b in held if is_gathered and b not in exchanged and isinstance(b, FlatBucket)]
         return Portion(rounds, owned, tuple(gathered), tuple(exchanged))
@@ -72,7 +72,7 @@ class Layout:
 
 def _is_exchanged(bucket: OwnerBucket) -> bool:
     """What everyone owns is gathered like any weight, but where only the exchange knows where it lies."""
-    return isinstance(bucket, InPlaceBucket) or bucket.bucket.owner_set != SHARED
+    return isinstance(bucket, InPlaceBucket) or bucket.owner_set != SHARED
 
 
 def make_layout(
@@ -120,7 +120,7 @@ def make_layout(
 def _by_round(buckets: Sequence[OwnerBucket], rounds: Sequence[int]) -> tuple[tuple[OwnerBucket, ...], ...]:
     by_round: list[list[OwnerBucket]] = [[] for _ in range(max(rounds) + 1)]
     for bucket in buckets:
-        by_round[bucket.bucket.round].append(bucket)
+        by_round[bucket.round].append(bucket)
     return tuple(map(tuple, by_round))
 
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 
-from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.errors import NonFiniteError
 from deepspeed_sdp.ranks import gather_objects
 
@@ -16,7 +14,7 @@ _HOPELESS = 100
 
 
 class NonFiniteGradients:
-    """Watches the gradients of this rank before they are averaged, and reports.
+    """Counts steps whose gradient is not finite, and reports.
 
     Args:
         names: full-model name of every parameter of this rank, by its index in the buckets.
@@ -26,33 +24,25 @@ class NonFiniteGradients:
     def __init__(self, names: Sequence[str], action: Literal["skip", "stop"]) -> None:
         self._names = names
         self._action = action
-        self._norms: list[tuple[int, torch.Tensor]] = []
         self._skipped = 0
         self._step = 0
-
-    def watch(self, flat: OwnerBucket, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Remember the norm of every gradient of a bucket, which NaN and Inf spoil; nothing is read back yet."""
-        present = [(i, g) for i, g in zip(flat.bucket.items, gradients, strict=True) if g is not None]
-        if present:
-            norms = torch._foreach_norm([gradient for _, gradient in present], dtype=torch.float32)
-            self._norms += [(index, value) for (index, _), value in zip(present, norms, strict=True)]
-
-    def clear(self) -> None:
-        """The gradients are dropped."""
-        self._norms.clear()
 
     def reset(self) -> None:
         """The step was finite."""
         self._skipped = 0
         self._step += 1
 
-    def handle(self, loss_scale: float, is_scale_dynamic: bool) -> None:
+    def handle(self, first: tuple[int, float] | None, loss_scale: float, is_scale_dynamic: bool) -> None:
         """Collective. The averaged gradient is not finite: report where that began; raise if so configured.
+
+        Args:
+            first: index and norm of this rank's first gradient that is not finite.
 
         Raises:
             NonFiniteError: on every rank, if the action is ``"stop"`` or no finite step came for long.
         """
-        reports: list[tuple[str, float] | None] = gather_objects(self._first(), "finding NaN and Inf in gradients")
+        mine = None if first is None else (self._names[first[0]], first[1])
+        reports: list[tuple[str, float] | None] = gather_objects(mine, "finding NaN and Inf in gradients")
         self._step += 1
         self._skipped += 1
         found = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
@@ -67,14 +57,6 @@ class NonFiniteGradients:
         if self._skipped >= _HOPELESS:
             raise NonFiniteError(f"{message}; so were the {_HOPELESS - 1} steps before")
         _log_once(f"{message}; skipped on all ranks")
-
-    def _first(self) -> tuple[str, float] | None:
-        """Name and value of the first gradient in backward order that is not finite."""
-        for index, value in self._norms:
-            number = float(value)
-            if number - number != 0.0:
-                return self._names[index], number
-        return None
 
 
 def _log_once(message: str) -> None:

@@ -13,8 +13,9 @@ stage  state                          gradients                             weig
 ====== ============================== ===================================== =========================================
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -22,32 +23,19 @@ import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
+from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.groups import Group
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
-from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
-from deepspeed_sdp.engine.zero.local_gradients import LocalGradients
+from deepspeed_sdp.engine.zero.gradients import GradientPath
+from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-from deepspeed_sdp.engine.zero.reducer import Reducer
-from deepspeed_sdp.engine.zero.refresh import Portion, WeightRefresh
+from deepspeed_sdp.engine.zero.refresh import WeightRefresh
 from deepspeed_sdp.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtypes of a gradient's way.
-
-    Attributes:
-        reduce: of the collectives.
-        accumulate: in which the micro-batches of a step are summed.
-    """
-
-    reduce: torch.dtype
-    accumulate: torch.dtype
 
 
 class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
@@ -57,20 +45,18 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         optimizer: the basic optimizer; its groups carry ``GROUP_KEY``, the index of the client's group, and its
             parameters are replaced by the master shards.
         behaviour: of ``optimizer``.
-        rounds: this rank's buckets by round, with their parameters.
-        parameters: of the buckets, by their index there.
+        gradients: their way, to the averages of this rank's shards.
         refresh: moves weights after the step.
         stage: of ZeRO.
-        transport: of gradients.
         world: of all ranks, for the norm.
         device: of weights and gradients.
-        precision: see :class:`Precision`.
         loss_scaler: DeepSpeed's.
         clip_grad: largest norm of the gradient, 0 for none.
         state_device: where the master weights and the optimizer's state live.
+        host_copies: makes, for that many elements of the largest part, what copies gradients to the host and weights
+            from it, where the state is offloaded.
         nonfinite: what is done about NaN and Inf.
         frozen: which parameters a step passes over.
-        untrained: parameters that get gradients but are in no group; the gradients are dropped.
         traffic: counts bytes sent.
     """
 
@@ -78,21 +64,18 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self,
         optimizer: torch.optim.Optimizer,
         behaviour: Behaviour,
-        rounds: Sequence[Sequence[OwnerBucket]],
-        parameters: Mapping[int, nn.Parameter],
+        gradients: GradientPath,
         refresh: WeightRefresh,
         *,
         stage: int,
-        transport: Transport,
         world: Group,
         device: torch.device,
-        precision: Precision,
         loss_scaler: Any,
         clip_grad: float,
         state_device: torch.device,
+        host_copies: Callable[[int], HostCopies] | None,
         nonfinite: NonFiniteGradients,
         frozen: FrozenParameters,
-        untrained: Sequence[nn.Parameter],
         traffic: Traffic,
     ) -> None:
         super().__init__()
@@ -112,22 +95,25 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.device = device
         self.refresh = refresh
-        self._buckets = [bucket for buckets in rounds for bucket in buckets]
-        self._precision = precision
+        self.gradients = gradients
+        self._buckets = gradients.buckets
         self._nonfinite = nonfinite
         self._frozen = frozen
-        self._untrained = tuple(untrained)
         self._traffic = traffic
-        self._local = LocalGradients(parameters, precision.accumulate)
         self._masters = {bucket: bucket.master(state_device) for bucket in self._buckets}
+        # What is stepped in one call, before each of the portions is sent.
+        self._parts = [[b for of_round in portion.owned for b in of_round] for portion in refresh.portions]
+        if not behaviour.steps_by_parts:
+            self._parts = [self._buckets, *([] for _ in self._parts[1:])]
+        largest = max(sum(bucket.shard_numel for bucket in part) for part in self._parts)
+        self._host = None if host_copies is None else host_copies(largest)
         self._replace_parameters()
-        self.reducer = Reducer(rounds, transport, self._flatten, self._keep, is_eager=stage < 3)
         self._hooks = self._hook_gradients()
 
     def _replace_parameters(self) -> None:
         by_group: dict[int, list[nn.Parameter]] = {}
         for bucket, master in self._masters.items():
-            by_group.setdefault(bucket.bucket.group, []).append(master)
+            by_group.setdefault(bucket.client_group, []).append(master)
         state = self.optimizer.state
         # What constructors make of it is the same for all parameters of a group.
         self._initial = {
@@ -142,13 +128,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         """The basic optimizer has not stepped yet."""
         self.optimizer.state.clear()
         for bucket, master in self._masters.items():
-            if initial := self._initial[bucket.bucket.group]:
+            if initial := self._initial[bucket.client_group]:
                 self.optimizer.state[master].update(state_like(initial, master))
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _hook_gradients(self) -> list[Any]:
-        trainable = list(self._local.parameters.values())
+        trainable = list(self.gradients.parameters.values())
 
         def hook(index: int) -> Callable[[torch.Tensor], None]:
             def on_gradient(parameter: torch.Tensor) -> None:
@@ -163,31 +149,27 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
         return [
             parameter.register_post_accumulate_grad_hook(hook(index))  # type: ignore[no-untyped-call]
-            for index, parameter in self._local.parameters.items()
+            for index, parameter in self.gradients.parameters.items()
         ]
 
     def _on_gradient(self, index: int) -> None:
-        self._frozen.reach(index)
-        self._local.add(index)
-        if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
-            self.reducer.ready(index)
+        self.gradients.add(index)
+        if self._is_reducing:
+            self.gradients.ready(index)
 
-    def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
-        values = [self._local.take(index) for index in bucket.bucket.items]
-        self._nonfinite.watch(bucket, values)
-        return bucket.flatten(values, self._precision.reduce)
-
-    def _keep(self, bucket: OwnerBucket, shard: torch.Tensor) -> None:
-        bucket.add_average(shard, torch.promote_types(self._precision.accumulate, self._precision.reduce))
+    @property
+    def _is_reducing(self) -> bool:
+        """Whether the gradients of this backward pass are averaged, and not only summed up."""
+        return self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary())
 
     def launch_before(self, round_: int) -> None:
         """The backward pass is past the rounds before ``round_``; launch them, unless gradients are only summed up."""
-        if self.synchronize_gradients and (self.partition_gradients or self.is_gradient_accumulation_boundary()):
-            self.reducer.launch_before(round_)
+        if self._is_reducing:
+            self.gradients.launch_before(round_)
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Finish the reduction of the current backward pass. Afterwards this rank holds its shard of the averages."""
-        self.reducer.finish()
+        self.gradients.finish()
         self._epilogue_ran_this_backward = True
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
@@ -214,7 +196,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         Raises:
             RuntimeError: it was not; gradients are half reduced, and other ranks may be gone.
         """
-        self.reducer.check()
+        self.gradients.check()
         if _in_backward():
             return
         if self._backward_active_depth > 0:
@@ -222,7 +204,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
                 "the last backward pass ended early, by an exception inside loss.backward() or autograd.grad() that "
                 "was caught; gradients are half reduced, and this engine cannot train on"
             )
-        if self.reducer.is_half_way:
+        if self.gradients.is_half_way:
             raise RuntimeError(
                 "gradients came by a backward pass that the engine did not see; takes a loss made by engine(...), or "
                 "engine.backward(loss)"
@@ -230,46 +212,21 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop every gradient, averaged ones included."""
-        self._local.clear()
-        for parameter in self._untrained:
-            parameter.grad = None
-        for bucket in self._buckets:
-            bucket.average = None
-        self._nonfinite.clear()
-        self._frozen.clear()
+        self.gradients.clear()
 
     # -- norm and step -----------------------------------------------------------------------------------------------
-
-    def scaled_global_norm(self) -> torch.Tensor:
-        """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same tensor on every rank."""
-        squares = [torch.zeros((), dtype=torch.float64, device=self.device)]
-        for bucket in self._buckets:
-            # At stage 0 every owner holds the whole bucket: the first one counts it.
-            is_counted = self.stage > 0 or bucket.ranks[0] == dist.get_rank()
-            if is_counted and bucket.average is not None:
-                squares.append(torch.linalg.vector_norm(bucket.average, dtype=torch.float32).double() ** 2)
-        # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
-        changed = torch.tensor(float(self._frozen.have_changed()), dtype=torch.float64, device=self.device)
-        total = torch.stack([torch.stack(squares).sum(), changed])
-        self._traffic.add("norm_all_reduce", all_reduce_bytes(16, dist.get_world_size()))
-        with self._world.waiting("the norm of the gradient") as group:
-            dist.all_reduce(total, group=group)
-        if float(total[1]):
-            self._frozen.agree()
-        return total[0].sqrt()
 
     def step(self, closure: Any = None) -> None:
         """Clip, step the master shards, and send the new weights. Skips on NaN and Inf, on all ranks."""
         assert closure is None, "a closure cannot be combined with ZeRO"
         self.check_backward()
         self.refresh.settle()
-        norm = float(self.scaled_global_norm())
-        scale = float(self.loss_scale)
-        self.overflow = not _is_finite(norm)
+        norm, scale = self._scaled_global_norm(), float(self.loss_scale)
+        self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm / scale if not self.overflow else norm
         try:
             if self.overflow:
-                self._nonfinite.handle(scale, self.dynamic_loss_scale)
+                self._nonfinite.handle(self.gradients.first_nonfinite(), scale, self.dynamic_loss_scale)
             else:
                 self._nonfinite.reset()
                 self._apply(self._combined_scale(norm, scale))
@@ -278,38 +235,93 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             self._traffic.end_step()
         self.loss_scaler.update_scale(self.overflow)
 
+    def _scaled_global_norm(self) -> float:
+        """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same number on every rank.
+
+        Summed on the device. The host reads the result once: it says whether there is a step at all.
+        """
+        rank = dist.get_rank()
+        # At stage 0 every owner holds the whole bucket: the first one counts it.
+        counted = [a for bucket, a in self.gradients.averages.items() if self.stage > 0 or bucket.ranks[0] == rank]
+        norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else ()
+        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
+        square = torch.stack([nothing, *(norm.double() ** 2 for norm in norms)]).sum()
+        # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
+        changed = torch.full_like(square, self._frozen.have_changed(self.gradients.reached))
+        total = torch.stack([square, changed])
+        self._traffic.add("norm_all_reduce", all_reduce_bytes(16, dist.get_world_size()))
+        with self._world.waiting("the norm of the gradient") as group:
+            dist.all_reduce(total, group=group)
+        of_all, changes = total.tolist()
+        if changes:
+            self._frozen.agree()
+        return math.sqrt(of_all)
+
     def _combined_scale(self, norm: float, scale: float) -> float:
         """What the averages are divided by: the loss scale, and what clipping asks for (DeepSpeed's formula)."""
         clip = (norm / scale + 1e-6) / self.clip_grad if self.clip_grad > 0.0 else 0.0
         return scale * max(clip, 1.0)
 
+    @torch.no_grad()
     def _apply(self, divisor: float) -> None:
-        portions = self.refresh.portions
-        if not self.behaviour.steps_by_parts:
-            self._step_part(self._buckets, divisor)
-        for index, portion in enumerate(portions):
-            if self.behaviour.steps_by_parts:
-                self._step_portion(portion, divisor)
+        """Step part by part; the weights of a portion travel while the next one is stepped."""
+        gradients: Iterable[list[torch.Tensor]] = (self._divided(part, divisor) for part in self._parts)
+        if self._host is not None:
+            gradients = self._host.fetched(gradients)
+        for index, (part, of_part) in enumerate(zip(self._parts, gradients, strict=True)):
+            if part:
+                self._step_part(part, of_part)
             self.refresh.issue(index)
 
-    def _step_portion(self, portion: Portion, divisor: float) -> None:
-        # Round by round: gradients are needed in the master's dtype, and never all at once.
-        for buckets in filter(None, portion.owned):
-            self._step_part(buckets, divisor)
+    def _divided(self, part: Sequence[OwnerBucket], divisor: float) -> list[torch.Tensor]:
+        """Takes the averages of ``part``, in fp32."""
+        taken = [self.gradients.averages.pop(bucket, None) for bucket in part]
+        gradients = [
+            torch.zeros(bucket.shard_numel, device=self.device) if average is None else average.float()
+            for bucket, average in zip(part, taken, strict=True)
+        ]
+        if gradients and divisor != 1.0:
+            torch._foreach_div_(gradients, divisor)
+        return gradients
+
+    def _step_part(self, part: Sequence[OwnerBucket], gradients: list[torch.Tensor]) -> None:
+        masters = [self._masters[bucket] for bucket in part]
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+        with self._frozen.kept(part, self.tensors_of), self._only(part), record_function("deepspeed_sdp::step"):
+            self.optimizer.step()
+        self._share_counts(part)
+        gradients.clear()
+        for master in masters:
+            master.grad = None
+        self._store(part)
+
+    @contextmanager
+    def _only(self, part: Sequence[OwnerBucket]) -> Iterator[None]:
+        """The optimizer, which looks at all parameters of its groups in every call, has those of ``part`` alone."""
+        whole = [group["params"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["params"] = [self._masters[b] for b in part if b.client_group == group[GROUP_KEY]]
+        try:
+            yield
+        finally:
+            for group, params in zip(self.optimizer.param_groups, whole, strict=True):
+                group["params"] = params
 
     @torch.no_grad()
-    def _step_part(self, part: Sequence[OwnerBucket], divisor: float) -> None:
-        for bucket in part:
-            master = self._masters[bucket]
-            average, bucket.average = bucket.average, None
-            gradient = torch.zeros_like(master) if average is None else average.to(master.device, master.dtype)
-            master.grad = gradient.div_(divisor) if divisor != 1.0 else gradient
-        with self._frozen.kept(part, self.tensors_of):
-            self.optimizer.step()  # passes over parameters without a gradient
-        self._share_counts(part)
-        for bucket in part:
-            self._masters[bucket].grad = None
-            bucket.store(self._masters[bucket].data)
+    def store_masters(self) -> None:
+        """Write all master weights back into this rank's shards of the weights."""
+        for part in self._parts:
+            self._store(part)
+
+    def _store(self, part: Sequence[OwnerBucket]) -> None:
+        pairs = [pair for bucket in part for pair in bucket.places(self._masters[bucket].data)]
+        weights, values = [to for to, _ in pairs], [value for _, value in pairs]
+        if self._host is not None and self._host.sends:
+            self._host.send(weights, values)
+        elif pairs:
+            # To a shard that rests on the host: the gather that reads it comes later on the same stream.
+            torch._foreach_copy_(weights, values, non_blocking=True)
 
     def _share_counts(self, part: Sequence[OwnerBucket]) -> None:
         """DeepSpeed's fused optimizers count a call of ``step`` on the last parameter of each group alone."""
@@ -317,7 +329,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         for bucket in part:
             state = self.optimizer.state.get(self._masters[bucket], {})
             if isinstance(state.get("step"), int):
-                counted.setdefault(bucket.bucket.group, []).append(state)
+                counted.setdefault(bucket.client_group, []).append(state)
         for states in counted.values():
             steps = max(state["step"] for state in states)
             for state in states:
@@ -333,7 +345,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     @property
     def parameters(self) -> Mapping[int, nn.Parameter]:
         """Parameters of the subnetwork, by their index in the buckets."""
-        return self._local.parameters
+        return self.gradients.parameters
 
     @property
     def masters(self) -> Mapping[OwnerBucket, nn.Parameter]:
@@ -390,7 +402,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def fail(self, error: BaseException) -> None:
         """A pass ended early: other ranks may be gone, and nothing is waited for any more."""
-        self.reducer.fail(error)
+        self.gradients.fail(error)
         self.refresh.fail(error)
 
     def destroy(self) -> None:
@@ -409,18 +421,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
 
     def gradient_tensors(self) -> list[torch.Tensor]:
         """Every live tensor that holds gradients beside those of the parameters."""
-        averages = [bucket.average for bucket in self._buckets if bucket.average is not None]
-        return [*self._local.tensors(), *averages]
+        return self.gradients.tensors()
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of buffers under way, of gradients and of weights."""
-        return self.reducer.in_flight_bytes + self.refresh.in_flight_bytes
+        return self.gradients.in_flight_bytes + self.refresh.in_flight_bytes
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

@@ -1,10 +1,10 @@
-"""A bucket and its owners: cut into equal shards over them, with the averaged gradients of this rank's shard.
+"""A bucket and its owners, cut into equal shards over them.
 
 Under backward masking those who hold a copy build it too; what concerns gradients is the owners' alone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -30,7 +30,10 @@ class OwnerBucket(ABC):
         is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
-        average: ``[shard_numel]`` of averaged gradients; ``None`` when there are none.
+        key, round: place in the total order of collectives.
+        owner_set: index of the owner set.
+        client_group: index of the client's parameter group.
+        items, numels: index and elements of each parameter, in backward order; ``numel`` of all.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class OwnerBucket(ABC):
         group: Group,
         is_sharded: bool,
     ) -> None:
-        self.bucket = bucket
+        self.key, self.round = bucket.key, bucket.round
+        self.owner_set, self.client_group = bucket.owner_set, bucket.group
+        self.items, self.numels, self.numel = bucket.items, bucket.numels, bucket.numel
         self.ranks = ranks
         self.group = group
         self.is_owned = rank in ranks
@@ -50,10 +55,9 @@ class OwnerBucket(ABC):
         self.shards = len(ranks) if is_sharded else 1
         self.index = ranks.index(rank) if is_sharded and self.is_owned else 0
         self.shard_numel = self._share(self.shards)
-        self.average: torch.Tensor | None = None
 
     def _share(self, count: int) -> int:
-        return -(-self.bucket.numel // (count * _ALIGNMENT)) * _ALIGNMENT
+        return -(-self.numel // (count * _ALIGNMENT)) * _ALIGNMENT
 
     @property
     def padded_numel(self) -> int:
@@ -62,25 +66,13 @@ class OwnerBucket(ABC):
 
     def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
-        return torch.split(flat.narrow(0, 0, self.bucket.numel), list(self.bucket.numels))
+        return torch.split(flat.narrow(0, 0, self.numel), list(self.numels))
 
-    # -- gradients ---------------------------------------------------------------------------------------------------
-
-    def flatten(self, values: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-        """One ``[padded_numel]`` tensor of ``dtype`` out of one tensor per parameter; ``None`` counts as zeros."""
-        flat = torch.empty(self.padded_numel, dtype=dtype, device=self.device)
-        for piece, value in zip(self.split(flat), values, strict=True):
-            piece.zero_() if value is None else piece.copy_(value.reshape(-1))
-        flat.narrow(0, self.bucket.numel, self.padded_numel - self.bucket.numel).zero_()
-        return flat
-
-    def add_average(self, piece: torch.Tensor, dtype: torch.dtype) -> None:
-        """Add ``piece`` ``[shard_numel]`` to the averaged gradients, held in ``dtype``."""
-        if self.average is None:
-            is_view = piece.untyped_storage().nbytes() > piece.numel() * piece.element_size()
-            self.average = piece.to(dtype, copy=is_view)
-        else:
-            self.average += piece.to(dtype)
+    @property
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """``(index, start, stop)`` of every parameter in it: which of its elements, flattened."""
+        for index, numel in zip(self.items, self.numels, strict=True):
+            yield index, 0, numel
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -90,15 +82,18 @@ class OwnerBucket(ABC):
         At ZeRO 1 and 2 it is the owner's shard, without padding.
         """
         share, place = self._share(len(self.ranks)), self.ranks.index(rank)
-        return min(place * share, self.bucket.numel), min((place + 1) * share, self.bucket.numel)
+        return min(place * share, self.numel), min((place + 1) * share, self.numel)
 
     @abstractmethod
     def master(self, device: torch.device) -> nn.Parameter:
         """fp32 weights ``[shard_numel]`` of this rank's shard, for the optimizer; if possible the very weights."""
 
     @abstractmethod
-    def store(self, master: torch.Tensor) -> None:
-        """Write the stepped master weights back into this rank's shard."""
+    def places(self, master: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Where the stepped master weights of this rank's shard go: views of the weights, each with its new values.
+
+        Of one shape; nothing where the master weights are the weights.
+        """
 
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:

@@ -73,6 +73,7 @@ class ShardedWeights:
         transport: moves the shards, on a process group that nothing else uses.
         prefetch: parts gathered ahead of the one that computes.
         device: where the shards rest.
+        is_pinned: whether in page-locked memory.
 
     Attributes:
         before_backward: called with the first round of a part when its backward pass begins: whatever the backward pass
@@ -86,6 +87,7 @@ class ShardedWeights:
         transport: Transport,
         prefetch: int,
         device: torch.device,
+        is_pinned: bool = False,
     ) -> None:
         self._parts = tuple(parts)
         self._transport = transport
@@ -98,7 +100,7 @@ class ShardedWeights:
         self.before_backward: Callable[[int], None] = lambda round_: None
         for part in self._parts:
             for flat in part.buckets:
-                flat.keep_shard_only(device)
+                flat.keep_shard_only(device, is_pinned)
         self._hooks = [
             module.register_forward_pre_hook(self._begin_forward, prepend=True),
             module.register_forward_hook(self._end_forward),

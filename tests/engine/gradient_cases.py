@@ -1,4 +1,4 @@
-"""The reducer alone: no model, gradients that become ready in another order on every rank."""
+"""The way of gradients alone: no model, gradients that become ready in another order on every rank."""
 
 import random
 import time
@@ -13,7 +13,7 @@ from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
-from deepspeed_sdp.engine.zero.reducer import Reducer
+from deepspeed_sdp.engine.zero.gradients import GradientPath
 from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
 
 
@@ -50,45 +50,62 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, rounds=4, parameters=
         )
         for bucket in make_buckets(mine.values(), round_of)
     ]
-    averages, state = {}, {"round": 0}
-
-    def flatten(flat):
-        values = [
-            None if (rank, i) in missing else gradient_of(rank, i, mine[i].numel, state["round"])
-            for i in flat.bucket.items
-        ]
-        return flat.flatten(values, torch.float64)
-
-    def keep(flat, shard):
-        averages[flat] = shard.clone()
-
     if all_to_all:
         transport = AllToAllTransport(groups.for_gradients, torch.device("cpu"), torch.float64, Traffic(), Stopwatch())
     else:
         transport = OwnerSetTransport(Traffic(), Stopwatch())
-    by_round = [[flat for flat in flats if flat.bucket.round == r] for r in range(max(round_of) + 1)]
-    reducer = Reducer(by_round, transport, flatten, keep)
+    by_round = [[flat for flat in flats if flat.round == r] for r in range(max(round_of) + 1)]
+    path = GradientPath(by_round, weights, transport, reduce=torch.float64, accumulate=torch.float64)
     worst = 0.0
     for round_ in range(rounds):
-        state["round"] = round_
-        averages.clear()
         order = [parameter for parameter in mine if (rank, parameter) not in missing]
         own.shuffle(order)
         for parameter in order:
-            reducer.ready(parameter)
+            weights[parameter].grad = gradient_of(rank, parameter, mine[parameter].numel, round_)
+            path.add(parameter)
+            path.ready(parameter)
             if own.random() < 0.1:
                 time.sleep(own.random() * 0.01)
-        reducer.finish()
-        assert reducer.in_flight_bytes == 0
-        assert set(averages) == set(flats)
-        for flat, average in averages.items():
-            expected = flat.flatten(
-                [average_of(i, mine[i], sets, missing, round_) for i in flat.bucket.items], torch.float64
-            )
+        path.finish()
+        assert path.in_flight_bytes == 0
+        assert all(weight.grad is None for weight in weights.values())
+        assert set(path.averages) == set(flats)
+        for flat, average in path.averages.items():
+            expected = torch.cat([average_of(i, mine[i], sets, missing, round_) for i in flat.items])
+            expected = nn.functional.pad(expected, (0, flat.padded_numel - flat.numel))
             part = expected.narrow(0, flat.index * flat.shard_numel, flat.shard_numel)
             worst = max(worst, float((average - part).abs().max()))
+        path.clear()
     groups.destroy()
     return worst
+
+
+def reduce_beside_a_users_barrier():
+    """Averages, where rank 0 is at a barrier of the user's before its first gradient, rank 1 before its last."""
+    groups = OwnerGroups(SimpleNamespace(owner_sets=((0, 1),)), range(2))
+    weights = {i: nn.Parameter(torch.zeros(4)) for i in range(6)}
+    buckets = [
+        FlatBucket(
+            bucket, [weights[i] for i in bucket.items], (0, 1), dist.get_rank(), groups.group(0), is_sharded=False
+        )
+        for bucket in make_buckets([Item((i, 0), 0, 0, 4, i) for i in range(6)], range(6))
+    ]
+    path = GradientPath(
+        [[bucket] for bucket in buckets],
+        weights,
+        OwnerSetTransport(Traffic(), Stopwatch()),
+        reduce=torch.float32,
+        accumulate=torch.float32,
+    )
+    for index, weight in weights.items():
+        if index == (0 if dist.get_rank() == 0 else 5):
+            dist.barrier()
+        weight.grad = torch.full((4,), float(index + dist.get_rank()))
+        path.add(index)
+        path.ready(index)
+    path.finish()
+    groups.destroy()
+    return [float(average[0]) for average in path.averages.values()]
 
 
 def average_of(parameter, item, sets, missing, round_):

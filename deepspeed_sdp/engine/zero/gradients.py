@@ -1,0 +1,247 @@
+"""The way of a gradient, from autograd to this rank's shard of the average over its owners.
+
+=========================== ============================================================================================
+:meth:`GradientPath.add`    a micro-batch's gradient is in ``grad``: it is added to those before, in ``accumulate``
+:meth:`GradientPath.ready`  the parameter's gradient is whole: rounds that are complete are launched, in the total order
+``_launch_next``            of a round, every bucket is laid flat in ``reduce`` and sent to be averaged
+``_flatten``                notes the norm of each gradient, which NaN and Inf spoil; the gradients are free afterwards
+``_take``                   the averaged shard has arrived: it is added to :attr:`GradientPath.averages`
+:meth:`GradientPath.finish` the backward pass is over: all that is left is launched and taken
+=========================== ============================================================================================
+
+Like DDP's reducer, with one difference: rounds are launched strictly in the total order of
+:mod:`deepspeed_sdp.plan.rounds`, which is what keeps ranks with different parameters from waiting for each other in a
+circle.
+"""
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from deepspeed_sdp.engine.comm.transport import Pending, Transport
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
+
+# Rounds under way at a time: flat copies of gradients alive beyond the gradients themselves.
+_MAX_IN_FLIGHT = 2
+
+# Seconds for which a hook waits for the oldest of them. A user's own collective in another hook may be what the others
+# wait for: so the hook goes on then, and its rounds stay behind until an earlier one has arrived.
+_PATIENCE = 1.0
+
+
+class GradientPath:
+    """See the module.
+
+    Args:
+        rounds: this rank's buckets by round; empty where it owns nothing of a round.
+        parameters: of the buckets, by their index there.
+        transport: averages the buckets of a round.
+        reduce: dtype of the collectives.
+        accumulate: dtype in which the micro-batches of a step are summed; autograd would sum in that of the weights.
+        is_eager: whether a round is launched as soon as it is complete, or by :meth:`launch_before` alone.
+        untrained: parameters that get gradients but are in no bucket; the gradients are dropped.
+
+    Attributes:
+        averages: of each bucket, averaged gradients ``[shard_numel]``; the optimizer takes them out.
+        reached: parameters that got a gradient since :meth:`clear`.
+        is_half_way: whether gradients have come, or rounds been launched, since :meth:`finish`.
+    """
+
+    def __init__(
+        self,
+        rounds: Sequence[Sequence[OwnerBucket]],
+        parameters: Mapping[int, nn.Parameter],
+        transport: Transport,
+        *,
+        reduce: torch.dtype,
+        accumulate: torch.dtype,
+        is_eager: bool = True,
+        untrained: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self.parameters = parameters
+        self.averages: dict[OwnerBucket, torch.Tensor] = {}
+        self.reached: set[int] = set()
+        self._rounds = tuple(tuple(buckets) for buckets in rounds)
+        self._transport = transport
+        self._reduce, self._accumulate = reduce, accumulate
+        self._is_eager = is_eager
+        self._untrained = tuple(untrained)
+        self._members = [{index for bucket in of_round for index in bucket.items} for of_round in self._rounds]
+        self._rounds_of = {i: [r for r, members in enumerate(self._members) if i in members] for i in parameters}
+        self._uses = Counter(index for bucket in self.buckets for index in bucket.items)
+        self._sums: dict[int, torch.Tensor] = {}
+        self._norms: list[tuple[int, torch.Tensor]] = []
+        self._in_flight: deque[tuple[tuple[OwnerBucket, ...], Pending]] = deque()
+        self._failure: BaseException | None = None
+        self._begin()
+
+    @property
+    def buckets(self) -> list[OwnerBucket]:
+        """This rank's, in the total order."""
+        return [bucket for of_round in self._rounds for bucket in of_round]
+
+    def _begin(self) -> None:
+        self._waiting = [set(members) for members in self._members]
+        self._unused = self._uses.copy()
+        self._next = 0
+        self._is_patient = True
+        self.is_half_way = False
+
+    # -- this rank's own gradients -----------------------------------------------------------------------------------
+
+    def add(self, index: int) -> None:
+        """``grad`` of parameter ``index`` holds a micro-batch's gradient: add it to those before."""
+        self.reached.add(index)
+        parameter = self.parameters[index]
+        if self._accumulate == parameter.dtype or parameter.grad is None:
+            return  # autograd adds up in ``grad`` itself
+        before = self._sums.get(index)
+        gradient = parameter.grad.to(self._accumulate)
+        self._sums[index] = gradient if before is None else before.add_(gradient)
+        parameter.grad = None
+
+    def ready(self, index: int) -> None:
+        """Parameter ``index`` has its whole gradient: launch what is complete, in order."""
+        self.check()
+        for round_ in self._rounds_of[index]:
+            if index not in self._waiting[round_]:
+                raise RuntimeError(
+                    f"gradient {index} came twice in one backward pass; it may have been reduced already"
+                )
+            self._waiting[round_].remove(index)
+        self.is_half_way = True
+        end = self._complete() if self._is_eager else 0
+        while self._next < end and self._has_room():
+            self._launch_next()
+
+    def _complete(self) -> int:
+        """The first round that must wait: after it come incomplete rounds, or ones that this rank owns nothing of.
+
+        The latter are always complete. But taking part in them early could mean to wait for ranks that still need
+        something of this one (at ZeRO-3 a gather) to come so far in their backward pass.
+        """
+        end = self._next
+        for round_ in range(self._next, len(self._rounds)):
+            if self._waiting[round_]:
+                break
+            if self._rounds[round_]:
+                end = round_ + 1
+        return end
+
+    # -- rounds under way --------------------------------------------------------------------------------------------
+
+    def launch_before(self, round_: int) -> None:
+        """Launch all rounds before ``round_``: the backward pass is past them, whatever it did not reach."""
+        while self._next < round_:
+            self._launch_next()
+
+    def finish(self) -> None:
+        """Launch what is left, parameters without a gradient included, and take every result."""
+        self.launch_before(len(self._rounds))
+        while self._in_flight:
+            self._take()
+        self._begin()
+
+    def _has_room(self) -> bool:
+        """Whether a round may be launched now, after a limited wait, which is not repeated before one has arrived."""
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            if not self._in_flight[0][1].arrives_within(_PATIENCE if self._is_patient else 0.0):
+                self._is_patient = False
+                return False
+            self._take()
+        return True
+
+    def _launch_next(self) -> None:
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._take()
+        buckets = self._rounds[self._next]
+        self._waiting[self._next].clear()
+        self._next += 1
+        self.is_half_way = True
+        with record_function("deepspeed_sdp::flatten"):
+            flats = [self._flatten(bucket) for bucket in buckets]
+        with record_function("deepspeed_sdp::reduce"):
+            self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
+
+    def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
+        """The gradients of ``bucket`` as one ``[padded_numel]`` tensor, zeros where the backward pass did not reach."""
+        flat = torch.empty(bucket.padded_numel, dtype=self._reduce, device=bucket.device)
+        flat[bucket.numel :].zero_()
+        indices, places, values = [], [], []
+        for place, (index, start, stop) in zip(bucket.split(flat), bucket.ranges, strict=True):
+            gradient = self._sums.get(index, self.parameters[index].grad)
+            if gradient is None:
+                place.zero_()
+            else:
+                indices.append(index)
+                places.append(place)
+                values.append(gradient.reshape(-1)[start:stop])
+            self._unused[index] -= 1
+            if not self._unused[index]:
+                self._forget(index)
+        if values:
+            dtype = torch.promote_types(values[0].dtype, torch.float32)
+            self._norms += zip(indices, torch._foreach_norm(values, dtype=dtype), strict=True)
+            torch._foreach_copy_(places, values)
+        return flat
+
+    def _take(self) -> None:
+        buckets, pending = self._in_flight.popleft()
+        self._is_patient = True
+        dtype = torch.promote_types(self._accumulate, self._reduce)
+        for bucket, shard in zip(buckets, pending.finish(), strict=True):
+            before = self.averages.get(bucket)
+            if before is not None:
+                before += shard.to(dtype)
+                continue
+            is_view = shard.untyped_storage().nbytes() > shard.numel() * shard.element_size()
+            self.averages[bucket] = shard.to(dtype, copy=is_view)
+
+    # -- what went wrong ---------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise a RuntimeError if an earlier backward pass failed."""
+        if self._failure is not None:
+            raise RuntimeError(
+                f"an earlier backward pass failed ({type(self._failure).__name__}: {self._failure}) with gradients "
+                "half reduced; this engine cannot train on"
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """A backward pass ended early. Waiting for what is under way could last for ever: other ranks may be gone."""
+        self._failure = self._failure or error
+
+    def first_nonfinite(self) -> tuple[int, float] | None:
+        """The first parameter in backward order whose own gradient is not finite, and its norm."""
+        for index, norm in self._norms:
+            value = float(norm)
+            if value - value != 0.0:
+                return index, value
+        return None
+
+    # -- the gradients are used up -----------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Drop every gradient, averaged ones included."""
+        for parameter in (*self.parameters.values(), *self._untrained):
+            parameter.grad = None
+        self._sums.clear()
+        self._norms.clear()
+        self.averages.clear()
+        self.reached.clear()
+
+    def _forget(self, index: int) -> None:
+        self.parameters[index].grad = None
+        self._sums.pop(index, None)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What holds gradients beside ``grad`` of the parameters and the buffers under way."""
+        return [*self._sums.values(), *self.averages.values()]
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of the buffers under way now."""
+        return sum(pending.nbytes for _, pending in self._in_flight)

@@ -1,0 +1,93 @@
+"""Copies between the accelerator and the memory of the host, where offloaded state rests.
+
+All are asynchronous, on the stream that computes, out of and into buffers of the host. Two buffers each way take turns:
+while one portion is stepped, the gradients of the next one come and the weights of the one before go.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+_IN_FLIGHT = 2
+
+
+class HostCopies:
+    """See the module.
+
+    Args:
+        numel: elements of the largest portion's shards.
+        dtype: of the weights.
+        is_pinned: whether the buffers are page-locked (DeepSpeed's ``pin_memory``); without it copies block the host.
+        sends: whether the weights are the accelerator's, or rest on the host too.
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype, is_pinned: bool, sends: bool) -> None:
+        self._gradients = deque(_Buffer(numel, torch.float32, is_pinned) for _ in range(_IN_FLIGHT))
+        self._weights = deque(_Buffer(numel if sends else 0, dtype, is_pinned) for _ in range(_IN_FLIGHT))
+        self.sends = sends
+
+    def fetched(self, portions: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+        """The fp32 tensors of each portion in the host's memory, valid until the next one is asked for."""
+        coming: deque[tuple[_Buffer, list[torch.Tensor]]] = deque()
+        for tensors in portions:
+            coming.append(self._fetch(tensors))
+            if len(coming) == _IN_FLIGHT:
+                yield _arrived(*coming.popleft())
+        while coming:
+            yield _arrived(*coming.popleft())
+
+    def _fetch(self, tensors: Sequence[torch.Tensor]) -> tuple["_Buffer", list[torch.Tensor]]:
+        self._gradients.rotate()
+        buffer = self._gradients[0]
+        pieces = buffer.pieces(tensors)
+        if tensors:
+            torch._foreach_copy_(pieces, list(tensors), non_blocking=True)
+            buffer.mark()
+        return buffer, pieces
+
+    def send(self, weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Start to copy ``values``, which are the host's, to ``weights``; ``values`` are free to change at once."""
+        self._weights.rotate()
+        buffer = self._weights[0]
+        pieces = buffer.pieces(values)
+        if values:
+            torch._foreach_copy_(pieces, list(values))
+            torch._foreach_copy_(list(weights), pieces, non_blocking=True)
+            buffer.mark()
+
+
+class _Buffer:
+    """Memory of the host that a copy may be under way to or from."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, is_pinned: bool) -> None:
+        memory = torch.empty(numel, dtype=dtype)
+        self._memory = get_accelerator().pin_memory(memory) if is_pinned else memory
+        self._event: Any = None
+
+    def pieces(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Room for tensors of the shapes of ``like``, once nothing is under way any more."""
+        self.wait()
+        numels = [tensor.numel() for tensor in like]
+        pieces = torch.split(self._memory[: sum(numels)], numels)
+        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+
+    def mark(self) -> None:
+        """Copies have been started."""
+        event = get_accelerator().Event
+        if event is not None:  # a CPU has none: it has copied
+            self._event = event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Block until they are done."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+
+
+def _arrived(buffer: _Buffer, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    buffer.wait()
+    return pieces

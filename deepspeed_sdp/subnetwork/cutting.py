@@ -1,0 +1,51 @@
+"""A model while it is being cut."""
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import nn
+
+from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.subnetwork.client_map import ClientMap
+from deepspeed_sdp.subnetwork.full_model import FullModel
+from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
+from deepspeed_sdp.subnetwork.subnetwork import Masking, Subnetwork
+
+
+@dataclass
+class Cutting:
+    """What is known so far of a :class:`Subnetwork`, with its names, and of references to what it was cut from."""
+
+    module: nn.Module
+    plan: SubnetworkPlan
+    index: int
+    full: FullModel
+    masking: Masking
+    client: ClientMap
+    fragments: dict[str, Fragment] = field(default_factory=dict)
+    partitioned: dict[str, FullParameter] = field(default_factory=dict)
+    views: dict[str, str] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
+
+    def done(self) -> Subnetwork:
+        """The subnetwork; parameters of which nothing was said are shared."""
+        for name, _ in self.module.named_parameters():
+            self.fragments.setdefault(name, Fragment(name, SHARED))
+        return Subnetwork(
+            self.module,
+            self.plan,
+            self.index,
+            self.full,
+            self.masking,
+            MappingProxyType(self.fragments),
+            MappingProxyType(self.partitioned),
+            MappingProxyType(self.views),
+            frozenset(self.frozen),
+            tuple(range(self.plan.num_subnetworks)),
+        )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
