@@ -114,8 +114,13 @@ class Snapshot:
             if self._memory >= 0:
                 os.close(self._memory)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise OutputError(f"cannot write {path}: its process ended with {done.returncode}: {last}")
+            code = done.returncode
+            how = (
+                f"killed by signal {-code}"
+                if code < 0
+                else (done.stderr.strip().splitlines() or [f"gone ({code})"])[-1]
+            )
+            raise OutputError(f"cannot write {path}: the process that writes it is {how}")
         answer: dict[str, Any] = json.loads(done.stdout)
         if "errno" in answer:
             raise OSError(answer["errno"], os.strerror(answer["errno"]), str(path))
