@@ -86,12 +86,12 @@ class Snapshot:
 
     def __init__(self, content: Iterable[memoryview], nbytes: int) -> None:
         self._error: OSError | None = None
-        self._memory = -1
         content = iter(content)
         try:
-            self._memory = os.memfd_create("checkpoint")
-            os.ftruncate(self._memory, nbytes)
-            with mmap.mmap(self._memory, nbytes) as memory:
+            # Its memory is free when nothing refers to it any more.
+            self._memory = os.fdopen(os.memfd_create("checkpoint"), "w+b", buffering=0)
+            self._memory.truncate(nbytes)
+            with mmap.mmap(self._memory.fileno(), nbytes) as memory:
                 for piece in content:
                     memory.write(piece)
         except OSError as error:
@@ -105,14 +105,11 @@ class Snapshot:
         Raises:
             OutputError: the process that writes is gone.
         """
-        try:
-            if self._error is not None:
-                raise self._error
-            command = [sys.executable, "-I", "-S", file_writer.__file__, str(self._memory), str(path)]
-            done = subprocess.run(command, pass_fds=(self._memory,), capture_output=True, text=True, check=False)
-        finally:
-            if self._memory >= 0:
-                os.close(self._memory)
+        if self._error is not None:
+            raise self._error
+        with self._memory as memory:
+            command = [sys.executable, "-I", "-S", file_writer.__file__, str(memory.fileno()), str(path)]
+            done = subprocess.run(command, pass_fds=(memory.fileno(),), capture_output=True, text=True, check=False)
         if done.returncode:
             code = done.returncode
             how = (

@@ -47,6 +47,10 @@ LAYOUTS = {
 }
 
 
+# Of the files that exist once, sorted, a rank compares every fourth with the manifest.
+VERIFIED = [[f"layout-{rank:05d}.json", name] for rank, name in enumerate(("meta.json", "plan.json", "state.pt", ""))]
+
+
 def tensors_of(checkpoint):
     """The logical tensors of a checkpoint, put together by one process."""
     manifest = folders.read_manifest(checkpoint)
@@ -167,6 +171,26 @@ def test_an_error_beside_training_comes_with_the_next_call(ranks4, tmp_path):
     ):
         assert [message.split(":")[0] for message in messages] == ["OutputError", "CheckpointError"]
         assert losses
+
+
+def test_a_writer_that_is_killed_leaves_the_folder_as_it_was_and_the_job_goes_on(ranks4, tmp_path):
+    results = ranks4.run(f"{CASES}:save_with_a_writer_that_is_killed", timeout=60, folder=str(tmp_path / "c"))
+    for message, names, losses in results:
+        assert message == results[0][0]
+        assert message.startswith("OutputError: rank 2: cannot write ")
+        assert message.endswith("tensors-00002.safetensors: the process that writes it is killed by signal 9")
+        assert names == [["global_step1", "latest"]] * 2 + [["global_step1", "global_step3", "latest"]]
+        assert len(losses) == 3
+
+
+def test_a_rank_reads_its_own_files_and_no_list_of_all(ranks4, tmp_path):
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1, "bucket": 4000}}
+    ranks4.run(f"{CASES}:save_and_go_on", timeout=60, steps=1, more=0, **values)
+    of_all = {"manifest.json", "meta.json", "state.pt"}
+    for rank, opened in enumerate(ranks4.run(f"{CASES}:files_read", timeout=60, **values)):
+        layouts = [f"layout-{worker:05d}.json" for worker in ([rank] if rank else range(4))]  # rank 0 compares them
+        own = {f"rank-{rank:05d}.json", f"rank-{rank:05d}.pt", f"tensors-{rank:05d}.safetensors"}
+        assert own | of_all | {*layouts} <= opened <= own | of_all | {*layouts, "plan.json", *VERIFIED[rank]}
 
 
 def test_a_missing_latest_loads_nothing(ranks4, tmp_path):
