@@ -75,7 +75,7 @@ def test_without_copies_the_loss_is_said_and_an_older_one_offered(ranks4, tmp_pa
     lose(tmp_path, [2])
     messages = ranks4.run(f"{CASES}:load_error", timeout=60, **values)
     assert len(set(messages)) == 1
-    assert "rank-00002.json is missing" in messages[0]
+    assert "layout-00002.json is missing" in messages[0]
     assert "no other file holds all that was in it" in messages[0]
     assert messages[0].endswith("complete ones there: old")
 
