@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -39,6 +40,23 @@ class Run:
     def numel(self) -> int:
         """Elements in it."""
         return self.stop - self.start
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """Where in the full tensor its first element is, and the place after its last one."""
+        numel = math.prod(self.shape)
+        (top, left), (bottom, right) = divmod(self.start, self.width), divmod(self.stop - 1, self.width)
+        first, last = (
+            row * (numel // self.rows) + self.column + column for row, column in ((top, left), (bottom, right))
+        )
+        return first, last + 1
+
+    def is_apart(self, other: "Run") -> bool:
+        """Whether it is seen at once that two runs of a tensor have nothing in common; where it is not, see common."""
+        if self.span[1] <= other.span[0] or other.span[1] <= self.span[0]:
+            return True
+        is_left = self.column + self.width <= other.column or other.column + other.width <= self.column
+        return self.rows == other.rows and is_left
 
     def rectangles(self) -> Iterator[Rectangle]:
         """It as rectangles of the matrix: whole rows, and parts of at most two."""

@@ -202,7 +202,7 @@ class TensorFiles(Source):
         for layout in self.layouts():
             for found in layout.found.get(wanted.name, ()):
                 run = found.run
-                if run in seen or kind not in layout.sections[found.section].kinds:
+                if wanted.is_apart(run) or run in seen or kind not in layout.sections[found.section].kinds:
                     continue
                 seen.add(run)
                 _, there, shared = common(wanted, run)

@@ -34,6 +34,7 @@ def test_what_two_runs_share_is_found_and_lies_where_it_is_said_to(rows, columns
     values, target = elements(other).clone(), torch.full((one.numel,), -1)
     for part in shared:
         here.view(target, part).copy_(there.view(values, part))
+    assert not (one.is_apart(other) and shared)
     expected = elements(one)
     in_both = torch.isin(expected, values)
     assert torch.equal(target[in_both], expected[in_both])
