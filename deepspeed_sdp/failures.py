@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from deepspeed_sdp.errors import SDPError
+from deepspeed_sdp.patches import Undo, patch
 
 T = TypeVar("T")
 
@@ -69,10 +70,11 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
 
 
 @functools.cache
-def report_uncaught() -> None:
+def report_uncaught() -> Undo:
     """From here on an :class:`SDPError` that ends a script is one message of one rank instead of a traceback of each.
 
-    All else goes to the hook that stands there; so do these errors too, where it is somebody's own.
+    All else goes to the hook that stands there; so do these errors too, where it is somebody's own. What is returned
+    takes it back.
     """
     before = sys.excepthook
     is_own = not _is_default(before)
@@ -84,7 +86,7 @@ def report_uncaught() -> None:
         if is_ours:
             _report(f"error: {error}")
 
-    sys.excepthook = hook
+    return patch(sys, "excepthook", hook)
 
 
 def _is_default(hook: Any) -> bool:

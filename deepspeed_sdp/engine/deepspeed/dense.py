@@ -24,12 +24,12 @@ from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.full.evaluation import eval_mode, mean_over_ranks, nothing, sum_of_losses
-from deepspeed_sdp.engine.initialize import engine_class
 from deepspeed_sdp.engine.state.universal import SAFE
 from deepspeed_sdp.engine.zero.memory import model_state_bytes
 from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError, SDPError
 from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.files import replace_folder
+from deepspeed_sdp.patches import patched
 from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import cut_model, materialize, plan_for
 
@@ -240,7 +240,7 @@ def initialize_dense(model: nn.Module, config: Mapping[str, Any], seed: int = 0)
     whole = plan_for(model, SDPConfig.parse({"coverage": 1.0, "num_subnetworks": 1}), 1)
     materialize(cut_model(model, whole, 0), get_accelerator().current_device_name(), seed)
     plain = {key: value for key, value in config.items() if key != BLOCK}
-    with engine_class(DenseEngine):
+    with patched(deepspeed, "DeepSpeedEngine", DenseEngine):
         engine, *_ = deepspeed.initialize(model=model, config=plain, model_parameters=model.parameters())
     engine.__dict__["_uses_cache"] = uses_cache
     return engine  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.agreement import agreed
-from deepspeed_sdp.engine.comm.description import describe_optimizer
+from deepspeed_sdp.engine.comm.description import describe_optimizer, digest
 from deepspeed_sdp.engine.comm.exchange import Exchange
 from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
@@ -18,6 +18,7 @@ from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport, Transport, resolve_transport
 from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
 from deepspeed_sdp.engine.deepspeed.settings import Settings
+from deepspeed_sdp.engine.deepspeed.tools import ParameterTools
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, behaviour_of
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
 from deepspeed_sdp.engine.zero.gradients import GradientPath
@@ -41,6 +42,7 @@ class Parts:
         layout: of the subnetwork in buckets.
         optimizer: what DeepSpeed's engine takes for its ZeRO optimizer.
         weights: at stage 3, what gathers and frees them.
+        tools: what DeepSpeed's own tools come to by a parameter.
     """
 
     subnetwork: Subnetwork
@@ -48,6 +50,7 @@ class Parts:
     layout: Layout
     optimizer: SDPOptimizer
     weights: ShardedWeights | None
+    tools: ParameterTools
 
     def close(self) -> None:
         """Take all hooks off the model and let go of parameters, weights (at stage 3) and process groups."""
@@ -55,6 +58,7 @@ class Parts:
             stack.callback(self.groups.destroy)
             if self.weights is not None:
                 stack.callback(self.weights.close)
+            stack.callback(self.tools.close)
             self.optimizer.destroy()
 
 
@@ -144,11 +148,12 @@ def assemble(
             },
             [subnetwork.module.get_parameter(name) for name in subnetwork.frozen],
         ),
+        identity=digest([subnetwork.fragments[name] for name in layout.names]),
         traffic=traffic,
     )
     if weights is not None:
         weights.before_backward = made.launch_before
-    return Parts(subnetwork, groups, layout, made, weights)
+    return Parts(subnetwork, groups, layout, made, weights, ParameterTools(subnetwork, made))
 
 
 def _refresh(

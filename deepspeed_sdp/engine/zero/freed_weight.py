@@ -51,6 +51,18 @@ class FreedWeight(nn.Parameter):
         return f"Parameter of shape {list(self.shape)}, {self.dtype}, without values: {_WORDS}"
 
 
+def give_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Let a freed parameter be one with ``values``."""
+    parameter.__class__ = nn.Parameter
+    parameter.data = values
+
+
+def take_values(parameter: nn.Parameter) -> None:
+    """Free a parameter that :func:`give_values` has filled."""
+    parameter.data = nothing_of(parameter)
+    parameter.__class__ = FreedWeight
+
+
 def nothing_of(parameter: torch.Tensor) -> torch.Tensor:
     """NaN in the shape of ``parameter``, in the memory of one element."""
     return torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
