@@ -100,11 +100,13 @@ def _over_ranks(value: float, op: dist.ReduceOp.RedOpType) -> float:
 
 
 def report(args: argparse.Namespace, rows: Rows, table: Callable[[Rows], str]) -> None:
-    """The first rank prints ``table`` and writes ``rows`` with what they were measured with to ``--output``."""
+    """The first rank prints ``table`` and writes ``rows`` with what they were measured with to ``--output``; the end."""
     if dist.get_rank() == 0:
         print(table(rows))
         if args.output:
             args.output.write_text(json.dumps({"settings": _describe(args), "rows": rows}, indent=1) + "\n")
+    # Threads of a group that is still there when the interpreter ends can abort the process.
+    dist.destroy_process_group()
 
 
 def _describe(args: argparse.Namespace) -> dict[str, Any]:

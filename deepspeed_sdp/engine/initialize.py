@@ -298,9 +298,6 @@ def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> 
         client=client_map,
     )
     if on_meta:
-        # DeepSpeed's engine sets the device too, but later than this.
-        if "LOCAL_RANK" in os.environ and get_accelerator().is_available():
-            get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
         materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed, client_map)
     first_ranks = tuple(map(job.workers.index, range(job.plan.num_subnetworks)))
     return replace(subnetwork, first_ranks=first_ranks), _translate_client(optimizer, subnetwork, client_map)

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from deepspeed_sdp.config import BLOCK, read_json
 from deepspeed_sdp.engine import SDPEngine, initialize
+from deepspeed_sdp.engine.deepspeed.start import ORDER
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.hf.trainer import METHODS, SDPTrainer, drop_autos
@@ -31,6 +32,8 @@ def enable() -> None:
     if _undo:
         return
     report_uncaught()
+    # accelerate starts NCCL before the engine can.
+    os.environ.setdefault(ORDER, "1")
     for owner, name, new in (
         (deepspeed, "initialize", _routed(deepspeed.initialize)),
         (Accelerator, "prepare", _prepare(Accelerator.prepare)),

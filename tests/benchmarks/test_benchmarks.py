@@ -14,7 +14,7 @@ from tests.support.ranks import ROOT
     [
         (
             "engine_speed.py",
-            ["--stages", "1", "--repetitions", "2", "--steps", "1", "--hidden_size", "64", "--layers", "1"],
+            ["--stages", "1", "--repetitions", "2", "--steps", "1", "--hidden_size", "64", "--layers", "4"],
             {"time_ratio", "flop_ratio", "bytes_sent"},
         ),
         ("engine_memory.py", ["--stages", "0", "3", "--hidden_size", "64", "--layers", "4"], {"peak", "design"}),

@@ -116,6 +116,7 @@ def run_steps(engine, steps, seed=1, repeat=False):
     for step in batches[:1] * steps if repeat else batches:
         loss_sum = 0.0
         for ids in step[rank]:
+            ids = ids.to(engine.device)
             loss = engine(input_ids=ids, labels=ids).loss
             engine.backward(loss)
             engine.step()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.engine.comm.timing import Stopwatch
+from deepspeed_sdp.engine.comm.timing import Stopwatch, named
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import Pending, start_all_gather
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -97,6 +97,7 @@ class Exchange:
             max(totals) if self._is_sharded and is_even else 0,
         )
 
+    @named("refresh weights")
     def start(self, route: Route) -> Pending:
         """Collective. Send this rank's shares; ``finish`` of the result writes what came from others."""
         for share, receivers in zip(route.sent, route.receivers, strict=True):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork
+from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -91,6 +91,7 @@ class OwnerSetTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
+    @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         works, shards = [], []
         for bucket, flat in zip(buckets, grads, strict=True):
@@ -115,6 +116,7 @@ class OwnerSetTransport:
         work = getattr(dist, _REDUCE_SCATTER)(shard, flat, group=bucket.group.handle, async_op=True)
         return [self._timed(work, _AVERAGING, bucket)], shard
 
+    @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         works = []
         for bucket in buckets:
@@ -161,6 +163,7 @@ class AllToAllTransport:
         self._traffic = traffic
         self._stopwatch = stopwatch
 
+    @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
         for bucket, flat in zip(buckets, grads, strict=True):
@@ -185,6 +188,7 @@ class AllToAllTransport:
 
         return Pending(work, result, 2 * _nbytes(received))
 
+    @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
         pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
         shards = [bucket.shard.to(bucket.flat.device, non_blocking=True) for bucket in buckets]

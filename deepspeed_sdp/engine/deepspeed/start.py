@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -34,27 +35,67 @@ _COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STE
 # Platforms whose variables DeepSpeed knows.
 _PLATFORMS = ("AZUREML_EXPERIMENT_ID", "SM_TRAINING_ENV", "DLTS_JOB_ID")
 
+# NCCL's switch for one order of all communicators on a device: that in which the host launches. It is read when NCCL
+# starts.
+ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
+_ORDERED_NCCL = (2, 26)
+
 
 def start_communication(distributed_port: int = 29500, dist_init_required: bool | None = None) -> None:
-    """``deepspeed.init_distributed`` with the accelerator's backend.
+    """``deepspeed.init_distributed`` with the accelerator's backend, on the device of this process.
 
     On CPU, DeepSpeed loads a compiled op here. torch guards it by a file that a killed process leaves behind, and for
     which every other process waits without end; such a file is removed, before and meanwhile. A process that nothing
     launched is a world of one.
 
     Raises:
-        ConfigError: see :func:`take_a_place`.
+        ConfigError: see :func:`take_a_place` and :func:`order_communicators`.
     """
     if not deepspeed.comm.is_initialized():
         take_a_place()
         clear_stale_locks()
         _say_if_it_compiles()
+    order_communicators()
+    _take_device()
     with _clearing_locks():
         deepspeed.init_distributed(
             get_accelerator().communication_backend_name(),
             distributed_port=distributed_port,
             dist_init_required=dist_init_required,
         )
+    # MPI says only now which place this process has.
+    _take_device()
+
+
+def _take_device() -> None:
+    """The device that DeepSpeed's engine will take, before anything is sent: NCCL takes one process per device."""
+    if "LOCAL_RANK" in os.environ:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def order_communicators() -> None:
+    """Have NCCL run what this process launches on several communicators in the order of its launches.
+
+    Kernels of two communicators that start in different orders on two devices can wait for each other for ever.
+    A user's own setting stays.
+
+    Raises:
+        ConfigError: NCCL is too old to do so, and the user has not set it to 0.
+    """
+    is_late = torch.distributed.is_initialized()
+    backend = torch.distributed.get_backend_config() if is_late else get_accelerator().communication_backend_name()
+    if "nccl" not in backend or os.environ.get(ORDER) == "0":
+        return
+    version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    if version < _ORDERED_NCCL:
+        raise ConfigError(
+            f"NCCL: got {'.'.join(map(str, version))}; takes {'.'.join(map(str, _ORDERED_NCCL))} or newer, which keeps "
+            f"several communicators in one order; set {ORDER}=0 to run without that"
+        )
+    if ORDER not in os.environ:
+        os.environ[ORDER] = "1"
+        if is_late:
+            log.warning("NCCL has been started without %s=1, which may come too late now; set it for the job", ORDER)
 
 
 def _say_if_it_compiles() -> None:
