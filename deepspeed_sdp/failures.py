@@ -12,15 +12,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspeed_sdp.errors import SDPError
 from deepspeed_sdp.patches import Undo, patch
-
-T = TypeVar("T")
 
 _CLAIM = "deepspeed_sdp/failure"
 # How long a rank waits for the one that reports; launchers end it earlier.
@@ -39,34 +37,13 @@ def one_report() -> Iterator[None]:
     try:
         yield
     except SDPError as error:
+        if error.is_of_another_rank:  # which has the traceback
+            time.sleep(_CLAIM_SECONDS)
         _end_job(f"error: {error}")
     except KeyboardInterrupt:
         _end_job("interrupted")
     except Exception:
         _end_job(f"rank {_rank()} failed:\n{traceback.format_exc().rstrip()}")
-
-
-def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Collective. Run ``work`` on rank 0 while the others wait; its :class:`SDPError` is raised on every rank.
-
-    Returns:
-        what ``work`` returned on rank 0, ``None`` elsewhere.
-    """
-    import torch.distributed as dist
-
-    from deepspeed_sdp.ranks import object_of_first
-
-    result: T | None = None
-    failure: SDPError | None = None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except SDPError as error:
-            failure = error
-    failure = object_of_first(failure, "the first rank's work")
-    if failure is not None:
-        raise failure
-    return result
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """The DeepSpeed extension. Everything that knows DeepSpeed from inside lives here."""
 
-from deepspeed_sdp.engine.comm.agreement import agreed, from_first_rank
 from deepspeed_sdp.engine.deepspeed.dense import DenseEngine, initialize_dense
 from deepspeed_sdp.engine.deepspeed.refusals import check_supported
 from deepspeed_sdp.engine.deepspeed.settings import reduce_bucket_numel
@@ -13,11 +12,9 @@ __all__ = [
     "DenseEngine",
     "Peak",
     "SDPEngine",
-    "agreed",
     "check_copies",
     "check_job",
     "check_supported",
-    "from_first_rank",
     "gradient_peak",
     "initialize",
     "initialize_dense",

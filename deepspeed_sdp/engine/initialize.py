@@ -16,8 +16,8 @@ from torch import nn
 
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.claims import claims_digest
+from deepspeed_sdp.agreement import agree, agreed, from_first_rank
 from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
-from deepspeed_sdp.engine.comm.agreement import agree, agreed, from_first_rank
 from deepspeed_sdp.engine.comm.description import (
     describe_module,
     describe_optimizer,

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range, without_groups
-from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.groups import OwnerGroups
 from deepspeed_sdp.engine.state.copies import copies_of_others
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Kept

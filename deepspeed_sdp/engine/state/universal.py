@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
+from deepspeed_sdp.agreement import agree
 from deepspeed_sdp.checkpoint import Checkpoint, Place, TensorFileReader, is_complete
-from deepspeed_sdp.engine.comm.agreement import agree
 from deepspeed_sdp.errors import CheckpointError
 
 LATEST = "latest_universal"

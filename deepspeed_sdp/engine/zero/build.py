@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.agreement import agreed
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.engine.comm.description import describe_optimizer, digest
 from deepspeed_sdp.engine.comm.exchange import Exchange
 from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups

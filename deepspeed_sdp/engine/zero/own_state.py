@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.agreement import agreed
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.engine.comm.description import digest
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY
 from deepspeed_sdp.errors import CheckpointError

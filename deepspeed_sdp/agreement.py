@@ -1,4 +1,4 @@
-"""All ranks must start from the same job. They say so to each other before anything is built."""
+"""What all ranks do or none: where one of them fails, all raise; and where they must have the same, they compare it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -65,21 +65,21 @@ def from_first_rank(make: Callable[[], T]) -> T:
     Raises:
         SDPError: what ``make`` raised on rank 0, on every rank; any other error as a ConfigError on the others.
     """
-    sent: list[Any] = [None, None]
+    made: T | None = None
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            sent = [make(), None]
+            made = make()
         except Exception as raised:  # the other ranks wait for word of it, whatever it is
-            sent = [None, raised]
-    made, error = sent
-    is_foreign = error is not None and not isinstance(error, SDPError)
-    carried = (made, ConfigError(f"rank 0: {_message(error)}") if is_foreign else error)
-    carried = object_of_first(carried, "what rank 0 computes")
-    if dist.get_rank() != 0:
-        made, error = carried
-    if error is not None:
-        raise error
-    return made  # type: ignore[no-any-return]
+            error = raised
+    told = error
+    if error is not None and not isinstance(error, SDPError):
+        told = ConfigError(f"rank 0: {_message(error)}")
+        told.is_of_another_rank = True
+    carried: tuple[T, Exception | None] = object_of_first((made, told), "what rank 0 computes")
+    if error is not None or carried[1] is not None:
+        raise error or carried[1]  # type: ignore[misc]
+    return carried[0]
 
 
 def _message(error: Exception) -> str:
