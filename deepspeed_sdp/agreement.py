@@ -1,19 +1,25 @@
 """What all ranks do or none: where one of them fails, all raise; and where they must have the same, they compare it."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from deepspeed_sdp.errors import ConfigError, SDPError
-from deepspeed_sdp.ranks import gather_objects, object_of_first
+from deepspeed_sdp.ranks import object_of, reduce_numbers
 
 T = TypeVar("T")
+
+_PURPOSE = "agreeing on the job"
 
 
 def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
     """Collective. Compare what ``describe`` returns over all ranks, key by key: causes should stand before effects.
+
+    Ranks compare digests; only where these differ do two of them say what they have.
 
     Raises:
         SDPError: ``describe`` raised one on some rank; every rank raises it, so that none waits for the others.
@@ -25,22 +31,39 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
         mine = flatten(describe())
     except Exception as raised:  # the other ranks wait for word of this one, whatever it is
         error = raised
-    reports = gather_objects((mine, None if error is None else _message(error)), "agreeing on the job")
-    failures = {rank: message for rank, (_, message) in enumerate(reports) if message is not None}
-    is_everywhere = len(failures) == len(reports) and len(set(failures.values())) == 1
-    if error is not None and (is_everywhere or not isinstance(error, SDPError)):
-        raise error
-    if failures:
-        rank, message = min(failures.items())
-        raise ConfigError(f"rank {rank}: {message}")
-    expected = reports[0][0]
-    for rank, (values, _) in enumerate(reports[1:], start=1):
-        for key in [*expected, *(key for key in values if key not in expected)]:
-            if expected.get(key) != values.get(key):
-                raise ConfigError(
-                    f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {rank} has "
-                    f"{values.get(key, 'nothing')}; give every rank the same configuration"
-                )
+    rank, world = dist.get_rank(), dist.get_world_size()
+    said = _words(sorted(mine.items()) if error is None else _message(error))
+    has_failed = error is not None
+    lowest = _lowest([rank if has_failed else world, has_failed, *said, *(-word for word in said)])
+    first_failed, have_all_failed, words = lowest[0], bool(lowest[1]), lowest[2:]
+    are_alike = words[: len(said)] == [-word for word in words[len(said) :]]
+    if first_failed < world:
+        message = _message(error) if error is not None else None
+        is_everywhere = have_all_failed and are_alike
+        message = message if is_everywhere else object_of(first_failed, message, _PURPOSE)
+        if error is not None and (is_everywhere or not isinstance(error, SDPError)):
+            raise error
+        raise ConfigError(f"rank {first_failed}: {message}")
+    if not are_alike:
+        expected: dict[str, str] = object_of(0, mine, _PURPOSE)
+        [other] = _lowest([world if mine == expected else rank])
+        values: dict[str, str] = object_of(other, mine, _PURPOSE)
+        key = next(k for k in [*expected, *values] if expected.get(k) != values.get(k))
+        raise ConfigError(
+            f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {other} has "
+            f"{values.get(key, 'nothing')}; give every rank the same configuration"
+        )
+
+
+def _words(value: Any) -> list[int]:
+    """A digest, as numbers that have a negative in 64 bits."""
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    return [int.from_bytes(digest[i : i + 7], "little") for i in range(0, 28, 7)]
+
+
+def _lowest(numbers: list[int]) -> list[int]:
+    told = reduce_numbers(torch.tensor(numbers, dtype=torch.int64), _PURPOSE, dist.ReduceOp.MIN)
+    return [int(number) for number in told]
 
 
 def agreed(make: Callable[[], T], describe: Callable[[T], Mapping[str, Any]] = lambda _: {}) -> T:
@@ -76,7 +99,7 @@ def from_first_rank(make: Callable[[], T]) -> T:
     if error is not None and not isinstance(error, SDPError):
         told = ConfigError(f"rank 0: {_message(error)}")
         told.is_of_another_rank = True
-    carried: tuple[T, Exception | None] = object_of_first((made, told), "what rank 0 computes")
+    carried: tuple[T, Exception | None] = object_of(0, (made, told), "what rank 0 computes")
     if error is not None or carried[1] is not None:
         raise error or carried[1]  # type: ignore[misc]
     return carried[0]

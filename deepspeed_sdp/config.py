@@ -28,6 +28,9 @@ _LONGEST_KEY = 100
 _SHOWN_FRACTIONS = 16
 
 DEFAULT_COVERAGE = 0.5
+# A plan file for more workers than these is taken only with the key, so that nobody gets them unawares.
+MOST_UNASKED_SUBNETWORKS = 64
+_MOST_DEFAULT_SUBNETWORKS = 8
 
 # Keys of the design whose feature is not built yet: (key, the values that work today, what is missing).
 _NOT_BUILT: tuple[tuple[str, tuple[object, ...], str], ...] = (
@@ -86,7 +89,7 @@ class SDPConfig(BaseModel):
         False, description="backward masking: copies may arrive during the next forward pass, which waits for them"
     )
     num_subnetworks: int | None = Field(
-        None, ge=1, le=MAX_WORKERS, description="N; divides the world size, which is the default"
+        None, ge=1, le=MAX_WORKERS, description="N; divides the world size, default: the largest divisor up to 8"
     )
     coverage: Coverage | dict[Kind, Coverage] | None = Field(
         None, description='K/N, the share of the units that one worker holds, as 0.5 or "1/2"; or one for each kind'
@@ -117,7 +120,13 @@ class SDPConfig(BaseModel):
     rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
         "round_robin", description="which rank trains which subnetwork"
     )
-    max_owner_sets: int = Field(64, ge=1, le=_MAX_OWNER_SETS, description="upper bound of the number of process groups")
+    max_owner_sets: int | None = Field(
+        None,
+        ge=1,
+        le=_MAX_OWNER_SETS,
+        description="upper bound of the number of process groups; default: 64 on gloo, elsewhere 16 for up to 8 "
+        "subnetworks",
+    )
     seq_length: int = Field(
         2048, ge=1, le=_MAX_COUNT, description="sequence length at which the workers' FLOPs are balanced"
     )
@@ -255,7 +264,7 @@ class SDPConfig(BaseModel):
         Raises:
             ConfigError: ``num_subnetworks`` does not divide the world size.
         """
-        count = self.num_subnetworks or world_size
+        count = self.num_subnetworks or default_subnetworks(world_size)
         if world_size % count:
             divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
             more = f", or more ranks: {more_ranks(count)}" if world_size == 1 else ""
@@ -278,8 +287,8 @@ class SDPConfig(BaseModel):
         if self.owners_per_unit is not None:
             return self._for_kinds("owners_per_unit", self.owners_per_unit, num_subnetworks, _check_owners)
         if self.coverage is None:
-            return _whole_owners(f"{BLOCK}.coverage", DEFAULT_COVERAGE, num_subnetworks, " (the default)")
-        return self._for_kinds("coverage", self.coverage, num_subnetworks, _whole_owners)
+            return self._whole_owners(f"{BLOCK}.coverage", DEFAULT_COVERAGE, num_subnetworks, " (the default)")
+        return self._for_kinds("coverage", self.coverage, num_subnetworks, self._whole_owners)
 
     def _for_kinds(
         self, key: str, value: float | Mapping[Any, float], workers: int, convert: Callable[[str, float, int], int]
@@ -305,26 +314,45 @@ class SDPConfig(BaseModel):
             )
         return self.worker_capacity
 
+    def owner_sets_bound(self, num_subnetworks: int, backend: str) -> int:
+        """``max_owner_sets`` of a job of so many subnetworks whose collectives run on ``backend``.
+
+        Each is a communicator, which costs memory, a stream and a thread but on gloo. 16 sets come near the best plan
+        for up to 8 workers; more workers are asked for, and get two turns of windows at least.
+        """
+        if self.max_owner_sets is not None:
+            return self.max_owner_sets
+        return 64 if backend == "gloo" else min(64, max(16, 2 * num_subnetworks))
+
+    def _whole_owners(self, key: str, value: float, workers: int, note: str = "") -> int:
+        # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
+        owners = round(value * workers)
+        if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
+            # The nearest ones where there are many.
+            first = max(1, min(owners - _SHOWN_FRACTIONS // 2, workers - _SHOWN_FRACTIONS + 1))
+            last = min(workers, first + _SHOWN_FRACTIONS - 1)
+            takes = ", ".join(str(Fraction(k, workers)) for k in range(first, last + 1))
+            raise ConfigError(
+                f"{key}: got {value:g}{note} with {workers} subnetworks, which gives {value * workers:g} owners per "
+                f"unit; takes a whole number of owners: {takes}"
+                + (", ..." if workers > _SHOWN_FRACTIONS else "")
+                + ("" if self.num_subnetworks else f"; or another num_subnetworks (default: {_DEFAULT_SUBNETWORKS})")
+            )
+        return owners
+
+
+_DEFAULT_SUBNETWORKS = f"the largest divisor of the world size up to {_MOST_DEFAULT_SUBNETWORKS}"
+
+
+def default_subnetworks(world_size: int) -> int:
+    """``N`` where nobody says: the largest divisor of the world size up to 8."""
+    return max(n for n in range(1, _MOST_DEFAULT_SUBNETWORKS + 1) if world_size % n == 0)
+
 
 def _check_owners(key: str, value: float, workers: int) -> int:
     if value > workers:
         raise ConfigError(f"{key}: got {value} with {workers} subnetworks; takes 1 to {workers}")
     return int(value)
-
-
-def _whole_owners(key: str, value: float, workers: int, note: str = "") -> int:
-    # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
-    owners = round(value * workers)
-    if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
-        # The nearest ones where there are many.
-        first = max(1, min(owners - _SHOWN_FRACTIONS // 2, workers - _SHOWN_FRACTIONS + 1))
-        last = min(workers, first + _SHOWN_FRACTIONS - 1)
-        takes = ", ".join(str(Fraction(k, workers)) for k in range(first, last + 1))
-        raise ConfigError(
-            f"{key}: got {value:g}{note} with {workers} subnetworks, which gives {value * workers:g} owners per unit; "
-            f"takes a whole number of owners: {takes}" + (", ..." if workers > _SHOWN_FRACTIONS else "")
-        )
-    return owners
 
 
 SDPSource: TypeAlias = SDPConfig | Mapping[str, Any] | str | Path

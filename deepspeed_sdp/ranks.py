@@ -54,12 +54,17 @@ def gather_objects(value: Any, what: str, group: ProcessGroup | None = None) -> 
     return values
 
 
-def object_of_first(value: Any, what: str) -> Any:
-    """Collective. ``value`` of rank 0, on every rank."""
+def object_of(rank: int, value: Any, what: str) -> Any:
+    """Collective. ``value`` of ``rank``, on every rank."""
     told = [value]
     with waiting(what, range(dist.get_world_size())):
-        dist.broadcast_object_list(told, src=0, group=control_group())
+        dist.broadcast_object_list(told, src=rank, group=control_group())
     return told[0]
+
+
+def object_of_first(value: Any, what: str) -> Any:
+    """Collective. ``value`` of rank 0, on every rank."""
+    return object_of(0, value, what)
 
 
 def reduce_numbers(numbers: torch.Tensor, what: str, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:

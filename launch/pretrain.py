@@ -76,7 +76,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     else:
         fraction = heldout_fraction(args)
         text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
-    plan = from_first_rank(lambda: make_plan_of(recipe, world_size, text.tokenizer_folder))
+    plan = from_first_rank(lambda: make_plan_of(recipe, world_size, text.tokenizer_folder, dist.get_backend()))
     job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps, plan))
     about = describe(job)
     say(about)

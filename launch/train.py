@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     if sdp.plan_file is None:
         block.setdefault("seq_length", args.seq_length)
     sdp = SDPConfig.parse(block)
-    plan = from_first_rank(lambda: plan_for(model, sdp, dist.get_world_size()))
+    plan = from_first_rank(lambda: plan_for(model, sdp, dist.get_world_size(), dist.get_backend()))
     flops = flops_per_token(model, args.seq_length, sdp, plan)
     config = dense_config(args)
     facts = make_facts(model, sdp, plan, flops)

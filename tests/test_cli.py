@@ -100,7 +100,8 @@ def test_a_block_is_a_start_and_options_override_it(capsys, tmp_path):
             ("--model", "gpt-9", "--num_subnetworks", "4"),
             "--model: gpt-9 is no file, folder or preset; presets are llama",
         ),
-        (("--model", "llama-15m"), "--num_subnetworks: got none"),
+        (("--model", "llama-15m", "--gpus", "7"), "got 0.5 (the default) with 7 subnetworks"),
+        (("--model", "llama-15m", "--gpus", "8", "--num_subnetworks", "3"), "got 3 with a world size of 8"),
         (("--model", "llama-15m", "--num_subnetworks", "4", "--coverage", "0.3"), "takes a whole number of owners"),
         (("--model", "llama-15m", "--num_subnetworks", "4", "--out", "/proc/x/y"), "cannot write /proc/x/y"),
         (("--model", "llama-15m", "--num_subnetworks", "4", "--shared_modules", "model"), "shares every unit"),
@@ -134,6 +135,32 @@ def test_a_plan_file_that_does_not_fit_is_refused(capsys, tmp_path, change):
         "other workers": "is for 4 workers; got num_subnetworks 6",
     }[change]
     assert expected in err
+
+
+def test_workers_are_by_default_those_of_a_job(capsys):
+    def workers(command, *arguments):
+        assert main([command, "--model", "llama-15m", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one = ("--zero", "0", "--masking", "forward", "--granularity", "neuron", "--coverage", "1/2")
+    for ranks, expected in (("512", 8), ("12", 6)):
+        assert workers("plan", "--gpus", ranks)["num_subnetworks"] == expected
+        estimates = workers("estimate", "--gpus", ranks, "--seq_length", "64", *one)["estimates"]
+        assert {e["num_subnetworks"] for e in estimates} == {None, expected}
+    assert workers("plan")["num_subnetworks"] == 8
+    assert workers("plan", "--coverage", "3/4")["owner_sets"] == 16
+    assert workers("plan", "--coverage", "3/4", "--max_owner_sets", "64")["owner_sets"] == 28
+
+
+def test_a_plan_file_for_more_than_64_workers_takes_the_key(capsys, tmp_path):
+    big, plan = ("--model", "llama-134m", "--coverage", "1/2"), tmp_path / "plan.json"
+    assert run(capsys, *big, "--num_subnetworks", "128", "--out", str(plan))[0] == 0
+    (tmp_path / "sdp.json").write_text(json.dumps({"plan_file": str(plan)}))
+    of_file = ("--model", "llama-134m", "--sdp_config", str(tmp_path / "sdp.json"))
+    code, _, err = run(capsys, *of_file, "--gpus", "128")
+    assert code == 1
+    assert "is for 128 workers; takes num_subnetworks 128 beside it, as every plan for more than 64" in err
+    assert run(capsys, *of_file, "--num_subnetworks", "128")[0] == 0
 
 
 def test_presets_have_the_sizes_of_their_names():

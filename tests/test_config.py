@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeed_sdp import ConfigError, SDPConfig
-from deepspeed_sdp.config import BLOCK, read_json, split_block
+from deepspeed_sdp.config import BLOCK, default_subnetworks, read_json, split_block
 
 
 def test_defaults():
@@ -16,7 +16,7 @@ def test_defaults():
     assert (config.masking, config.granularity, config.design) == ("forward", "neuron", "auto")
     assert config.partition == ("mlp", "attention")
     assert config.output_scaling == "inverse_sqrt_coverage"
-    assert (config.max_owner_sets, config.chunk_multiple, config.seed) == (64, 64, 0)
+    assert (config.max_owner_sets, config.chunk_multiple, config.seed) == (None, 64, 0)
     assert config.subnetworks(8) == 8
     assert config.owners(8) == 4
 
@@ -150,6 +150,30 @@ def test_one_rank_owns_every_unit():
         ConfigError, match=r"got 4 with a world size of 1; .*deepspeed --num_accelerators 4, or torchrun"
     ):
         SDPConfig.parse({"num_subnetworks": 4}).subnetworks(1)
+
+
+@pytest.mark.parametrize(
+    ("world", "workers"),
+    [(1, 1), (2, 2), (3, 3), (5, 5), (7, 7), (8, 8), (11, 1), (12, 6), (20, 5), (512, 8), (4096, 8)],
+)
+def test_by_default_subnetworks_are_the_largest_divisor_of_the_world_up_to_8(world, workers):
+    assert SDPConfig.parse({}).subnetworks(world) == default_subnetworks(world) == workers
+
+
+@pytest.mark.parametrize("workers", [1, 3, 5, 7])
+def test_a_default_coverage_of_no_whole_owners_says_what_else_can_be_taken(workers):
+    with pytest.raises(ConfigError, match=f"0.5 .the default. with {workers} subnetworks.*or another num_subnetworks"):
+        SDPConfig.parse({}).owners(SDPConfig.parse({}).subnetworks(workers))
+    with pytest.raises(ConfigError) as error:
+        SDPConfig.parse({"num_subnetworks": workers}).owners(workers)
+    assert "another num_subnetworks" not in str(error.value)
+
+
+def test_the_bound_on_owner_sets_goes_by_the_backend():
+    config = SDPConfig.parse({})
+    assert [config.owner_sets_bound(n, "nccl") for n in (1, 8, 9, 16, 32, 512)] == [16, 16, 18, 32, 64, 64]
+    assert [config.owner_sets_bound(n, "gloo") for n in (1, 8, 512)] == [64] * 3
+    assert SDPConfig.parse({"max_owner_sets": 40}).owner_sets_bound(8, "nccl") == 40
 
 
 def test_int_coverage_is_full_coverage():

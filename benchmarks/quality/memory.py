@@ -86,4 +86,4 @@ def preset_state(name: str, sdp: SDPConfig, num_workers: int) -> dict[int, int]:
     """Model state for a preset of the package."""
     model = meta_model(read_model_config(model_path(name, "preset")))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return state_bytes(plan_for(model, sdp, num_workers), total, sdp.masking)
+    return state_bytes(plan_for(model, sdp, num_workers, "gloo"), total, sdp.masking)

@@ -51,7 +51,7 @@ class Ownership:
 
 def make_plan(model: nn.Module, sdp: SDPConfig, num_workers: int, *, same_split: bool = False) -> SubnetworkPlan:
     """The plan that the engine would make. ``same_split``: the same teams in every space, instead of a design."""
-    plan = plan_for(model, sdp, num_workers)
+    plan = plan_for(model, sdp, num_workers, "gloo")
     return _same_split(plan) if same_split else plan
 
 

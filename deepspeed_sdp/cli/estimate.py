@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_sdp.cli.options import coverage, listed, written
-from deepspeed_sdp.config import BLOCK, read_block, read_json
+from deepspeed_sdp.config import BLOCK, default_subnetworks, read_block, read_json
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.presets import model_path, preset_names
 
@@ -182,7 +182,7 @@ def _job(args: argparse.Namespace, ds_config: dict[str, Any]) -> tuple["Job", in
     """The settings that all strategies share, and how many workers there are."""
     from dataclasses import replace
 
-    from deepspeed_sdp.estimate import Job, default_subnetworks
+    from deepspeed_sdp.estimate import Job
     from deepspeed_sdp.estimate.job import DTYPES
     from deepspeed_sdp.estimate.job_file import job_of
 

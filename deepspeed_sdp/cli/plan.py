@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from deepspeed_sdp.cli.options import coverage, listed, per_kind, written
 from deepspeed_sdp.config import SDPConfig, read_block
-from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.presets import model_path, preset_names
 
 if TYPE_CHECKING:
@@ -29,7 +28,13 @@ def add_commands(commands: "Commands") -> None:
         help="HuggingFace config.json, a folder with one, or a preset: " + ", ".join(preset_names()),
     )
     plan.add_argument("--sdp_config", metavar="JSON", help="an SDP block to start from; the options below override it")
-    plan.add_argument("--num_subnetworks", type=int, metavar="N", help="workers; default: the block's")
+    plan.add_argument("--gpus", type=int, metavar="N", help="ranks; default: the workers, or else 8")
+    plan.add_argument(
+        "--num_subnetworks",
+        type=int,
+        metavar="N",
+        help="workers; default: the block's, or else the largest divisor of the ranks up to 8",
+    )
     plan.add_argument(
         "--coverage",
         type=per_kind(coverage),
@@ -46,7 +51,9 @@ def add_commands(commands: "Commands") -> None:
     plan.add_argument("--shared_modules", nargs="+", metavar="PATTERN", help="modules that all workers own")
     plan.add_argument("--design", choices=("auto", "cyclic", "random"), help="how owner sets are chosen")
     plan.add_argument("--worker_capacity", type=listed(float), metavar="C,C,...", help="relative speeds of the workers")
-    plan.add_argument("--max_owner_sets", type=int, metavar="M", help="bound on process groups (default: 64)")
+    plan.add_argument(
+        "--max_owner_sets", type=int, metavar="M", help="bound on process groups (default: 16 up to 8 workers)"
+    )
     plan.add_argument("--chunk_multiple", type=int, metavar="M", help="alignment of chunks (default: 64)")
     plan.add_argument("--seq_length", type=int, metavar="T", help="for the balance of FLOPs (default: 2048)")
     plan.add_argument("--seed", type=int, help="of searched and random designs (default: 0)")
@@ -66,12 +73,8 @@ def _plan(args: argparse.Namespace) -> None:
         block.pop("owners_per_unit", None)
     block.update({key: getattr(args, key) for key in _BLOCK_OPTIONS if getattr(args, key) is not None})
     config = SDPConfig.parse(block)
-    if config.num_subnetworks is None:
-        raise ConfigError(
-            "--num_subnetworks: got none, and no num_subnetworks in the SDP block; takes the number of workers"
-        )
     model = meta_model(read_model_config(model_path(args.model, "--model"), "--model"), "--model")
-    plan = plan_for(model, config, config.num_subnetworks)
+    plan = plan_for(model, config, args.gpus or config.num_subnetworks or 8)
     summary = plan_summary(plan, count_parameters(model), config.masking)
     print(json.dumps(summary, indent=2) if args.json else to_text(summary))
     if args.out:

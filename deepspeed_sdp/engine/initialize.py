@@ -169,7 +169,7 @@ def _agree_on_job(
 
 
 def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...]]:
-    plan = plan_for(job.model, job.sdp, dist.get_world_size())
+    plan = plan_for(job.model, job.sdp, dist.get_world_size(), dist.get_backend())
     check_copies(job.sdp, plan)
     return plan, place_workers(plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
 

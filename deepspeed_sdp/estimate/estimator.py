@@ -130,7 +130,10 @@ class Estimator:
         sdp = job.sdp if job.sdp is not None and job.sdp.enabled else None
         job = replace(job, sdp=sdp)
         plan = (
-            self._once(("plan", _key(sdp), job.world_size), lambda: plan_for(self.full, sdp, job.world_size))
+            self._once(
+                ("plan", _key(sdp), job.world_size, job.backend),
+                lambda: plan_for(self.full, sdp, job.world_size, job.backend),
+            )
             if sdp
             else None
         )

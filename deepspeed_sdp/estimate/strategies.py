@@ -108,11 +108,6 @@ def compare(
     return found, list(dict.fromkeys(refused))
 
 
-def default_subnetworks(world_size: int) -> int:
-    """The largest divisor of the world size up to 8."""
-    return max(n for n in range(1, min(8, world_size) + 1) if world_size % n == 0)
-
-
 def name_of(job: Job) -> str:
     """What a table calls a strategy, without its stage."""
     if job.sdp is None:

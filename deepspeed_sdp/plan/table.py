@@ -1,4 +1,4 @@
-"""Tables of designs and of balance: `python -m deepspeed_sdp.plan.table [designs | balance | capacity]`."""
+"""Tables of designs and of balance: `python -m deepspeed_sdp.plan.table [designs | few | balance | capacity]`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _RHO = "\N{GREEK SMALL LETTER RHO}"
 _SHAPES = ((2048, 5461, 24), (2048, 5632, 22), (3200, 8640, 26), (4096, 11008, 32))
 _QUERY_HEADS, _SEQUENCE_LENGTH = 32, 2048
 _COVERAGES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# Workers that a job has by default at most, and the owner sets that it then has where they are not gloo's.
+_FEW = (8, 16)
 _CAPACITIES: tuple[tuple[int, tuple[float, ...]], ...] = (
     (2, (1, 1, 0.5, 0.5)),
     (3, (2, 1, 1, 1)),
@@ -151,7 +153,12 @@ def _shown(value: float) -> str:
 
 def main(arguments: Sequence[str]) -> str:
     """The table named by the first argument, `designs` if there is none."""
-    tables = {"designs": lambda: render_designs(design_table()), "balance": render_balance, "capacity": render_capacity}
+    tables = {
+        "designs": lambda: render_designs(design_table()),
+        "few": lambda: render_designs(design_table(*_FEW)),
+        "balance": render_balance,
+        "capacity": render_capacity,
+    }
     name = arguments[0] if arguments else "designs"
     if name not in tables or len(arguments) > 1:
         raise SystemExit(f"got {' '.join(arguments)!r}, takes one of {', '.join(tables)}")

@@ -18,6 +18,8 @@ Block = tuple[int, ...]
 # Workers 0 … M-1, M … 2M-1, … turn in cycles. In this order of the turns models of 2 to 40 layers,
 # attention and MLP in turn, mix best on average.
 _DESIGNS: dict[tuple[int, int], tuple[int, tuple[tuple[Block, ...], ...], tuple[int, ...]]] = {
+    # Two base blocks where three, of equal turns, are more than 16 owner sets.
+    (8, 3): (8, (((0, 1, 3),), ((0, 1, 4),)), (0, 1, 0)),
     # Not all pairs fit. What can be reached here is low, but less so than with the pairs that the search takes.
     (13, 2): (13, (((0, 1),), ((0, 3),), ((0, 2),), ((0, 6),)), (0, 2, 0, 3, 1, 2, 3, 1, 2, 3)),
     (15, 2): (15, (((0, 1),), ((0, 2),), ((0, 4),), ((0, 7),)), (0, 3, 2, 1)),

@@ -51,7 +51,9 @@ class Job:
     how_long: str
 
 
-def make_plan_of(recipe: Recipe, world_size: int, tokenizer_folder: Path | None = None) -> SubnetworkPlan:
+def make_plan_of(
+    recipe: Recipe, world_size: int, tokenizer_folder: Path | None = None, backend: str = "nccl"
+) -> SubnetworkPlan:
     """The plan that :func:`make_job` takes; many ranks make it once, as it can take seconds.
 
     Raises:
@@ -60,7 +62,7 @@ def make_plan_of(recipe: Recipe, world_size: int, tokenizer_folder: Path | None 
     seq_length = recipe.about.seq_length
     config = model_config(recipe.model_file, seq_length, tokenizer_folder, "pretraining.model")
     sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0, "seq_length": seq_length})
-    return plan_for(meta_model(config, "pretraining.model"), sdp, world_size)
+    return plan_for(meta_model(config, "pretraining.model"), sdp, world_size, backend)
 
 
 def make_job(

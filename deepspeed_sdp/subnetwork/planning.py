@@ -11,16 +11,17 @@ from torch import nn
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
 from deepspeed_sdp.adapters.claims import check_claims
-from deepspeed_sdp.config import SDPConfig, SDPSource
+from deepspeed_sdp.config import MOST_UNASKED_SUBNETWORKS, SDPConfig, SDPSource
 from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 from deepspeed_sdp.subnetwork.trial import try_adapter
 
 
-def plan_for(model: nn.Module, sdp: SDPSource, world_size: int) -> SubnetworkPlan:
+def plan_for(model: nn.Module, sdp: SDPSource, world_size: int, backend: str = "nccl") -> SubnetworkPlan:
     """The plan of ``model`` (real or meta) under ``sdp`` on ``world_size`` ranks; a pure function.
 
-    A world of one owns every unit: there coverage 1 is taken, whatever the block says.
+    A world of one owns every unit: there coverage 1 is taken, whatever the block says. ``backend``: of the job's
+    collectives, by which the default of ``max_owner_sets`` goes.
 
     Raises:
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
@@ -46,7 +47,7 @@ def plan_for(model: nn.Module, sdp: SDPSource, world_size: int) -> SubnetworkPla
         num_subnetworks,
         owners_per_unit=sdp.owners(num_subnetworks),
         design=sdp.design,
-        max_owner_sets=sdp.max_owner_sets,
+        max_owner_sets=sdp.owner_sets_bound(num_subnetworks, backend),
         chunk_multiple=sdp.chunk_multiple,
         seed=sdp.seed,
         shared_flops=shared,
@@ -77,6 +78,11 @@ def read_plan(sdp: SDPConfig, spaces: Sequence[UnitSpace], world_size: int) -> S
         raise ConfigError(
             f"{key}: {sdp.plan_file} is for {plan.num_subnetworks} workers; got num_subnetworks {workers} and a world "
             f"size of {world_size}; takes a multiple of {plan.num_subnetworks} ranks"
+        )
+    if sdp.num_subnetworks is None and workers > MOST_UNASKED_SUBNETWORKS:
+        raise ConfigError(
+            f"{key}: {sdp.plan_file} is for {workers} workers; takes num_subnetworks {workers} beside it, as every "
+            f"plan for more than {MOST_UNASKED_SUBNETWORKS}"
         )
     return plan
 

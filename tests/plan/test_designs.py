@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspeed_sdp.errors import PlanError
-from deepspeed_sdp.plan import Design, make_design
+from deepspeed_sdp.plan import Design, make_design, make_plan
+from deepspeed_sdp.plan.table import llama_spaces
 
 
 def gap(design: Design, num_classes: int | None = None) -> float:
@@ -195,3 +196,13 @@ def test_smallest_max_owner_sets_is_told_and_works(name: str, n: int, k: int, sm
 def test_impossible_sizes_are_refused(arguments: tuple[str, int, int], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         make_design(*arguments)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8, 32])
+@pytest.mark.parametrize(("n", "k"), [(n, k) for n in range(2, 9) for k in range(1, n)])
+def test_sixteen_owner_sets_are_enough_for_up_to_8_workers(n: int, k: int, heads: int) -> None:
+    plan = make_plan(llama_spaces(32, 2048, heads, 5632), n, owners_per_unit=k, max_owner_sets=16)
+    assert len(plan.owner_sets) <= 17
+    assert plan.connected or k == 1
+    if n == 8 and heads == 8:
+        assert plan.spectral_gap >= (0.87 if k == 2 else 0.96) * plan.spectral_gap_bound

@@ -48,7 +48,7 @@ def test_nothing_comes_near_the_bound_where_not_all_pairs_meet(n: int, k: int) -
         assert reached == pytest.approx(gap_limit(n, k, 64), abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["designs", "balance", "capacity"])
+@pytest.mark.parametrize("name", ["designs", "few", "balance", "capacity"])
 def test_docs_show_the_tables_as_they_are(name: str) -> None:
     assert main([name]) in DOCS.read_text(), f"python -m deepspeed_sdp.plan.table {name}, and paste it into {DOCS}"
 
@@ -58,5 +58,5 @@ def test_table_is_a_command() -> None:
         [sys.executable, "-m", "deepspeed_sdp.plan.table", "capacity"], capture_output=True, text=True, check=True
     )
     assert done.stdout.rstrip("\n") in DOCS.read_text()
-    with pytest.raises(SystemExit, match="got 'x', takes one of designs, balance, capacity"):
+    with pytest.raises(SystemExit, match="got 'x', takes one of designs, few, balance, capacity"):
         main(["x"])

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, constants, state_like
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.ranks import gather_objects
+from deepspeed_sdp.ranks import reduce_numbers
 from deepspeed_sdp.subnetwork import ClientMap, Subnetwork
 
 
@@ -35,24 +36,28 @@ def translate_groups(
     return translated
 
 
-def agree_on_groups(mine: Mapping[str, int]) -> dict[str, int]:
-    """Collective. What any rank's client put into a group, by full parameter; of each rank, ``mine`` is told.
+def agree_on_groups(mine: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Collective. What any rank's client put into a group, by full parameter (``names``: of all); each tells ``mine``.
 
     A client that picks parameters by ``requires_grad`` sees of the full model what this rank trains, no more.
 
     Raises:
         ConfigError: ranks put a parameter into different groups; on every rank.
     """
-    told: list[dict[str, int]] = gather_objects(mine, "agreeing on parameter groups")
-    found: dict[str, int] = {}
-    for rank, groups in enumerate(told):
-        for name, index in groups.items():
-            if found.setdefault(name, index) != index:
-                raise ConfigError(
-                    f"optimizer.param_groups: {name} is in group {index} on rank {rank}, and in group "
-                    f"{found[name]} on another; takes the same groups on all ranks"
-                )
-    return found
+    what = "agreeing on parameter groups"
+    # Nobody's group is so high: a parameter that no rank knows has it as its lowest, and its negative as its highest.
+    none = 2**62
+    told = [[sign * mine[name] if name in mine else none for name in names] for sign in (1, -1)]
+    lowest, highest = reduce_numbers(torch.tensor(told), what, dist.ReduceOp.MIN).tolist()
+    for name, low, high in zip(names, lowest, highest, strict=True):
+        if low != none and low != -high:
+            here = torch.tensor(dist.get_rank() if mine.get(name) == -high else dist.get_world_size())
+            raise ConfigError(
+                f"optimizer.param_groups: {name} is in group {-high} on rank "
+                f"{int(reduce_numbers(here, what, dist.ReduceOp.MIN))}, and in group {low} on another; takes the same "
+                "groups on all ranks"
+            )
+    return {name: low for name, low in zip(names, lowest, strict=True) if low != none}
 
 
 def translate_optimizer(optimizer: torch.optim.Optimizer, subnetwork: Subnetwork, client: ClientMap) -> None:

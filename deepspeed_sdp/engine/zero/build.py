@@ -91,7 +91,8 @@ def assemble(
     # What DeepSpeed or a client's callable made is compared here for the first time.
     behaviour = agreed(lambda: behaviour_of(optimizer, settings.state.device), lambda _: describe_optimizer(optimizer))
     is_masked = subnetwork.masking == "backward"
-    subnetwork = replace(subnetwork, group_of=agree_on_groups(group_of) if is_masked else dict(group_of))
+    agreed_groups = agree_on_groups(group_of, subnetwork.full_order) if is_masked else dict(group_of)
+    subnetwork = replace(subnetwork, group_of=agreed_groups)
     group_of_id = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in subnetwork.module.named_parameters() if id(p) in group_of_id}
     agreed(lambda: _check_dtypes(subnetwork, trained, dtype))
