@@ -9,6 +9,7 @@ what                                                why                         
 ``deepspeed.initialize``, methods of ``Trainer``    the ways by which HuggingFace comes to        until ``disable()``
 and ``Accelerator``                                 DeepSpeed
 ``HfDeepSpeedConfig``                               transformers would build sharded what is cut  the process, or undone
+``F.scaled_dot_product_attention``                  on the meta device it is no fused kernel      a trace
 ``sys.excepthook``                                  one report of one rank                        the process, or undone
 ==================================================  ============================================  =====================
 """
