@@ -23,9 +23,9 @@ from deepspeed_sdp.checkpoint import FolderLocks, model_folder
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.engine.comm.timing import Stopwatch
+from deepspeed_sdp.engine.deepspeed.memory import model_state_bytes
 from deepspeed_sdp.engine.full.evaluation import eval_mode, mean_over_ranks, nothing, sum_of_losses
 from deepspeed_sdp.engine.state.universal import SAFE
-from deepspeed_sdp.engine.zero.memory import model_state_bytes
 from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError, SDPError
 from deepspeed_sdp.files import replace_folder
 from deepspeed_sdp.patches import patched
