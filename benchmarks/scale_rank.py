@@ -25,7 +25,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepspeed_sdp.config import default_bucket_numel
-from deepspeed_sdp.engine.comm.agreement import agreed
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.deepspeed.param_groups import translate_groups
