@@ -143,7 +143,7 @@ def use(stage, sdp, bf16):
 
 
 def owners(engine, name):
-    return engine._owner_groups.ranks(engine._subnetwork.fragments[name].owner_set)
+    return engine._parts.tools.owners(trained(engine)[name])
 
 
 def resume(cases):

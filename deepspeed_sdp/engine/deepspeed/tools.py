@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 
-from deepspeed_sdp.engine.zero.freed_weight import FreedWeight, give_values, take_values
+from deepspeed_sdp.engine.zero.freed_weight import FreedWeight, give_values, nothing_of, take_values
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.errors import ConfigError, StateError
@@ -132,7 +132,7 @@ class ParameterTools:
 
     def owners(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Ranks that train it, ascending."""
-        return tuple(sorted(self._of(parameter)[0].bucket.ranks))
+        return tuple(sorted(self._of(parameter)[0].bucket.owners.ranks))
 
     @torch.no_grad()
     def gather(self, parameter: nn.Parameter) -> bool:
@@ -193,9 +193,10 @@ class ParameterTools:
 
     def _sum(self, bucket: OwnerBucket, flat: torch.Tensor, is_whole: bool = False) -> torch.Tensor:
         """Over the owners, of whom one has other values than zero for each element."""
-        if len(bucket.ranks) > 1 and (bucket.shards > 1 or is_whole):
-            with bucket.group.waiting("a parameter of all owners") as group:
-                dist.all_reduce(flat, group=group)
+        for group in (bucket.owners.outer, bucket.owners.inner) if bucket.shards > 1 or is_whole else ():
+            if group is not None:
+                with group.waiting("a parameter of all owners") as process_group:
+                    dist.all_reduce(flat, group=process_group)
         return flat
 
     def _local(self, parameter: nn.Parameter, values: Mapping[OwnerBucket, torch.Tensor]) -> torch.Tensor:
@@ -275,7 +276,7 @@ class _Gathered:
                     parameter._z3_optimizer.spread(parameter, self._modifier)
         finally:
             for parameter in self._filled:
-                take_values(parameter)
+                take_values(parameter, nothing_of(parameter))
 
 
 _patches = ExitStack()

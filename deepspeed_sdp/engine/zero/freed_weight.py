@@ -52,15 +52,17 @@ class FreedWeight(nn.Parameter):
 
 
 def give_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
-    """Let a freed parameter be one with ``values``."""
-    parameter.__class__ = nn.Parameter
+    """Let a parameter, freed or not, be one with ``values``."""
+    if isinstance(parameter, FreedWeight):
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
     parameter.data = values
 
 
-def take_values(parameter: nn.Parameter) -> None:
-    """Free a parameter that :func:`give_values` has filled."""
-    parameter.data = nothing_of(parameter)
-    parameter.__class__ = FreedWeight
+def take_values(parameter: nn.Parameter, nothing: torch.Tensor) -> None:
+    """Free a parameter; ``nothing`` is :func:`nothing_of` it."""
+    parameter.data = nothing
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = FreedWeight
 
 
 def nothing_of(parameter: torch.Tensor) -> torch.Tensor:

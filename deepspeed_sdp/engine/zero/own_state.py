@@ -66,7 +66,7 @@ def _layout(optimizer: "SDPOptimizer") -> dict[str, Any]:
         "ranks": dist.get_world_size(),
         "zero_stage": optimizer.stage,
         "parameters": optimizer.identity,
-        "buckets": digest([(bucket.numels, bucket.ranks, bucket.shard_numel) for bucket in optimizer.masters]),
+        "buckets": digest([(bucket.numels, bucket.owners.ranks, bucket.shard_numel) for bucket in optimizer.masters]),
     }
 
 
