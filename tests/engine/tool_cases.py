@@ -50,9 +50,10 @@ def said(call):
     return "nothing"
 
 
-def values(engine, read):
+def values(engine, read, names=None):
     fragments = engine._subnetwork.fragments
-    return {name: (fragments[name], read(p).detach().clone()) for name, p in trained(engine).items()}
+    names = trained(engine) if names is None else names
+    return {name: (fragments[name], read(p).detach().clone()) for name, p in trained(engine).items() if name in names}
 
 
 def gathered(parameter):
@@ -94,12 +95,12 @@ def use(stage, sdp, bf16):
     result["size"] = said(lambda: safe_set_full_fp32_param(first, torch.zeros(3)))
     for p in can_set.values():
         safe_set_full_fp32_param(p, 1.5 * safe_get_full_fp32_param(p))
-    result["set"] = {name: values(engine, safe_get_full_fp32_param)[name] for name in can_set}
-    result["set_weights"] = {name: values(engine, gathered)[name] for name in can_set}
+    result["set"] = values(engine, safe_get_full_fp32_param, can_set)
+    result["set_weights"] = values(engine, gathered, can_set)
     if stage == 3:
         for p in can_set.values():
             safe_set_local_fp32_param(p, safe_get_local_fp32_param(p) / 1.5)
-        result["set_back"] = values(engine, safe_get_full_fp32_param)
+        result["set_back"] = values(engine, safe_get_full_fp32_param, can_set)
     for p in own.values():
         safe_set_full_optimizer_state(p, torch.full(p.shape, 2.0), "exp_avg")
     backward(engine, 2)
@@ -113,15 +114,14 @@ def use(stage, sdp, bf16):
     result["moments_set"] = values(engine, lambda p: safe_get_full_optimizer_state(p, "exp_avg"))
 
     # One of the owners changes it for all of them.
-    before = values(engine, safe_get_full_fp32_param)
+    result["before_change"] = values(engine, safe_get_full_fp32_param, can_set)
     for name, p in can_set.items():
         with GatheredParameters([p], modifier_rank=owners(engine, name)[-1]):
             if dist.get_rank() == owners(engine, name)[-1]:
                 with torch.no_grad():
                     p.view(-1)[::2].mul_(2)
-    result["before_change"] = {name: before[name] for name in can_set}
-    result["changed"] = {name: values(engine, safe_get_full_fp32_param)[name] for name in can_set}
-    result["changed_weights"] = {name: values(engine, gathered)[name] for name in can_set}
+    result["changed"] = values(engine, safe_get_full_fp32_param, can_set)
+    result["changed_weights"] = values(engine, gathered, can_set)
     few = next((name for name in own if len(owners(engine, name)) < 4), None)
     if few is not None:
         other = next(rank for rank in range(4) if rank not in owners(engine, few))
