@@ -6,7 +6,7 @@ docs/architecture.md says what differs between the stages.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,9 @@ from deepspeed_sdp.engine.zero.frozen import FrozenParameters
 from deepspeed_sdp.engine.zero.gradients import GradientPath
 from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
+from deepspeed_sdp.engine.zero.own_state import own_state, take_own_state
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.zero.refresh import WeightRefresh
-from deepspeed_sdp.errors import ConfigError
 
 
 class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
@@ -47,6 +47,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             from it, where the state is offloaded.
         nonfinite: what is done about NaN and Inf.
         frozen: which parameters a step passes over.
+        identity: differs where the parameters in the buckets do.
         traffic: counts bytes sent.
     """
 
@@ -66,6 +67,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         host_copies: Callable[[int], HostCopies] | None,
         nonfinite: NonFiniteGradients,
         frozen: FrozenParameters,
+        identity: str,
         traffic: Traffic,
     ) -> None:
         super().__init__()
@@ -85,6 +87,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.device = device
         self.refresh = refresh
+        self.identity = identity
         self.gradients = gradients
         self._buckets = gradients.buckets
         self._nonfinite = nonfinite
@@ -285,9 +288,9 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._store(part)
 
     @torch.no_grad()
-    def store_masters(self) -> None:
-        """Write all master weights back into this rank's shards of the weights."""
-        for part in self._parts:
+    def store_masters(self, buckets: Iterable[OwnerBucket] | None = None) -> None:
+        """Write the master weights of ``buckets``, or all, back into this rank's shards of the weights."""
+        for part in self._parts if buckets is None else [[bucket] for bucket in buckets]:
             self._store(part)
 
     def _store(self, part: Sequence[OwnerBucket]) -> None:
@@ -360,21 +363,17 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.custom_loss_scaler = True
         self.external_loss_scale = loss_scale
 
-    def state_dict(self) -> NoReturn:
-        """Not available.
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank holds, for :meth:`load_state_dict` on this rank in the same layout; no copies."""
+        return own_state(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Collective. Go on from what :meth:`state_dict` gave, to the bit.
 
         Raises:
-            ConfigError: always.
+            CheckpointError: it is of another rank or layout; on every rank.
         """
-        raise ConfigError("optimizer.state_dict: not available with SDP in this version")
-
-    def load_state_dict(self, state_dict: Any) -> NoReturn:
-        """Not available.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("optimizer.load_state_dict: not available with SDP in this version")
+        take_own_state(self, state_dict)
 
     def fail(self, error: BaseException) -> None:
         """A pass ended early: other ranks may be gone, and nothing is waited for any more."""
