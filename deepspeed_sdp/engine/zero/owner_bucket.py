@@ -28,7 +28,7 @@ class OwnerBucket(ABC):
         key, round: place in the total order of collectives.
         owner_set: index of the owner set.
         client_group: index of the client's parameter group.
-        items, numel: index of each parameter, in backward order; elements of all.
+        items, numels: index and elements of each parameter, in backward order; ``numel`` of all.
         ranges: ``(index, start, stop)`` of each of them: which of its elements, flattened.
         shard_numel, padded_numel: elements of this rank's shard, and of all shards, with zero padding at the end.
     """
@@ -42,7 +42,7 @@ class OwnerBucket(ABC):
     ) -> None:
         self.key, self.round = bucket.key, bucket.round
         self.owner_set, self.client_group = bucket.owner_set, bucket.group
-        self.items, self.numel = bucket.items, bucket.numel
+        self.items, self.numels, self.numel = bucket.items, bucket.numels, bucket.numel
         self.ranges = tuple(bucket.ranges)
         self.owners = owners
         self.is_owned = owners.rank in owners
