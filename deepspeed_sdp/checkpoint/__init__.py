@@ -3,7 +3,7 @@
 from deepspeed_sdp.checkpoint.background import BackgroundWriter
 from deepspeed_sdp.checkpoint.folder import has_checkpoint, is_complete
 from deepspeed_sdp.checkpoint.full_scale import FULL_SCALE, factor_on, parameter_of, writes_of
-from deepspeed_sdp.checkpoint.layout import Held, Layout, Owners, Section, layout_file
+from deepspeed_sdp.checkpoint.layout import Held, Layout, Section, Writers, layout_file
 from deepspeed_sdp.checkpoint.lock import LOCK, FolderLocks
 from deepspeed_sdp.checkpoint.model_folder import model_folder
 from deepspeed_sdp.checkpoint.reading import Checkpoint, open_checkpoint
@@ -21,13 +21,13 @@ __all__ = [
     "FolderLocks",
     "Held",
     "Layout",
-    "Owners",
     "Read",
     "Run",
     "Section",
     "Snapshot",
     "Source",
     "Streamed",
+    "Writers",
     "cut",
     "factor_on",
     "has_checkpoint",

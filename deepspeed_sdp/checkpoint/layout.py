@@ -22,7 +22,7 @@ from deepspeed_sdp.checkpoint.json_files import Count, Schema, read_as
 from deepspeed_sdp.checkpoint.runs import Rectangle, Run
 from deepspeed_sdp.errors import CheckpointError
 
-Owners = tuple[tuple[int, ...], ...]
+Writers = tuple[tuple[int, ...], ...]
 """For every copy of a bucket, the ranks that wrote its shards, in the order of the shards."""
 
 _MOST_ELEMENTS = 1 << 56
@@ -75,7 +75,7 @@ class Found:
 class Layout:
     """What the ranks of one worker wrote, and where all shards of these buckets are."""
 
-    owners: Sequence[Owners]
+    owners: Sequence[Writers]
     sections: Sequence[Section]
     _shards: dict[tuple[int, int, int], Any] = field(default_factory=dict, compare=False)
 
@@ -233,7 +233,7 @@ def check_cover(layouts: Iterable[Layout]) -> dict[str, tuple[int, ...]]:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     described: dict[str, dict[Any, None]] = {}
-    numbers: dict[Owners, int] = {}
+    numbers: dict[Writers, int] = {}
     for layout in layouts:
         owners = [numbers.setdefault(ranks, len(numbers)) for ranks in layout.owners]
         for section in layout.sections:

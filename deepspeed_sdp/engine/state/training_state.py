@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepspeed_sdp.checkpoint import Entry, Held, Layout, Owners, Run, Section, cut, whole
+from deepspeed_sdp.checkpoint import Entry, Held, Layout, Run, Section, Writers, cut, whole
 from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.groups import OwnerGroups
 from deepspeed_sdp.engine.state.copies import exchange_copies
@@ -54,7 +54,7 @@ class TrainingState:
         Args:
             copies: how many owners write each element, each of them once.
         """
-        owners: dict[Owners, int] = {}
+        owners: dict[Writers, int] = {}
 
         def number(ranks: Sequence[int]) -> int:
             of_copies = (tuple(self._groups.next_owner(r, ranks, copy) for r in ranks) for copy in range(copies))
