@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in one step, by kind of collective; rings, as in ``engine/comm/traffic.py``."""
+"""Bytes that a rank sends in one step, by kind, in rings as in ``engine/comm``; and over how many communicators."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,13 @@ def sdp_traffic(job: Job, model: WorkerModel, plan: SubnetworkPlan, layout: Layo
     sent = dict.fromkeys(("gradients", "weight_gather", "weight_refresh"), 0.0)
     for bucket in layout.buckets:
         n = bucket.owners
-        whole = bucket.shards == 1 or (job.backend == "gloo" and not is_all_to_all)
-        sent["gradients"] += times * bucket.padded * reduced * (2 if whole else 1) * (n - 1) / n
+        ring = (n - 1) / n
+        if bucket.shards == 1:
+            ring *= 2
+        elif job.backend == "gloo" and not is_all_to_all:
+            # An all-reduce outside, of what the all-to-all inside leaves.
+            ring += (n // bucket.replicas - 1) / n
+        sent["gradients"] += times * bucket.padded * reduced * ring
         if job.stage in (1, 2) and not (is_backward and (bucket.in_place or bucket.weights[0].owner_set != SHARED)):
             sent["weight_gather"] += bucket.padded * width * (n - 1) / n
         if job.stage == 3:
@@ -55,3 +60,16 @@ def deepspeed_traffic(job: Job, numels: Sequence[int]) -> dict[str, float]:
         return {"gradients": gradients}
     gathers = 2 * job.accumulation if job.stage == 3 else 1
     return {"gradients": gradients, "weight_gather": ring * job.dtype.itemsize * gathers}
+
+
+def communicators(plan: SubnetworkPlan, world_size: int, worker: int) -> int:
+    """Communicators of a rank that trains subnetwork ``worker``, beside the default one (``engine/comm``).
+
+    Two of all workers, and one per owner set that is neither alone nor all of them; where several ranks train a
+    subnetwork, one of all ranks and two of those besides.
+    """
+    workers = plan.num_subnetworks
+    sets = sum(worker in owners and 1 < len(owners) < workers for owners in plan.owner_sets)
+    if world_size == workers:
+        return sets + 2
+    return sets + 3 + 2 * (workers > 1)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.full.calibration import calibrated, scales_to_try
@@ -56,7 +56,7 @@ class FullModelFace:
 
     @property
     def _access(self) -> Access:
-        return Access(self.device, self._owner_groups.for_weights, self.gathered_weights, self.full_scale)
+        return Access(self.device, self._owner_groups, self._traffic, self.gathered_weights, self.full_scale)
 
     # -- the full model ----------------------------------------------------------------------------------------------
 
@@ -176,9 +176,9 @@ class FullModelFace:
         """Figures of the last step on this rank.
 
         ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent``, also by kind of collective
-        and by owner set, ``seconds`` (host time: forward, backward with its reductions, step; ``communication`` from
-        issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest; on
-        an accelerator, whose queue runs behind the host, they are times of the host and no more),
+        and by owner set, ``seconds`` (forward, backward with its reductions, step; ``communication`` from issue of all
+        collectives until they were waited for, ``exposed`` the part in which nothing else could run, ``overlapped`` the
+        rest; on an accelerator by its own clock, of the step before),
         ``checkpoint_stall_seconds`` (what the last ``save_checkpoint`` took of the training), ``grad_norm``,
         ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """

@@ -61,7 +61,7 @@ def save_checkpoint(
         folder,
         tag or f"global_step{engine.global_steps}",
         tensors,
-        (layout_file(worker), layout.to_json()) if groups.rank_of(worker) == rank else None,
+        (layout_file(worker), layout.to_json()) if groups.workers.index(worker) == rank else None,
         _meta(engine, state),
         engine.plan.to_json(),
         copy.deepcopy(

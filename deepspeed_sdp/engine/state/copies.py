@@ -4,13 +4,12 @@ At ZeRO 0 every owner has all state of what it owns. At ZeRO 1 to 3 fp32 weights
 over the owners: a copy is sent to the next owner, one kind of a portion of the model at a time.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
 
@@ -30,29 +29,27 @@ def exchange_copies(
     Returns:
         shards without padding.
     """
-    world = len(groups.workers)
-    outgoing: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
-    incoming: defaultdict[int, list[int]] = defaultdict(list)
-    for place in sorted(range(len(buckets)), key=lambda place: buckets[place].key):
-        bucket = buckets[place]
-        target = groups.next_owner(groups.rank, bucket.ranks, copy)
-        outgoing[target].append(own[place][: _length(bucket, groups.rank)].to(device))
-        incoming[groups.next_owner(groups.rank, bucket.ranks, -copy)].append(place)
-    pieces = [piece for rank in range(world) for piece in outgoing[rank]]
+    # A rank and those who stand for it at other owners have one replica coordinate.
+    rail = groups.for_weights
+    order = sorted(range(len(buckets)), key=lambda place: buckets[place].key)
+    outgoing: dict[int, list[int]] = {peer: [] for peer in rail.peers}
+    incoming: dict[int, list[int]] = {peer: [] for peer in rail.peers}
+    for place in order:
+        outgoing[buckets[place].owners.next_owner(groups.rank, copy)].append(place)
+        incoming[buckets[place].owners.next_owner(groups.rank, -copy)].append(place)
     dtype = own[0].dtype if own else torch.uint8
+    pieces = [own[p][: _length(buckets[p], groups.rank)].to(device) for places in outgoing.values() for p in places]
     send = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype, device=device)
-    lengths = [_length(buckets[place], rank) for rank in range(world) for place in incoming[rank]]
-    received = torch.empty(sum(lengths), dtype=dtype, device=device)
-    sizes = [sum(_length(buckets[place], rank) for place in incoming[rank]) for rank in range(world)]
-    sent = [sum(map(len, outgoing[rank])) for rank in range(world)]
-    # As bytes: ranks without buckets do not know the dtype.
-    size = dtype.itemsize
-    with groups.for_weights.waiting("copies of the training state for a checkpoint") as group:
-        dist.all_to_all_single(
-            received.view(torch.uint8), send.view(torch.uint8),
-            [n * size for n in sizes], [n * size for n in sent], group=group,
-        )  # fmt: skip
-    places = [place for rank in range(world) for place in incoming[rank]]
+    lengths = [_length(buckets[p], peer) for peer, places in incoming.items() for p in places]
+    received = torch.empty(sum(lengths), dtype=dtype, device=device) if rail.outer else send
+    if rail.outer:
+        # As bytes: ranks without buckets do not know the dtype.
+        size = dtype.itemsize
+        sent = [sum(_length(buckets[p], groups.rank) for p in places) * size for places in outgoing.values()]
+        sizes = [sum(_length(buckets[p], peer) for p in places) * size for peer, places in incoming.items()]
+        with rail.outer.waiting("copies of the training state for a checkpoint") as group:
+            dist.all_to_all_single(received.view(torch.uint8), send.view(torch.uint8), sizes, sent, group=group)
+    places = [place for of_peer in incoming.values() for place in of_peer]
     shards = dict(zip(places, torch.split(received, lengths), strict=True))
     return [shards[place] for place in range(len(buckets))]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from deepspeed_sdp.checkpoint import Entry, Held, Layout, Run, Section, Writers, cut, whole
 from deepspeed_sdp.engine.comm.agreement import agreed
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.state.copies import exchange_copies
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Kept
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
@@ -54,11 +54,11 @@ class TrainingState:
         Args:
             copies: how many owners write each element, each of them once.
         """
-        owners: dict[Writers, int] = {}
+        writers: dict[Writers, int] = {}
 
-        def number(ranks: Sequence[int]) -> int:
-            of_copies = (tuple(self._groups.next_owner(r, ranks, copy) for r in ranks) for copy in range(copies))
-            return owners.setdefault(tuple(of_copies), len(owners))
+        def number(owners: Owners, ranks: Sequence[int]) -> int:
+            of_copies = (tuple(owners.next_owner(rank, copy) for rank in ranks) for copy in range(copies))
+            return writers.setdefault(tuple(of_copies), len(writers))
 
         of_set: dict[int, int] = {}
         sections = []
@@ -66,15 +66,14 @@ class TrainingState:
             held = []
             for bucket in self._buckets(group):
                 if bucket.owner_set not in of_set:
-                    of_set[bucket.owner_set] = number(bucket.ranks)
-                share = bucket.share_of(bucket.ranks[0])[1]
+                    of_set[bucket.owner_set] = number(bucket.owners, bucket.owners.ranks)
+                share = bucket.share_of(bucket.owners.ranks[0])[1]
                 held.append(Held(of_set[bucket.owner_set], tuple(self._runs(bucket)), share))
             sections.append(Section(kinds, held))
-        for run, value, ranks in self._untrained():
-            writers = tuple((self._groups.next_owner(ranks[0], ranks, copy),) for copy in range(copies))
-            place = owners.setdefault(writers, len(owners))
-            sections.append(Section({"model": value.dtype}, [Held(place, (run,), run.numel)]))
-        return Layout(list(owners), sections)
+        for run, value, owners in self._untrained():
+            held = [Held(number(owners, owners.ranks[:1]), (run,), run.numel)]
+            sections.append(Section({"model": value.dtype}, held))
+        return Layout(list(writers), sections)
 
     def values(self, copies: int) -> Iterator[torch.Tensor]:
         """Collective, if ``copies`` is not 1. What this rank writes, in the order of :meth:`Layout.tensors`."""
@@ -84,15 +83,15 @@ class TrainingState:
                     for portion in self._portions(group):
                         own = [self._tensor(bucket, kind, kinds[kind]) for bucket in portion]
                         if copy == 0 or self._optimizer.stage == 0:
-                            source = [self._groups.next_owner(self._rank, b.ranks, -copy) for b in portion]
+                            source = [b.owners.next_owner(self._rank, -copy) for b in portion]
                             for bucket, value, rank in zip(portion, own, source, strict=True):
                                 first = self._shard(bucket)[0]
                                 start, stop = bucket.share_of(rank)
                                 yield value[start - first : stop - first]
                         else:
                             yield from exchange_copies(self._groups, self._optimizer.device, portion, own, copy)
-            for _, value, ranks in self._untrained():
-                if self._groups.next_owner(ranks[0], ranks, copy) == self._rank:
+            for _, value, owners in self._untrained():
+                if owners.next_owner(owners.ranks[0], copy) == self._rank:
                     yield value
 
     def _kinds(self) -> dict[int, dict[str, torch.dtype]]:
@@ -242,16 +241,16 @@ class TrainingState:
         width = (fragment.stop - fragment.start) * inner
         return Run(full.name, full.shape, rows, fragment.start * inner, width, 0, rows * width)
 
-    def _untrained(self) -> Iterator[tuple[Run, torch.Tensor, Sequence[int]]]:
-        """What this rank holds and nobody trains, its elements, and the ranks that hold it."""
+    def _untrained(self) -> Iterator[tuple[Run, torch.Tensor, Owners]]:
+        """What this rank holds and nobody trains, its elements, and who owns it."""
         subnetwork = self._subnetwork
         for name, parameter in subnetwork.module.named_parameters():
             fragment = subnetwork.fragments[name]
             if name not in subnetwork.views and not subnetwork.is_trained(fragment.full_name):
-                yield self._run(name), parameter.data.view(-1), self._groups.ranks(fragment.owner_set)
+                yield self._run(name), parameter.data.view(-1), self._groups.owners(fragment.owner_set)
         for name, buffer in subnetwork.persistent_buffers():
             if buffer.numel():
-                yield whole(name, buffer.shape), buffer.view(-1), range(dist.get_world_size())
+                yield whole(name, buffer.shape), buffer.view(-1), self._groups.for_weights
 
 
 def _described(value: Any) -> dict[str, Any]:
