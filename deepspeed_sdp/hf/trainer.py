@@ -41,11 +41,11 @@ def asks_for_sdp(trainer: Trainer) -> bool:
 
 
 def evaluation_loop(trainer: Trainer, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """``evaluate`` and ``predict`` see the full model, which every rank has for as long as they take."""
+    """``evaluate`` and ``predict`` see the full model, which every rank has, or calls, for as long as they take."""
     engine = sdp_engine(trainer)
     if engine is not None:
         _calibrate(trainer, engine)
-        is_streamed = engine.sdp_config.evaluation == "streamed"
+        is_streamed = {"gathered": False, "streamed": True, "auto": None}[engine.sdp_config.evaluation]
         with engine.full_model(is_streamed) as model, _stands_for(trainer, model):
             return original(*args, **kwargs)
     if not asks_for_sdp(trainer):
