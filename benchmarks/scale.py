@@ -91,7 +91,7 @@ def figures(row: Mapping[str, Any]) -> dict[str, float]:
         "memory": row["start_memory"],
         "communicators": row["communicators"]["device"],
         "ring_latency": row["priced"]["ring_latency"],
-        "index": row.get("index_bytes", 0),
+        "index": row["index_bytes"],
     }
 
 
