@@ -24,8 +24,8 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.config import default_bucket_numel
-from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic

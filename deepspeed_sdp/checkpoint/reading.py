@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.hf_folder import HFFolder, is_hf_folder
 from deepspeed_sdp.checkpoint.json_files import Schema, check
@@ -118,24 +119,22 @@ def open_checkpoint(folder: Path, tag: str | None, worker: int = 0) -> Checkpoin
         with suppress(OSError, CheckpointError):  # a folder that cannot be written can still be read
             folders.recover(folder)
     meet("repairing a folder of checkpoints")
-    problem, found, mine = None, None, {}
-    try:
+
+    def verify() -> tuple[str | None, folders.Manifest | None, dict[str, str]]:
         found = folders.check_tag(tag) if tag is not None else folders.latest(folder)
-        if found is not None:
-            checkpoint = folder / found
-            manifest = folders.read_manifest(checkpoint)
-            mine = folders.damage(checkpoint, manifest, rank, world)
-    except CheckpointError as error:
-        problem = str(error)
-    outcomes = gather_objects((found, problem, mine), "verifying a checkpoint")
-    for _, message, _ in outcomes:
-        if message is not None:
-            raise CheckpointError(message)
-    if len({name for name, _, _ in outcomes}) > 1:
+        if found is None:
+            return None, None, {}
+        manifest = folders.read_manifest(folder / found)
+        return found, manifest, folders.damage(folder / found, manifest, rank, world)
+
+    found, manifest, mine = _together(verify)
+    outcomes = gather_objects((found, mine), "verifying a checkpoint")
+    if len({name for name, _ in outcomes}) > 1:
         raise CheckpointError(f"checkpoint: ranks see different checkpoints below {folder}; takes a shared folder")
-    if found is None:
+    if found is None or manifest is None:
         return None
-    damage = {name: of_rank[name] for _, _, of_rank in outcomes for name in sorted(of_rank)}
+    checkpoint = folder / found
+    damage = {name: of_rank[name] for _, of_rank in outcomes for name in sorted(of_rank)}
 
     def look() -> Checkpoint:
         meta = meta_of(checkpoint, manifest, damage)
@@ -150,13 +149,13 @@ def open_checkpoint(folder: Path, tag: str | None, worker: int = 0) -> Checkpoin
 
 def _together(work: Callable[[], T]) -> T:
     """Collective. What ``work`` returns; an error of one of the ranks is raised on all."""
-    made, problem = [], None
-    try:
-        made.append(work())
-    except CheckpointError as error:
-        problem = str(error)
-    except Exception as error:  # the others wait for word of this rank, whatever it is
-        problem = f"{type(error).__name__}: {error}"
-    for message in filter(None, gather_objects(problem, "reading a checkpoint")):
-        raise CheckpointError(message)
-    return made[0]
+
+    def read() -> T:
+        try:
+            return work()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+    return agreed(read)

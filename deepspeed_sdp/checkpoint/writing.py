@@ -4,11 +4,12 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.lock import FolderLocks
 from deepspeed_sdp.checkpoint.meta import META, PLAN, STATE
@@ -16,6 +17,8 @@ from deepspeed_sdp.checkpoint.tensor_files import Snapshot, Streamed
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 from deepspeed_sdp.files import fsync
 from deepspeed_sdp.ranks import gather_objects
+
+T = TypeVar("T")
 
 
 def write_checkpoint(
@@ -55,9 +58,9 @@ def write_checkpoint(
     """
     rank = dist.get_rank()
 
-    def begin() -> dict[str, Any] | None:
+    def begin() -> dict[str, Any]:
         if rank != 0:
-            return None
+            return {}
         folders.check_tag(tag)
         locks.take(folder)
         # Its name says which job it is of, and with that of rank 0 all ranks write into one.
@@ -123,20 +126,17 @@ def _pickled(value: Any, what: str) -> bytes:
     return buffer.getvalue()
 
 
-def _together(work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+def _together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Collective. Results of ``work`` on all ranks; an error of one of them is raised on all."""
-    outcome: tuple[Any, str | None, bool] = (None, None, False)
-    try:
-        result = work()
-        outcome = (result if isinstance(result, dict) else None, None, False)
-    except SDPError as error:
-        outcome = (None, str(error), isinstance(error, OutputError))
-    except OSError as error:
-        outcome = (None, f"cannot write the checkpoint: {error}", True)
-    except Exception as error:  # the others wait for word of this rank, whatever it is
-        outcome = (None, f"{type(error).__name__}: {error}", False)
-    outcomes = gather_objects(outcome, "writing a checkpoint", group)
-    for rank, (_, message, is_output) in enumerate(outcomes):
-        if message is not None:
-            raise (OutputError if is_output else CheckpointError)(f"rank {rank}: {message}")
-    return [result for result, _, _ in outcomes]
+
+    def write() -> T:
+        try:
+            return work()
+        except SDPError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write the checkpoint: {error}") from None
+        except Exception as error:
+            raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+    return gather_objects(agreed(write, group=group), "writing a checkpoint", group)

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.utils import logging
 
+from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.checkpoint import has_checkpoint, model_folder
 from deepspeed_sdp.config import BLOCK
 from deepspeed_sdp.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError, OutputError
-from deepspeed_sdp.failures import on_first_rank, report_uncaught
+from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.files import remove_folder, remove_unfinished
 from deepspeed_sdp.ranks import meet
 
@@ -91,7 +92,7 @@ def save_model(
                 f"save_model: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
             ) from None
 
-    on_first_rank(write)
+    from_first_rank(write)
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

@@ -12,6 +12,7 @@ from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
+from deepspeed_sdp.engine.deepspeed.memory import model_state_bytes
 from deepspeed_sdp.engine.full.calibration import calibrated, scales_to_try
 from deepspeed_sdp.engine.full.evaluation import evaluate_full
 from deepspeed_sdp.engine.full.full_model import full_state_dict, save_hf, skeleton_to_save
@@ -19,7 +20,6 @@ from deepspeed_sdp.engine.full.gather import Access
 from deepspeed_sdp.engine.full.whole_model import is_too_large, whole_model
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.zero.build import Parts
-from deepspeed_sdp.engine.zero.memory import model_state_bytes
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
 from deepspeed_sdp.plan import SubnetworkPlan

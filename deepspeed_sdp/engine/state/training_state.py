@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import Entry, Held, Layout, Run, Section, Writers, cut, whole
-from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.state.copies import exchange_copies
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Kept

@@ -14,8 +14,8 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from deepspeed_sdp.agreement import agree
 from deepspeed_sdp.checkpoint import Checkpoint, Read, Run, Source, is_complete, whole
-from deepspeed_sdp.engine.comm.agreement import agree
 from deepspeed_sdp.errors import CheckpointError
 
 LATEST = "latest_universal"
