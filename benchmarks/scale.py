@@ -156,23 +156,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.one:
         print(json.dumps(one(args.models[0], args.worlds[0], args.stages[0], args.masking[0])))
         return
-    rows = []
+    report: dict[str, Any] = {
+        "command": "python benchmarks/scale.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "date": f"{date.today()}",
+        "python": platform.python_version(),
+        "links": asdict(Links()),
+        "rows": [],
+    }
     for model in args.models:
         for masking in args.masking:
             for stage in args.stages if masking == "forward" else [s for s in args.stages if s < 3]:
                 for world in args.worlds:
                     print(f"{model}, {world} ranks, ZeRO {stage}, {masking}", file=sys.stderr, flush=True)
-                    rows.append(_in_a_process(model, world, stage, masking))
-    report = {
-        "command": "python benchmarks/scale.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "date": f"{date.today()}",
-        "python": platform.python_version(),
-        "links": asdict(Links()),
-        "rows": rows,
-    }
+                    report["rows"].append(_in_a_process(model, world, stage, masking))
+                    if args.output:
+                        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(tables(report))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -31,6 +31,7 @@ from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.deepspeed.param_groups import translate_groups
 from deepspeed_sdp.engine.deepspeed.settings import Place, Settings
+from deepspeed_sdp.engine.state.training_state import TrainingState
 from deepspeed_sdp.engine.zero import build
 from deepspeed_sdp.engine.zero.behaviour import behaviour_of
 from deepspeed_sdp.estimate import flops_per_token
@@ -104,6 +105,7 @@ def simulate(
         "bucket_numel": _numel(),
         "rounds": len(parts.layout.rounds),
         "buckets": sum(map(len, parts.layout.rounds)),
+        "index_bytes": _index_bytes(parts),
         "seconds": clock.seconds,
         "interpreter_memory": before,
         "start_memory": started - before,
@@ -201,6 +203,13 @@ def _noted(messages: "Counter[tuple[str, int, int, int]]", ranks_per_node: int) 
             if hasattr(dist, name):
                 stack.enter_context(mock.patch.object(dist, name, noting(name, getattr(dist, name))))
         yield
+
+
+def _index_bytes(parts: build.Parts) -> int:
+    """Of the layout that this rank's worker writes into a checkpoint, with Adam's state."""
+    state = TrainingState(parts.subnetwork, parts.optimizer, parts.groups)
+    state.has_state = True
+    return len(state.layout(1).to_json())
 
 
 def _communicators() -> dict[str, int]:

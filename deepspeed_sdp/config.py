@@ -355,9 +355,9 @@ def default_bucket_numel(backend: str, world_size: int) -> int:
 
     DeepSpeed's own default is larger than most models: nothing would overlap. On a CPU smaller pieces also stay in
     reach of the allocator (measured by benchmarks/engine_speed.py). Above 64 ranks pieces grow with the world, as the
-    latency of a ring does (docs/scale.md), up to DeepSpeed's default.
+    latency of a ring does (docs/scale.md), up to twice DeepSpeed's default.
     """
-    return 5_000_000 if backend == "gloo" else min(500_000_000, 25_000_000 * max(64, world_size) // 64)
+    return 5_000_000 if backend == "gloo" else min(10**9, 25_000_000 * max(64, world_size) // 64)
 
 
 def _check_owners(key: str, value: float, workers: int) -> int:
