@@ -117,8 +117,8 @@ class SDPConfig(BaseModel):
     plan_file: str | None = Field(
         None, description="a plan made before (deepspeed-sdp plan --out), instead of a design"
     )
-    rank_order: Literal["round_robin", "owners_within_node", "owners_across_nodes"] = Field(
-        "round_robin", description="which rank trains which subnetwork"
+    rank_order: Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"] = Field(
+        "auto", description="which rank trains which subnetwork; auto: replicas of one side by side"
     )
     max_owner_sets: int | None = Field(
         None,

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import split_group
 
 from deepspeed_sdp.waits import time_limit, waiting
 
@@ -23,6 +24,26 @@ def new_group(ranks: Sequence[int], purpose: str, backend: str | None = None) ->
     with waiting(f"making the process group for {purpose}", range(dist.get_world_size())):
         group: ProcessGroup = dist.new_group(list(ranks), time_limit(), backend, group_desc=f"deepspeed_sdp: {purpose}")
     return group
+
+
+def new_groups(family: Sequence[Sequence[int]], purpose: str) -> ProcessGroup | None:
+    """Collective over the world. Disjoint process groups, of which this rank gets its own, if any.
+
+    One by one they cost those outside nothing, but on NCCL where the world's communicator exists from the start
+    (DeepSpeed binds its device): there every group is a split of that, in which all ranks take part. So it is one split
+    for all of them, as torch's ``DeviceMesh`` has it.
+    """
+    world: Any = dist.group.WORLD
+    bound = world.bound_device_id
+    if len(family) > 1 and bound is not None and world._get_backend(bound).supports_splitting:
+        with waiting(f"making the process groups for {purpose}", range(dist.get_world_size())):
+            return split_group(
+                split_ranks=[list(ranks) for ranks in family],
+                timeout=time_limit(),
+                group_desc=f"deepspeed_sdp: {purpose}",
+            )
+    made = [new_group(ranks, purpose) for ranks in family]
+    return next((group for group, ranks in zip(made, family, strict=True) if dist.get_rank() in ranks), None)
 
 
 def control_group() -> ProcessGroup:

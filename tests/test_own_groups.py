@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.errors import StateError
 from deepspeed_sdp.ranks import control_group, gather_objects, meet, new_group, object_of_first
 from deepspeed_sdp.waits import time_limit

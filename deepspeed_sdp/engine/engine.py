@@ -11,7 +11,7 @@ from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.comm.agreement import agree, agreed
 from deepspeed_sdp.engine.comm.description import describe_scheduler
-from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, translate_groups
@@ -148,7 +148,9 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
     # -- what DeepSpeed's engine asks for ----------------------------------------------------------------------------
 
     def _broadcast_model(self) -> None:
-        """Make owners agree: every parameter from the first rank that owns it, buffers from rank 0.
+        """Make owners agree: every parameter from the first worker that owns it, buffers from the first of all.
+
+        A worker's first rank tells its replicas; then, at each of their coordinates, the first worker tells the others.
 
         Skipped where they agree by construction (built on the meta device from per-unit seeds).
         """
@@ -160,7 +162,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
                 if name not in self._subnetwork.views:
                     _from_first(parameter.data, everyone)
             else:
-                _from_first(parameter.data, self._owner_groups.group(self._subnetwork.owner_set(name)))
+                _from_first(parameter.data, self._owner_groups.owners(self._subnetwork.owner_set(name)))
         for _, buffer in self._subnetwork.module.named_buffers():
             _from_first(buffer, everyone)
 
@@ -241,8 +243,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         raise ConfigError("save_16bit_model: would write one subnetwork; save_hf() writes the full model")
 
 
-def _from_first(value: torch.Tensor, group: Group) -> None:
-    if len(group.ranks) > 1:
+def _from_first(value: torch.Tensor, owners: Owners) -> None:
+    for group in filter(None, (owners.inner, owners.outer)):
         with group.waiting("the initial weights") as process_group:
             dist.broadcast(value, src=group.ranks[0], group=process_group)
 

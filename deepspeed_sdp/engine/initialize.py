@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from deepspeed_sdp.engine.comm.description import (
     describe_scheduler,
     digest,
 )
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.deepspeed.contract import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, describe_groups, translate_optimizer
 from deepspeed_sdp.engine.deepspeed.refusals import check_batch_sizes, check_supported
@@ -117,7 +117,7 @@ def initialize(
         SDPEngine,
         sdp_config=job.sdp,
         subnetwork=subnetwork,
-        groups=OwnerGroups(job.plan, job.workers),
+        groups=OwnerGroups(job.plan.owner_sets, job.workers),
         client=client_map,
         agreed_weights=on_meta,
     )
@@ -266,7 +266,7 @@ def _described_units(job: _Job) -> dict[str, Any]:
         "adapter": claims_digest(job.model, job.adapter, job.sdp.partition, block, job.sdp.seq_length),
         "units": f"{len(units)} spaces ({digest(units)})",
     }
-    if job.sdp.rank_order != "round_robin":
+    if job.sdp.rank_order.startswith("owners"):
         described["ranks_per_node"] = _ranks_per_node()
     return described
 
@@ -300,8 +300,7 @@ def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> 
     )
     if on_meta:
         materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed, client_map)
-    first_ranks = tuple(map(job.workers.index, range(job.plan.num_subnetworks)))
-    return replace(subnetwork, first_ranks=first_ranks), _translate_client(optimizer, subnetwork, client_map)
+    return subnetwork, _translate_client(optimizer, subnetwork, client_map)
 
 
 def _translate_client(optimizer: Any, subnetwork: Subnetwork, client_map: ClientMap) -> Any:

@@ -20,8 +20,13 @@ def sdp_traffic(job: Job, model: WorkerModel, plan: SubnetworkPlan, layout: Layo
     sent = dict.fromkeys(("gradients", "weight_gather", "weight_refresh"), 0.0)
     for bucket in layout.buckets:
         n = bucket.owners
-        whole = bucket.shards == 1 or (job.backend == "gloo" and not is_all_to_all)
-        sent["gradients"] += times * bucket.padded * reduced * (2 if whole else 1) * (n - 1) / n
+        ring = (n - 1) / n
+        if bucket.shards == 1:
+            ring *= 2
+        elif job.backend == "gloo" and not is_all_to_all:
+            # An all-reduce outside, of what the all-to-all inside leaves.
+            ring += (n // bucket.replicas - 1) / n
+        sent["gradients"] += times * bucket.padded * reduced * ring
         if job.stage in (1, 2) and not (is_backward and (bucket.in_place or bucket.weights[0].owner_set != SHARED)):
             sent["weight_gather"] += bucket.padded * width * (n - 1) / n
         if job.stage == 3:

@@ -11,15 +11,17 @@ import numpy.typing as npt
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
 
-RankOrder = Literal["round_robin", "owners_within_node", "owners_across_nodes"]
+RankOrder = Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"]
 
 
 def place_workers(plan: SubnetworkPlan, world_size: int, ranks_per_node: int, order: RankOrder) -> tuple[int, ...]:
     """The subnetwork of every rank, ``[world_size]``; every subnetwork on ``world_size / N`` ranks.
 
-    ``"round_robin"``: rank ``r`` trains ``r % N``. ``"owners_within_node"``: workers that share most sit on one node,
-    and so do the workers of one replica. ``"owners_across_nodes"``: workers that share least sit on one node, so that a
-    lost node takes few owners of any unit with it.
+    ``"auto"``: the ``R`` replicas of a worker side by side, rank ``r`` trains ``r // R``: on one node where ``R``
+    divides its ranks, else on as few as can be. ``"round_robin"``: rank ``r`` trains ``r % N``.
+    ``"owners_within_node"``: workers that share most sit on one node, and so do the workers of one replica.
+    ``"owners_across_nodes"``: workers that share least sit on one node, so that a lost node takes few owners of any
+    unit with it.
 
     Raises:
         PlanError: the numbers do not divide.
@@ -27,6 +29,8 @@ def place_workers(plan: SubnetworkPlan, world_size: int, ranks_per_node: int, or
     workers = plan.num_subnetworks
     if world_size % workers:
         raise PlanError(f"num_subnetworks: got {workers} with a world size of {world_size}; takes a divisor of it")
+    if order == "auto":
+        return tuple(rank // (world_size // workers) for rank in range(world_size))
     if order == "round_robin" or world_size <= ranks_per_node:
         return tuple(rank % workers for rank in range(world_size))
     if world_size % ranks_per_node:

@@ -41,7 +41,6 @@ class Cutting:
             MappingProxyType(self.partitioned),
             MappingProxyType(self.views),
             frozenset(self.frozen),
-            tuple(range(self.plan.num_subnetworks)),
         )
 
 

@@ -31,7 +31,6 @@ class Subnetwork:
         views: for backward masking, parameters of ``module`` that are views of another one: name -> name of the other.
         frozen: for backward masking, names of parameters of ``module`` that are held, and not trained, by this worker:
             those not owned, and the full weights of which only views are trained.
-        first_ranks: for every worker, the lowest rank that trains its subnetwork.
         group_of: the client's parameter group of every full parameter that is in one, by name.
     """
 
@@ -44,7 +43,6 @@ class Subnetwork:
     partitioned: Mapping[str, FullParameter]
     views: Mapping[str, str]
     frozen: frozenset[str]
-    first_ranks: tuple[int, ...]
     group_of: Mapping[str, int] = field(default_factory=dict)
 
     @property

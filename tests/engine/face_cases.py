@@ -124,6 +124,15 @@ def as_given(folder, ds=None, sdp=None, family="llama", model=None):
     return losses
 
 
+def gathered_bytes(sdp, stage):
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(stage), sdp_config=sdp)
+    before = engine._traffic.current.copy()
+    engine.full_state_dict()
+    sent = engine._traffic.current - before
+    engine.destroy()
+    return sum(nbytes for (kind, _), nbytes in sent.items() if kind == "full_gather")
+
+
 def save_twice(folder, limit=None):
     """Save, train on, and save again in bf16 while no file may grow past ``limit`` bytes."""
     engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(), sdp_config={"coverage": 0.5})

@@ -28,9 +28,11 @@ def watched():
         def watch(*args, **kwargs):
             group = kwargs.get("group")
             if kind == "all_to_all_single":
-                _, sent, _, sizes = args
+                _, sent, *sizes = args
+                ranks = dist.get_world_size(group)
+                sizes = sizes[1] if sizes else [sent.numel() // ranks] * ranks
                 # What goes to this rank itself does not travel.
-                others = [size for rank, size in enumerate(sizes) if rank != dist.get_rank()]
+                others = [size for place, size in enumerate(sizes) if place != dist.get_rank(group)]
                 nbytes = sum(others) * sent.element_size()
             else:
                 position, factor = KINDS[kind]

@@ -9,6 +9,7 @@ from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 HALF = {"coverage": 0.5}
 CLIP = {"clip": 1.0}  # first norms are about 3.5
+TWO = {"num_subnetworks": 2, "owners_per_unit": 1}
 ONE_KV = {"num_key_value_heads": 1}
 MHA = {"num_key_value_heads": 8}
 TIED = {"tie_word_embeddings": True}
@@ -77,13 +78,19 @@ ROWS = [
         row(
             f"2-replicas-stage{stage}",
             stage=stage,
-            sdp={"num_subnetworks": 2, "owners_per_unit": 1},
+            sdp=TWO,
             bucket=4000,
             **CLIP,
         )
         for stage in (0, 1, 2, 3)
     ),
     row("2-replicas-dense", stage=1, sdp={"num_subnetworks": 2, "coverage": 1.0}),
+    *(
+        row(f"2-replicas-{transport}-stage{stage}", stage=stage, sdp={**TWO, "transport": transport}, bucket=4000)
+        for transport in ("owner_sets", "all_to_all")
+        for stage in (1, 2, 3)
+    ),
+    row("2-replicas-round_robin", stage=2, sdp={**TWO, "rank_order": "round_robin"}, bucket=4000),
     row("one_subnetwork", stage=2, sdp={"num_subnetworks": 1, "coverage": 1.0}),
     row("one_kv_head", stage=1, model=ONE_KV, bucket=4000),
     row("one_kv_head-tied", stage=1, family="mistral", model={**ONE_KV, **TIED}),
@@ -143,6 +150,18 @@ PRODUCT = [
 @pytest.mark.parametrize(("values", "world"), PRODUCT)
 def test_every_combination_equals_the_simulation(pools, values, world):
     check(pools(world), values, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("transport", ["owner_sets", "all_to_all"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_replicas_of_workers_that_share_equal_the_simulation(pools, stage, transport, masking):
+    """Three workers, two owners of each unit, two replicas of each worker."""
+    if (stage, transport) == (0, "all_to_all") or (stage, masking) == (3, "backward"):
+        pytest.skip("refused")
+    sdp = {"num_subnetworks": 3, "owners_per_unit": 2, "transport": transport, "masking": masking}
+    check(pools(6), row("", stage=stage, world=6, sdp=sdp, bucket=4000, **CLIP).values[0], 6)
 
 
 def check(pool, values, world):

@@ -39,6 +39,26 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    "sdp",
+    [
+        {"coverage": 0.5},
+        {"coverage": 0.75, "chunk_multiple": 1},
+        {"num_subnetworks": 2, "owners_per_unit": 1},
+        {"worker_capacity": [4, 1, 1, 1], "coverage": 0.5},
+    ],
+    ids=["half", "three_quarters", "replicas", "capacity"],
+)
+def test_every_rank_sends_as_much_when_the_full_model_is_gathered(ranks4, sdp, stage):
+    sent, *others = ranks4.run("tests.engine.face_cases:gathered_bytes", timeout=60, sdp=sdp, stage=stage)
+    assert others == [sent] * 3
+    # All that is partitioned reaches every rank, once, with padding.
+    partitioned = sum(4 * p.numel() for name, p in build_model().named_parameters() if "_proj" in name)
+    padding = 3.0 if "worker_capacity" in sdp else 1.1
+    assert 0.75 * partitioned <= sent <= padding * 0.75 * partitioned
+
+
 @pytest.mark.parametrize("values", ROWS)
 def test_the_folder_loads_without_the_package(ranks4, tmp_path, values):
     folder = tmp_path / "new" / "model"

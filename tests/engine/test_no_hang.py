@@ -35,6 +35,8 @@ def random_case(seed, worlds=(3, 4)):
         "chunk_multiple": draw.choice([1, 4, 64]),
     }
     ds = {"stage": stage, "bucket": bucket, "accumulation": draw.choice([1, 2])}
+    if world == 4 and draw.random() < 0.5:
+        sdp |= {"num_subnetworks": 2, "owners_per_unit": draw.choice([1, 2]), "design": "cyclic"}
     return world, {"model": model, "sdp": sdp, "ds": ds, "sleep": seed, "steps": 3}
 
 
@@ -77,9 +79,9 @@ def test_torchs_own_checks_find_nothing(seeds):
 
 
 TRANSPORTS = [
-    pytest.param({"all_to_all": True}, id="all_to_all"),
-    pytest.param({"all_to_all": False}, id="owner_sets"),
-    pytest.param({"all_to_all": False, "sharded": False}, id="whole"),
+    pytest.param({"all_to_all": all_to_all, "sharded": sharded, "replicas": replicas}, id=f"{name}-{replicas}")
+    for replicas in (1, 2)
+    for all_to_all, sharded, name in ((True, True, "all_to_all"), (False, True, "owner_sets"), (False, False, "whole"))
 ]
 
 

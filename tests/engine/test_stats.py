@@ -23,7 +23,7 @@ def test_bytes_sent_and_held_are_the_real_ones(ranks4, ds, sdp):
     plan = SubnetworkPlan.from_json(results[0]["plan"])
     for rank, result in enumerate(results):
         stats = result["stats"]
-        assert stats["subnetwork_index"] == rank % plan.num_subnetworks
+        assert stats["subnetwork_index"] == rank * plan.num_subnetworks // 4
         check_traffic(result["seen"], stats)
         check_padding(result["buckets"], plan, ds)
         check_design(result, plan, ds, sdp)
@@ -45,7 +45,7 @@ def check_traffic(seen, stats):
 
 def check_padding(buckets, plan, ds):
     for _, owner_set, numel, padded in buckets:
-        shards = owners_of(plan, owner_set) if ds["stage"] else 1
+        shards = owners_of(plan, owner_set) if ds["stage"] else 4 // plan.num_subnetworks
         assert 0 <= padded - numel < 8 * shards
         assert padded % (8 * shards) == 0
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.plan import UnitSpace, make_plan, nodes_of_owners, place_workers
 
-ORDERS = ("round_robin", "owners_within_node", "owners_across_nodes")
+ORDERS = ("auto", "round_robin", "owners_within_node", "owners_across_nodes")
 
 
 def plan_of(workers, owners, design="auto", layers=12):
@@ -26,6 +26,20 @@ def test_every_subnetwork_runs_on_as_many_ranks(order, workers, replicas, data):
 
 def test_round_robin_is_rank_modulo_workers():
     assert place_workers(plan_of(4, 2), 8, 2, "round_robin") == (0, 1, 2, 3, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("workers", "replicas", "per_node"), [(4, 2, 4), (4, 4, 8), (2, 8, 4), (8, 2, 3)])
+def test_replicas_of_one_worker_lie_on_as_few_nodes_as_can_be(workers, replicas, per_node):
+    placement = place_workers(plan_of(workers, 2), workers * replicas, per_node, "auto")
+    for worker in range(workers):
+        ranks = [rank for rank, of_rank in enumerate(placement) if of_rank == worker]
+        fewest = -(-replicas // per_node)
+        assert len({rank // per_node for rank in ranks}) <= fewest + (per_node % replicas and replicas % per_node != 0)
+
+
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 8))
+def test_one_replica_is_placed_by_rank(workers, per_node):
+    assert place_workers(plan_of(workers, 2), workers, per_node, "auto") == tuple(range(workers))
 
 
 def test_replicas_of_a_whole_plan_stay_on_a_node():

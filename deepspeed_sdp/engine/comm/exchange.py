@@ -1,16 +1,17 @@
 """Backward masking: updated weights on their way from their owners to every rank, which all compute with them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.engine.comm.timing import Stopwatch, named
+from deepspeed_sdp.engine.comm.mesh import Group, Owners
+from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
+from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic
-from deepspeed_sdp.engine.comm.transport import Pending, start_all_gather
+from deepspeed_sdp.engine.comm.transport import start_all_gather
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
 KIND = "weight_refresh"
@@ -35,120 +36,176 @@ class Share:
 
 @dataclass(frozen=True)
 class Route:
-    """Who sends what of some buckets to whom; worked out once.
+    """Who sends what of some buckets to whom; worked out once. The first three go over the workers at one coordinate.
 
     Attributes:
         sent: the shares that this rank sends.
-        receivers: for each of them, the ranks that lack it, ascending.
-        received: by sender, the shares that this rank lacks.
+        receivers: for each of them, the places among the workers of those that lack it, ascending.
+        received: by place of the sender, the shares that this rank lacks.
         all_gather_numel: elements of every rank's piece, where one all-gather serves; else 0.
+        slices: by replica, what goes inside then: one share for each bucket that a worker lacks something of.
     """
 
     sent: tuple[Share, ...]
     receivers: tuple[tuple[int, ...], ...]
     received: tuple[tuple[Share, ...], ...]
     all_gather_numel: int
+    slices: tuple[tuple[Share, ...], ...]
 
 
 class Exchange:
-    """Moves the weights of many buckets at once, over the world.
+    """Moves the weights of many buckets at once, to all ranks.
 
     Every owner of a bucket sends an equal share of it, so none sends more than the others, and every rank receives each
     element that it lacks once: at ZeRO 0 what it does not own, at ZeRO 1 and 2, where a step updates one shard, all
-    other shards too. One message for each call, whatever the number of buckets.
+    other shards too. One message for each call, whatever the number of buckets; with replicas two: at their coordinate
+    workers receive a slice, and an all-gather inside brings the others.
 
     Args:
-        group: of the whole world; all ranks issue what runs on it in the same order.
+        everyone: all ranks, with groups on which all issue what runs on them in the same order.
         is_sharded: see :class:`OwnerBucket`.
         device, dtype: of the weights.
     """
 
     def __init__(
         self,
-        group: Group,
+        everyone: Owners,
         is_sharded: bool,
         device: torch.device,
         dtype: torch.dtype,
+        stages: Stages,
         traffic: Traffic,
         stopwatch: Stopwatch,
     ) -> None:
-        self._group = group
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._everyone = everyone
         self._is_sharded = is_sharded
         self._device, self._dtype = device, dtype
+        self._stages = stages
         self._traffic = traffic
         self._stopwatch = stopwatch
 
     def route(self, buckets: Sequence[OwnerBucket]) -> Route:
         """How ``buckets`` travel; the same on all ranks, whether they own them or not."""
-        shares = {
-            rank: [Share(b, *b.share_of(rank)) for b in buckets if rank in b.ranks] for rank in range(self._world)
-        }
-        totals = [sum(share.numel for share in of_rank) for of_rank in shares.values()]
-        is_even = self._world * max(totals) <= (1 + _PADDING) * sum(totals)
-        sent = tuple(shares[self._rank])
+        rail = self._everyone.peers
+        own = rail.index(self._everyone.rank)
+        shares = [[Share(b, *b.share_of(rank)) for b in buckets if rank in b.owners] for rank in rail]
+        totals = [sum(share.numel for share in of_rank) for of_rank in shares]
+        is_even = len(rail) > 1 and len(rail) * max(totals) <= (1 + _PADDING) * sum(totals)
+        sent = tuple(shares[own])
         return Route(
             sent,
-            tuple(tuple(r for r in range(self._world) if self._lacks(s.bucket, r, self._rank)) for s in sent),
+            tuple(tuple(p for p in range(len(rail)) if self._lacks(s.bucket, p, own)) for s in sent),
             tuple(
-                tuple(share for share in of_rank if self._lacks(share.bucket, self._rank, sender))
-                for sender, of_rank in shares.items()
+                tuple(share for share in of_rank if self._lacks(share.bucket, own, sender))
+                for sender, of_rank in enumerate(shares)
             ),
             max(totals) if self._is_sharded and is_even else 0,
+            self._slices(buckets),
         )
+
+    def _slices(self, buckets: Sequence[OwnerBucket]) -> tuple[tuple[Share, ...], ...]:
+        if self._everyone.inner is None:
+            return ()
+        lacked = [bucket for bucket in buckets if self._is_sharded or not bucket.is_owned]
+        return tuple(tuple(_slice(b, replica) for b in lacked) for replica in range(self._everyone.replicas))
 
     @named("refresh weights")
     def start(self, route: Route) -> Pending:
         """Collective. Send this rank's shares; ``finish`` of the result writes what came from others."""
         for share, receivers in zip(route.sent, route.receivers, strict=True):
             self._count(share.numel * len(receivers), share.bucket.owner_set)
-        return self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
+        return self._stages.start([self._flow(route)])
 
-    def _all_gather(self, route: Route) -> Pending:
-        numel = route.all_gather_numel
+    def _flow(self, route: Route) -> Flow:
+        """Outside, then inside."""
+        arriving = self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
+        if self._everyone.inner is None:
+            return arriving
+        yield from arriving.works
+        arriving.take()
+        return self._spread(route, self._everyone.inner)
+
+    def _all_gather(self, route: Route) -> Arriving:
+        numel, workers = route.all_gather_numel, len(route.received)
         send = torch.empty(numel, dtype=self._dtype, device=self._device)
-        taken = 0
-        for share in route.sent:
-            send[taken : taken + share.numel] = share.bucket.read(share.start, share.stop)
-            taken += share.numel
-        self._count((numel - taken) * (self._world - 1))
-        received = torch.empty(self._world * numel, dtype=self._dtype, device=self._device)
-        work = start_all_gather(received, send, self._group)
-        pieces = torch.split(received, numel)
-        return self._pending(work, route, pieces, _nbytes(received) + _nbytes(send))
+        taken = _read(route.sent, send)
+        self._count((numel - taken) * (workers - 1))
+        received = torch.empty(workers * numel, dtype=self._dtype, device=self._device)
+        group = self._everyone.outer
+        works = [self._timed(start_all_gather(received, send, group), group)] if group else []
+        return _arriving(works, route.received, torch.split(received, numel), send, received)
 
-    def _all_to_all(self, route: Route) -> Pending:
-        pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
+    def _all_to_all(self, route: Route) -> Arriving:
+        pieces: list[list[torch.Tensor]] = [[] for _ in route.received]
         for share, receivers in zip(route.sent, route.receivers, strict=True):
             value = share.bucket.read(share.start, share.stop)
-            for rank in receivers:
-                pieces[rank].append(value)
+            for place in receivers:
+                pieces[place].append(value)
         sizes = [sum(map(len, of_rank)) for of_rank in pieces]
         sent = [piece for of_rank in pieces for piece in of_rank]
         send = torch.cat(sent) if sent else torch.empty(0, dtype=self._dtype, device=self._device)
         expected = [sum(share.numel for share in of_rank) for of_rank in route.received]
         received = torch.empty(sum(expected), dtype=self._dtype, device=self._device)
-        work = dist.all_to_all_single(received, send, expected, sizes, group=self._group.handle, async_op=True)
-        result = torch.split(received, expected)
-        return self._pending(work, route, result, _nbytes(received) + _nbytes(send))
+        works, group = [], self._everyone.outer
+        if group is not None:
+            work = dist.all_to_all_single(received, send, expected, sizes, group=group.handle, async_op=True)
+            works = [self._timed(work, group)]
+        return _arriving(works, route.received, torch.split(received, expected), send, received)
 
-    def _pending(self, work: Any, route: Route, pieces: Sequence[torch.Tensor], nbytes: int) -> Pending:
-        timed = self._stopwatch.timed(work, "refreshing weights", self._group)
-        return Pending([timed], lambda: _write(route, pieces), nbytes)
+    def _spread(self, route: Route, inner: Group) -> Arriving:
+        """This rank's slices to the other replicas, whose slices it lacks."""
+        numel = max(sum(share.numel for share in of_replica) for of_replica in route.slices)
+        send = torch.empty(numel, dtype=self._dtype, device=self._device)
+        _read(route.slices[inner.place], send)
+        received = torch.empty(len(inner.ranks) * numel, dtype=self._dtype, device=self._device)
+        self._count(numel * (len(inner.ranks) - 1))
+        works = [self._timed(start_all_gather(received, send, inner), inner)]
+        lacked = [() if replica == inner.place else of_replica for replica, of_replica in enumerate(route.slices)]
+        return _arriving(works, lacked, received.view(len(inner.ranks), -1), send, received)
 
-    def _lacks(self, bucket: OwnerBucket, rank: int, sender: int) -> bool:
-        return sender != rank and (self._is_sharded or rank not in bucket.ranks)
+    def _timed(self, work: Any, group: Group) -> TimedWork:
+        return self._stopwatch.timed(work, "refreshing weights", group)
+
+    def _lacks(self, bucket: OwnerBucket, place: int, sender: int) -> bool:
+        return sender != place and (self._is_sharded or self._everyone.peers[place] not in bucket.owners)
 
     def _count(self, numel: int, owner_set: int = 0) -> None:
         self._traffic.add(KIND, numel * self._dtype.itemsize, owner_set)
 
 
-def _write(route: Route, pieces: Sequence[torch.Tensor]) -> None:
-    for shares, values in zip(route.received, pieces, strict=True):
-        taken = 0
-        for share in shares:
-            share.bucket.write(share.start, values[taken : taken + share.numel])
-            taken += share.numel
+def _slice(bucket: OwnerBucket, replica: int) -> Share:
+    """The shares of a bucket's owners at one coordinate."""
+    ranks = bucket.owners.ranks
+    workers = len(ranks) // bucket.owners.replicas
+    first, last = ranks[replica * workers], ranks[(replica + 1) * workers - 1]
+    return Share(bucket, bucket.share_of(first)[0], bucket.share_of(last)[1])
+
+
+def _read(shares: Sequence[Share], values: torch.Tensor) -> int:
+    taken = 0
+    for share in shares:
+        values[taken : taken + share.numel] = share.bucket.read(share.start, share.stop)
+        taken += share.numel
+    return taken
+
+
+def _arriving(
+    works: Sequence[TimedWork],
+    shares: Sequence[Sequence[Share]],
+    pieces: Iterable[torch.Tensor],
+    *buffers: torch.Tensor,
+) -> Arriving:
+    """``pieces`` bring ``shares``, which are written when they have come."""
+
+    def write() -> list[torch.Tensor]:
+        for of_sender, values in zip(shares, pieces, strict=True):
+            taken = 0
+            for share in of_sender:
+                share.bucket.write(share.start, values[taken : taken + share.numel])
+                taken += share.numel
+        return []
+
+    return Arriving(works, write, sum(map(_nbytes, buffers)))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from torch.profiler import record_function
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.waits import raise_if_lost
 
 # Seconds between two looks at a collective that is waited for a limited time.
@@ -138,8 +138,11 @@ class TimedWork:
         self._stopwatch.count("exposed", began, self._stopwatch.now())
         return is_done
 
-    def wait(self) -> None:
+    def wait(self, is_aside: bool = False) -> None:
         """Block until the collective is done (on an accelerator: until its stream waits for it).
+
+        Args:
+            is_aside: on a stream on which nothing computes: the wait is not exposed.
 
         Raises:
             WaitError: ranks of the group did not come.
@@ -152,5 +155,6 @@ class TimedWork:
             raise_if_lost(error, self._what, self._group.ranks)
             raise
         ended = self._stopwatch.now()
-        self._stopwatch.count("exposed", began, ended)
+        if not is_aside:
+            self._stopwatch.count("exposed", began, ended)
         self._stopwatch.count("communication", self._issued, ended)

@@ -3,8 +3,8 @@
 Two ways with the same results and, on backends that have a native reduce-scatter, the same volume
 (docs/architecture.md has both side by side):
 
-- :class:`OwnerSetTransport`: one collective per bucket, on the owners' process group;
-- :class:`AllToAllTransport`: all buckets of a round in one ``all_to_all_single`` over the world, summed locally.
+- :class:`OwnerSetTransport`: collectives per bucket, on the owners' process groups;
+- :class:`AllToAllTransport`: all buckets of a round in one ``all_to_all_single`` over the workers, summed locally.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Group, Owners
+from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes, all_reduce_bytes
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
@@ -44,29 +45,6 @@ def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: Group) ->
     return getattr(dist, _ALL_GATHER)(output, shard, group=group.handle, async_op=True)
 
 
-class Pending:
-    """Collectives under way. ``finish`` waits for them and gives their result; call it once.
-
-    Attributes:
-        nbytes: bytes of the buffers that live until then.
-    """
-
-    def __init__(self, works: Sequence[TimedWork], result: Callable[[], Any], nbytes: int) -> None:
-        self.works = works
-        self._result = result
-        self.nbytes = nbytes
-
-    def arrives_within(self, seconds: float) -> bool:
-        """Block for about so long at most; whether :meth:`finish` will then not keep the host waiting."""
-        return all(work.arrives_within(seconds) for work in self.works)
-
-    def finish(self) -> Any:
-        """The result; blocks until the collectives are done."""
-        for work in self.works:
-            work.wait()
-        return self._result()
-
-
 class Transport(Protocol):
     """Collective over the world: every rank calls it for the same rounds in the same order, with its own buckets."""
 
@@ -81,136 +59,219 @@ class Transport(Protocol):
 
 
 class OwnerSetTransport:
-    """One collective per bucket: all-reduce (ZeRO 0), or reduce-scatter and all-gather.
+    """Collectives per bucket: all-reduce (ZeRO 0), or reduce-scatter and all-gather.
 
-    gloo has no reduce-scatter of its own (torch builds it from an all-reduce), so it is an all-reduce there, and
-    counted as one.
+    With replicas one inside, among those of a worker, and one outside, among the owners at one coordinate, of the slice
+    that the inner one leaves (or gathers). gloo has no reduce-scatter of its own (torch builds it from an all-reduce),
+    so it is an all-reduce there, and counted as one; inside, where all have the same, an all-to-all and a local sum.
     """
 
-    def __init__(self, traffic: Traffic, stopwatch: Stopwatch) -> None:
+    def __init__(self, stages: Stages, traffic: Traffic, stopwatch: Stopwatch) -> None:
+        self._stages = stages
         self._traffic = traffic
         self._stopwatch = stopwatch
 
     @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
-        works, shards = [], []
-        for bucket, flat in zip(buckets, grads, strict=True):
-            work, shard = self._reduce_one(bucket, flat)
-            works += work
-            shards.append(shard)
-        return Pending(works, lambda: shards, sum(map(_nbytes, grads)))
+        flows = [
+            self._scatter(bucket, flat) if bucket.shards > 1 else self._all_reduce(bucket, flat)
+            for bucket, flat in zip(buckets, grads, strict=True)
+        ]
+        return self._stages.start(flows, can_wait=True, nbytes=sum(map(_nbytes, grads)), held=grads)
 
-    def _reduce_one(self, bucket: OwnerBucket, flat: torch.Tensor) -> tuple[list[TimedWork], torch.Tensor]:
-        owners = len(bucket.ranks)
-        mine = flat.narrow(0, bucket.index * bucket.shard_numel, bucket.shard_numel)
-        if owners == 1:
-            return [], mine
-        # Divided before the sum, so that low precision does not overflow.
-        flat.div_(owners)
-        if bucket.shards == 1 or bucket.group.backend == "gloo":
-            self._count("gradient_all_reduce", all_reduce_bytes(_nbytes(flat), owners), bucket)
-            work = dist.all_reduce(flat, group=bucket.group.handle, async_op=True)
-            return [self._timed(work, _AVERAGING, bucket)], mine
-        shard = torch.empty_like(mine)
-        self._count("gradient_reduce_scatter", all_gather_bytes(_nbytes(flat), owners), bucket)
-        work = getattr(dist, _REDUCE_SCATTER)(shard, flat, group=bucket.group.handle, async_op=True)
-        return [self._timed(work, _AVERAGING, bucket)], shard
+    def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
+        """Inside, then of the slice outside."""
+        _divide(flat, bucket)
+        groups = [group for group in (bucket.owners.inner, bucket.owners.outer) if group is not None]
+        work, take = self._scatter_in(groups[0], bucket, flat)
+        for group in groups[1:]:
+            yield work
+            work, take = self._scatter_in(group, bucket, take())
+        return Arriving([work], lambda: [take()], _nbytes(flat))
+
+    def _scatter_in(
+        self, group: Group, bucket: OwnerBucket, flat: torch.Tensor
+    ) -> tuple[TimedWork, Callable[[], torch.Tensor]]:
+        """The sum over ``group`` of this rank's part of ``flat``."""
+        parts, ring = flat.view(len(group.ranks), -1), all_gather_bytes(_nbytes(flat), len(group.ranks))
+        if group.backend != "gloo":
+            part = torch.empty_like(parts[group.place])
+            self._count("gradient_reduce_scatter", ring, bucket)
+            work = getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True)
+            return self._stopwatch.timed(work, _AVERAGING, group), lambda: part
+        if group is bucket.owners.outer:
+            return self._sum_in(group, bucket, flat), lambda: parts[group.place]
+        received = torch.empty_like(parts)
+        self._count("gradient_all_to_all", ring, bucket)
+        work = dist.all_to_all_single(received, parts, group=group.handle, async_op=True)
+        return self._stopwatch.timed(work, _AVERAGING, group), lambda: _sum(received.unbind(0)).to(flat.dtype)
+
+    def _sum_in(self, group: Group, bucket: OwnerBucket, flat: torch.Tensor) -> TimedWork:
+        self._count("gradient_all_reduce", all_reduce_bytes(_nbytes(flat), len(group.ranks)), bucket)
+        work = dist.all_reduce(flat, group=group.handle, async_op=True)
+        return self._stopwatch.timed(work, _AVERAGING, group)
+
+    def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
+        """Scattered inside, all-reduced outside, and gathered inside."""
+        _divide(flat, bucket)
+        inner, outer = bucket.owners.inner, bucket.owners.outer
+        if inner is None or outer is None:
+            works = [self._sum_in(group, bucket, flat) for group in (inner, outer) if group is not None]
+        else:
+            work, take = self._scatter_in(inner, bucket, flat)
+            yield work
+            part = take()
+            yield self._sum_in(outer, bucket, part)
+            works = [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)]
+        return Arriving(works, lambda: [flat], _nbytes(flat))
 
     @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
-        works = []
-        for bucket in buckets:
-            shard = bucket.shard.to(bucket.flat.device, non_blocking=True)
-            if bucket.shards == 1:
-                if bucket.shard.data_ptr() != bucket.flat.data_ptr():
-                    bucket.flat.copy_(shard)
-                continue
-            self._count(kind, all_gather_bytes(_nbytes(bucket.flat), bucket.shards), bucket)
-            work = start_all_gather(bucket.flat, shard, bucket.group)
-            works.append(self._timed(work, _GATHERING, bucket))
-        return Pending(works, lambda: None, 0)
+        return self._stages.start([self._gather_one(bucket, kind) for bucket in buckets])
+
+    def _gather_one(self, bucket: FlatBucket, kind: str) -> Flow:
+        """Outside, then inside."""
+        part = bucket.shard.to(bucket.flat.device, non_blocking=True)
+        if bucket.shards == 1 and bucket.shard.data_ptr() != bucket.flat.data_ptr():
+            bucket.flat.copy_(part)
+        works: list[TimedWork] = []
+        slices, owners = bucket.flat.view(bucket.owners.replicas, -1), bucket.owners
+        for group, whole in ((owners.outer, slices[owners.replica]), (owners.inner, bucket.flat)):
+            if group is not None and bucket.shards > 1:
+                if works:
+                    yield works.pop()
+                works.append(self._gather_in(group, bucket, whole, part, kind, _GATHERING))
+                part = whole
+        return Arriving(works, list)
+
+    def _gather_in(
+        self, group: Group, bucket: OwnerBucket, whole: torch.Tensor, part: torch.Tensor, kind: str, what: str
+    ) -> TimedWork:
+        self._count(kind, all_gather_bytes(_nbytes(whole), len(group.ranks)), bucket)
+        return self._stopwatch.timed(start_all_gather(whole, part, group), what, group)
 
     def _count(self, kind: str, nbytes: int, bucket: OwnerBucket) -> None:
         self._traffic.add(kind, nbytes, bucket.owner_set)
-
-    def _timed(self, work: Any, what: str, bucket: OwnerBucket) -> TimedWork:
-        return self._stopwatch.timed(work, what, bucket.group)
 
 
 class AllToAllTransport:
     """All buckets of a round in one ``all_to_all_single``; a rank without a bucket in it takes part with nothing.
 
-    Every shard is summed by the one rank that keeps it, in the order of the ranks and in fp32 at least: the result
-    depends on nothing but the gradients.
+    With replicas it goes over the workers at one coordinate, and what it brings is one slice of each bucket: before it
+    another one averages the slices inside, or after it an all-gather inside brings the others. Every shard is summed by
+    the ranks that keep it, in the order of the ranks and in fp32 at least: the result depends on nothing but the
+    gradients.
 
     Args:
-        group: of the whole world.
+        everyone: all ranks.
         device, dtype: of what is sent by a rank that has nothing to send.
     """
 
     def __init__(
         self,
-        group: Group,
+        everyone: Owners,
         device: torch.device,
         dtype: torch.dtype,
+        stages: Stages,
         traffic: Traffic,
         stopwatch: Stopwatch,
     ) -> None:
         self._device, self._dtype = device, dtype
-        self._group = group
-        self._world = len(group.ranks)
-        self._rank = dist.get_rank()
+        self._inner, self._outer = everyone.inner, everyone.outer
+        self._replicas, self._replica = everyone.replicas, everyone.replica
+        self._rank = everyone.rank
+        self._place_of = {rank: place for place, rank in enumerate(everyone.peers)}
+        self._stages = stages
         self._traffic = traffic
         self._stopwatch = stopwatch
 
     @named("reduce gradients")
     def reduce(self, buckets: Sequence[OwnerBucket], grads: Sequence[torch.Tensor]) -> Pending:
-        pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
         for bucket, flat in zip(buckets, grads, strict=True):
-            for rank, piece in zip(bucket.ranks, torch.split(flat, bucket.shard_numel), strict=True):
-                pieces[rank].append(piece)
             self._count("gradient_all_to_all", bucket, flat.element_size())
+        nbytes = 2 * sum(map(_nbytes, grads))
+        return self._stages.start([self._reduce(buckets, grads)], can_wait=True, nbytes=nbytes, held=grads)
+
+    def _reduce(self, buckets: Sequence[OwnerBucket], slices: Sequence[torch.Tensor]) -> Flow:
+        if self._inner is not None and not buckets:
+            # Outside it comes after the rounds before, like that of those who have something.
+            yield None
+        elif self._inner is not None:
+            sizes = [flat.numel() // self._replicas for flat in slices]
+            send = torch.cat([flat.view(self._replicas, -1) for flat in slices], dim=1)
+            slices = ()
+            received = torch.empty_like(send)
+            work = dist.all_to_all_single(received, send, group=self._inner.handle, async_op=True)
+            yield self._stopwatch.timed(work, _AVERAGING, self._inner)
+            slices = torch.split(_mean(received.unbind(0)).to(send.dtype), sizes)
+            del send
+        pieces: list[list[torch.Tensor]] = [[] for _ in self._place_of]
+        for bucket, flat in zip(buckets, slices, strict=True):
+            for rank, piece in zip(bucket.owners.peers, torch.split(flat, bucket.shard_numel), strict=True):
+                pieces[self._place_of[rank]].append(piece)
         # The shards of one bucket lie in the order of its ranks.
-        work, received, sizes = self._exchange(_AVERAGING, pieces, grads[0] if len(grads) == 1 else None)
+        works, received, sizes = self._exchange(_AVERAGING, pieces, slices[0] if len(slices) == 1 else None)
 
         # It holds what was received, and nothing of what was sent.
-        def result() -> list[torch.Tensor]:
-            by_rank = torch.split(received, sizes)
-            taken = [0] * self._world
+        def take() -> list[torch.Tensor]:
+            by_place = torch.split(received, sizes)
+            taken = [0] * len(sizes)
             shards = []
             for bucket in buckets:
-                total = torch.zeros(bucket.shard_numel, dtype=_sum_dtype(received.dtype), device=received.device)
-                for rank in bucket.ranks:
-                    total += by_rank[rank].narrow(0, taken[rank], bucket.shard_numel)
-                    taken[rank] += bucket.shard_numel
-                shards.append(total.div_(len(bucket.ranks)))
+                of_bucket = []
+                for place in map(self._place_of.__getitem__, bucket.owners.peers):
+                    of_bucket.append(by_place[place].narrow(0, taken[place], bucket.shard_numel))
+                    taken[place] += bucket.shard_numel
+                shards.append(_mean(of_bucket))
             return shards
 
-        return Pending(work, result, 2 * _nbytes(received))
+        return Arriving(works, take, 2 * _nbytes(received))
 
     @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
-        pieces: list[list[torch.Tensor]] = [[] for _ in range(self._world)]
+        for bucket in buckets:
+            self._count(kind, bucket, bucket.shard.element_size())
+        return self._stages.start([self._gather(buckets)])
+
+    def _gather(self, buckets: Sequence[FlatBucket]) -> Flow:
+        pieces: list[list[torch.Tensor]] = [[] for _ in self._place_of]
         shards = [bucket.shard.to(bucket.flat.device, non_blocking=True) for bucket in buckets]
         for bucket, shard in zip(buckets, shards, strict=True):
-            for rank in bucket.ranks:
+            for rank in bucket.owners.peers:
                 if rank != self._rank:
-                    pieces[rank].append(shard)
-            self._count(kind, bucket, shard.element_size())
-        work, received, sizes = self._exchange(_GATHERING, pieces)
+                    pieces[self._place_of[rank]].append(shard)
+        works, received, sizes = self._exchange(_GATHERING, pieces)
 
-        def result() -> None:
-            by_rank = torch.split(received, sizes)
-            taken = [0] * self._world
+        def fill() -> list[torch.Tensor]:
+            by_place = torch.split(received, sizes)
+            taken = [0] * len(sizes)
             for bucket, shard in zip(buckets, shards, strict=True):
-                for rank, piece in zip(bucket.ranks, torch.split(bucket.flat, bucket.shard_numel), strict=True):
+                own_slice = bucket.flat.view(self._replicas, -1)[self._replica]
+                for rank, piece in zip(bucket.owners.peers, torch.split(own_slice, len(shard)), strict=True):
+                    place = self._place_of[rank]
                     if rank != self._rank:
-                        piece.copy_(by_rank[rank].narrow(0, taken[rank], bucket.shard_numel))
-                        taken[rank] += bucket.shard_numel
+                        piece.copy_(by_place[place].narrow(0, taken[place], len(shard)))
+                        taken[place] += len(shard)
                     elif piece.data_ptr() != shard.data_ptr():
                         piece.copy_(shard)
+            return []
 
-        return Pending(work, result, 2 * _nbytes(received))
+        if self._inner is None or not buckets:
+            return Arriving(works, fill, 2 * _nbytes(received))
+        yield from works
+        fill()
+        slices = [bucket.flat.view(self._replicas, -1) for bucket in buckets]
+        mine = torch.cat([of_bucket[self._replica] for of_bucket in slices])
+        gathered = torch.empty(self._replicas * len(mine), dtype=mine.dtype, device=mine.device)
+        work = self._stopwatch.timed(start_all_gather(gathered, mine, self._inner), _GATHERING, self._inner)
+
+        def spread() -> list[torch.Tensor]:
+            of_buckets = torch.split(gathered.view(self._replicas, -1), [s.shape[1] for s in slices], dim=1)
+            for whole, of_bucket in zip(slices, of_buckets, strict=True):
+                whole.copy_(of_bucket)
+            return []
+
+        return Arriving([work], spread, _nbytes(gathered) + _nbytes(mine))
 
     def _exchange(
         self, what: str, pieces: Sequence[Sequence[torch.Tensor]], whole: torch.Tensor | None = None
@@ -225,13 +286,33 @@ class AllToAllTransport:
             send = torch.empty(0, dtype=self._dtype, device=self._device)
         else:
             send = whole if whole is not None else torch.cat(flat)
+        if self._outer is None:
+            return [], send, sizes
         received = torch.empty_like(send)
-        work = dist.all_to_all_single(received, send, sizes, sizes, group=self._group.handle, async_op=True)
-        return [self._stopwatch.timed(work, what, self._group)], received, sizes
+        work = dist.all_to_all_single(received, send, sizes, sizes, group=self._outer.handle, async_op=True)
+        return [self._stopwatch.timed(work, what, self._outer)], received, sizes
 
     def _count(self, kind: str, bucket: OwnerBucket, element_size: int) -> None:
         nbytes = (bucket.shards - 1) * bucket.shard_numel * element_size
         self._traffic.add(kind, nbytes, bucket.owner_set)
+
+
+def _divide(flat: torch.Tensor, bucket: OwnerBucket) -> None:
+    # Before the sum, so that low precision does not overflow.
+    if len(bucket.owners.ranks) > 1:
+        flat.div_(len(bucket.owners.ranks))
+
+
+def _mean(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _sum(pieces).div_(len(pieces))
+
+
+def _sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In their order, in fp32 at least."""
+    total = torch.zeros(pieces[0].shape, dtype=_sum_dtype(pieces[0].dtype), device=pieces[0].device)
+    for piece in pieces:
+        total += piece
+    return total
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

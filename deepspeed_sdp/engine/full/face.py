@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.full.calibration import calibrated, scales_to_try
@@ -56,7 +56,7 @@ class FullModelFace:
 
     @property
     def _access(self) -> Access:
-        return Access(self.device, self._owner_groups.for_weights, self.gathered_weights, self.full_scale)
+        return Access(self.device, self._owner_groups, self._traffic, self.gathered_weights, self.full_scale)
 
     # -- the full model ----------------------------------------------------------------------------------------------
 

@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.groups import Group
-from deepspeed_sdp.plan import Chunk, PlannedSpace
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
+from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes
+from deepspeed_sdp.engine.comm.transport import start_all_gather
+from deepspeed_sdp.plan import PlannedSpace
 from deepspeed_sdp.subnetwork import FullParameter, Subnetwork, partitioned_by_space
 
 
@@ -23,7 +24,8 @@ class Access:
 
     Attributes:
         device: where full parameters are put together.
-        group: of all ranks, on which they travel.
+        groups: on which they travel.
+        traffic: counts bytes sent.
         readable: a collective that makes this rank's weights of one layer readable inside; ``None``: those outside of
             the layers.
         full_scale: what the full model's writes are multiplied by when it is put together, under forward masking; see
@@ -31,7 +33,8 @@ class Access:
     """
 
     device: torch.device
-    group: Group
+    groups: OwnerGroups
+    traffic: Traffic
     readable: Callable[[int | None], AbstractContextManager[None]]
     full_scale: float
 
@@ -70,8 +73,8 @@ def full_parameters(subnetwork: Subnetwork, access: Access) -> Iterator[Mapping[
 def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, access: Access) -> dict[str, torch.Tensor]:
     """The full parameters of one unit space, on every rank.
 
-    One broadcast per chunk, from one of its owners; owners take turns over the layers, so that none sends most. Under
-    backward masking every rank holds them already.
+    Every owner of a chunk sends an equal share of it, and every rank as much as any other. Under backward masking every
+    rank holds them already.
 
     Returns:
         full name -> tensor of the full shape on ``access.device``, in the dtype of training, times ``full_scale`` if
@@ -80,22 +83,12 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, access: Access) 
     parameters = partitioned_by_space(subnetwork.partitioned)[planned.space.name]
     if subnetwork.masking == "backward":
         return {p.name: subnetwork.module.get_parameter(p.name).detach() for p in parameters}
-    dtype = weights_dtype(subnetwork)
-    full = {p.name: torch.empty(p.shape, dtype=dtype, device=access.device) for p in parameters}
     mine = {
         (subnetwork.fragments[name].full_name, subnetwork.fragments[name].start): p
         for name, p in subnetwork.module.named_parameters()
         if subnetwork.fragments[name].dim is not None
     }
-    for chunk in planned.chunks:
-        owners = subnetwork.plan.owner_sets[chunk.owner_set]
-        source = subnetwork.first_ranks[owners[planned.space.layer % len(owners)]]
-        flat = _broadcast_chunk(parameters, chunk, source, mine, dtype, access)
-        sizes = [_numel(p, chunk) for p in parameters]
-        for parameter, piece in zip(parameters, torch.split(flat, sizes), strict=True):
-            fragment = parameter.fragment(chunk.start, chunk.stop, chunk.owner_set)
-            part = parameter.part_of(full[parameter.name], fragment)
-            part.copy_(piece.view(parameter.fragment_shape(fragment)))
+    full = {p.name: _gather_parameter(subnetwork, planned, p, mine, access) for p in parameters}
     if access.full_scale != 1.0:
         for parameter in parameters:
             if parameter.is_write:
@@ -103,25 +96,51 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, access: Access) 
     return full
 
 
-def _broadcast_chunk(
-    parameters: list[FullParameter],
-    chunk: Chunk,
-    source: int,
+def _gather_parameter(
+    subnetwork: Subnetwork,
+    planned: PlannedSpace,
+    parameter: FullParameter,
     mine: Mapping[tuple[str, int], torch.Tensor],
-    dtype: torch.dtype,
     access: Access,
 ) -> torch.Tensor:
-    if dist.get_rank() == source:
-        flat = torch.cat([mine[p.name, chunk.start * p.features_per_unit].detach().reshape(-1) for p in parameters])
-        flat = flat.to(device=access.device, dtype=dtype)
-    else:
-        flat = torch.empty(sum(_numel(p, chunk) for p in parameters), dtype=dtype, device=access.device)
-    if dist.get_world_size() > 1:
-        with access.group.waiting("gathering the full model") as group:
-            dist.broadcast(flat, src=source, group=group)
-    return flat
+    everyone, dtype = access.groups.for_weights, weights_dtype(subnetwork)
+    owner_sets, workers = subnetwork.plan.owner_sets, subnetwork.plan.num_subnetworks
+    fragments = [parameter.fragment(chunk.start, chunk.stop, chunk.owner_set) for chunk in planned.chunks]
+    numels = [int(torch.Size(parameter.fragment_shape(fragment)).numel()) for fragment in fragments]
+    # A chunk's vector is cut like a bucket's, into slices and shards; a worker's shares lie in the order of the chunks.
+    shares = [
+        -(-numel // (everyone.replicas * len(owner_sets[fragment.owner_set])))
+        for fragment, numel in zip(fragments, numels, strict=True)
+    ]
+    taken = [0] * workers
+    places: list[dict[int, int]] = []
+    for fragment, share in zip(fragments, shares, strict=True):
+        places.append({worker: taken[worker] for worker in owner_sets[fragment.owner_set]})
+        for worker in places[-1]:
+            taken[worker] += share
+    piece = torch.zeros(max(taken), dtype=dtype, device=access.device)
+    for fragment, share, of_chunk in zip(fragments, shares, places, strict=True):
+        if subnetwork.index in of_chunk:
+            index = everyone.replica * len(of_chunk) + list(of_chunk).index(subnetwork.index)
+            value = mine[parameter.name, fragment.start].detach().reshape(-1)[index * share : (index + 1) * share]
+            piece[of_chunk[subnetwork.index] :][: len(value)] = value
+    pieces = _all_gather(piece, access).view(everyone.replicas, workers, -1)
+    full = torch.empty(parameter.shape, dtype=dtype, device=access.device)
+    for fragment, share, numel, of_chunk in zip(fragments, shares, numels, places, strict=True):
+        of_owners = [pieces[:, access.groups.place(worker), at : at + share] for worker, at in of_chunk.items()]
+        flat = torch.stack(of_owners, dim=1).view(-1)[:numel]
+        parameter.part_of(full, fragment).copy_(flat.view(parameter.fragment_shape(fragment)))
+    return full
 
 
-def _numel(parameter: FullParameter, chunk: Chunk) -> int:
-    shape = parameter.fragment_shape(parameter.fragment(chunk.start, chunk.stop, chunk.owner_set))
-    return int(torch.Size(shape).numel())
+def _all_gather(piece: torch.Tensor, access: Access) -> torch.Tensor:
+    """``piece`` of every rank, by replica and then by worker."""
+    everyone = access.groups.for_weights
+    for group in filter(None, (everyone.outer, everyone.inner)):
+        whole = torch.empty(len(group.ranks) * len(piece), dtype=piece.dtype, device=piece.device)
+        nbytes = whole.numel() * whole.element_size()
+        access.traffic.add("full_gather", all_gather_bytes(nbytes, len(group.ranks)))
+        with group.waiting("gathering the full model"):
+            start_all_gather(whole, piece, group).wait()
+        piece = whole
+    return piece

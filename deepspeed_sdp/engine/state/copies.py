@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
@@ -33,7 +33,7 @@ def copies_of_others(
     """
     for portion in optimizer.refresh.portions:
         buckets = [bucket for buckets in portion.owned for bucket in buckets]
-        sources = [groups.next_owner(groups.rank, bucket.ranks, -number) for bucket in buckets]
+        sources = [bucket.owners.next_owner(groups.rank, -number) for bucket in buckets]
         shares = [bucket.share_of(source) for bucket, source in zip(buckets, sources, strict=True)]
         own = [tensors_of(bucket) for bucket in buckets]
         if optimizer.stage == 0:
@@ -55,29 +55,32 @@ def _exchange(
     number: int,
 ) -> list[Tensors]:
     """Send every share to the rank that writes its copy; as bytes, for the kinds may differ in dtype."""
-    world = len(groups.workers)
-    outgoing: list[list[torch.Tensor]] = [[] for _ in range(world)]
-    incoming: list[list[int]] = [[] for _ in range(world)]
+    # A rank and those who stand for it at other owners have one replica coordinate.
+    rail = groups.for_weights
+    place_of = {rank: place for place, rank in enumerate(rail.peers)}
+    outgoing: list[list[torch.Tensor]] = [[] for _ in rail.peers]
+    incoming: list[list[int]] = [[] for _ in rail.peers]
     order = sorted(range(len(buckets)), key=lambda place: buckets[place].key)
     for place in order:
         bucket = buckets[place]
-        target = groups.next_owner(groups.rank, bucket.ranks, number)
+        target = place_of[bucket.owners.next_owner(groups.rank, number)]
         outgoing[target] += [_bytes(value[: _length(bucket, groups.rank)]) for value in own[place].values()]
-        incoming[sources[place]].append(place)
+        incoming[place_of[sources[place]]].append(place)
     sizes = [
         sum(_length(buckets[p], rank) * value.element_size() for p in places for value in own[p].values())
-        for rank, places in enumerate(incoming)
+        for rank, places in zip(rail.peers, incoming, strict=True)
     ]
     pieces = [piece.to(device) for of_rank in outgoing for piece in of_rank]
     send = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
-    received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    sent = [sum(map(len, of_rank)) for of_rank in outgoing]
-    with groups.for_weights.waiting("copies of the training state for a checkpoint") as group:
-        dist.all_to_all_single(received, send, sizes, sent, group=group)
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=device) if rail.outer else send
+    if rail.outer:
+        sent = [sum(map(len, of_rank)) for of_rank in outgoing]
+        with rail.outer.waiting("copies of the training state for a checkpoint") as group:
+            dist.all_to_all_single(received, send, sizes, sent, group=group)
     result: list[Tensors] = [{} for _ in buckets]
-    for rank, flat in enumerate(torch.split(received.cpu(), sizes)):
+    for rank, places, flat in zip(rail.peers, incoming, torch.split(received.cpu(), sizes), strict=True):
         taken = 0
-        for place in incoming[rank]:
+        for place in places:
             values = {}
             for kind, value in own[place].items():
                 nbytes = _length(buckets[place], rank) * value.element_size()

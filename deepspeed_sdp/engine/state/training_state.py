@@ -15,7 +15,7 @@ from torch import nn
 
 from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range, without_groups
 from deepspeed_sdp.engine.comm.agreement import agreed
-from deepspeed_sdp.engine.comm.groups import OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.state.copies import copies_of_others
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Kept
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
@@ -163,12 +163,13 @@ class TrainingState:
     ) -> Iterator[Entry]:
         """Elements ``[start, stop)`` of the bucket, out of ``values``, which begin at its element ``base``."""
         first = 0
-        for index, numel in zip(bucket.items, bucket.numels, strict=True):
+        for index, begin, end in bucket.ranges:
             name, whole = self._names[index], self._region(self._names[index])
-            for region, low, high in regions_of_range(whole, max(start - first, 0), min(stop - first, numel)):
-                part = values[first + low - base : first + high - base]
+            zero = first - begin  # of the parameter, seen from the bucket's flat vector
+            for region, low, high in regions_of_range(whole, max(start - zero, begin), min(stop - zero, end)):
+                part = values[zero + low - base : zero + high - base]
                 yield from self._entries(prefix, name, region, part.view(region.sizes))
-            first += numel
+            first += end - begin
 
     def _region(self, name: str) -> Region:
         """Which rectangle of its full parameter, seen in ``unit_shape``, a parameter of the subnetwork is."""
@@ -198,16 +199,16 @@ class TrainingState:
             fragment = subnetwork.fragments[name]
             if name in subnetwork.views or subnetwork.is_trained(fragment.full_name):
                 continue
-            if not is_writing or self._writer(self._groups.ranks(fragment.owner_set), copy) == self._rank:
+            if not is_writing or self._writer(self._groups.owners(fragment.owner_set), copy) == self._rank:
                 region = self._region(name)
                 yield from self._entries("model", name, region, parameter.data.view(region.sizes))
         for name, buffer in subnetwork.persistent_buffers():
-            if not is_writing or self._writer(range(dist.get_world_size()), copy) == self._rank:
+            if not is_writing or self._writer(self._groups.for_weights, copy) == self._rank:
                 region = Region((0,) * buffer.dim(), tuple(buffer.shape))
                 yield Entry(f"model.{name}", tuple(buffer.shape), region, buffer)
 
-    def _writer(self, ranks: Sequence[int], copy: int) -> int:
-        return self._groups.next_owner(ranks[0], ranks, copy)
+    def _writer(self, owners: Owners, copy: int) -> int:
+        return owners.next_owner(owners.ranks[0], copy)
 
 
 def _described(value: Any) -> dict[str, Any]:

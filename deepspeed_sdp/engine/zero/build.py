@@ -12,7 +12,8 @@ from torch import nn
 from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.description import describe_optimizer
 from deepspeed_sdp.engine.comm.exchange import Exchange
-from deepspeed_sdp.engine.comm.groups import Group, OwnerGroups
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
+from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport, Transport, resolve_transport
@@ -77,12 +78,12 @@ def assemble(
         ConfigError: the optimizer is none that can step shards, or trained parameters differ in dtype; on every rank.
     """
     sdp, stage, device, dtype = settings.sdp, settings.stage, settings.device, settings.dtype
-    backend = groups.for_gradients.backend
+    backend, stages = groups.world.backend, Stages(device, groups.replicas)
 
-    def transport(payload: Literal["gradients", "weights"], group: Group, of: torch.dtype) -> Transport:
+    def transport(payload: Literal["gradients", "weights"], everyone: Owners, of: torch.dtype) -> Transport:
         if resolve_transport(sdp.transport, backend, stage, payload) == "all_to_all":
-            return AllToAllTransport(group, device, of, traffic, stopwatch)
-        return OwnerSetTransport(traffic, stopwatch)
+            return AllToAllTransport(everyone, device, of, stages, traffic, stopwatch)
+        return OwnerSetTransport(stages, traffic, stopwatch)
 
     # What DeepSpeed or a client's callable made is compared here for the first time.
     behaviour = agreed(lambda: behaviour_of(optimizer, settings.state.device), lambda _: describe_optimizer(optimizer))
@@ -104,7 +105,9 @@ def assemble(
             device=settings.weights.device,
             is_pinned=settings.weights.is_pinned,
         )
-    exchange = Exchange(groups.for_weights, stage > 0, device, dtype, traffic, stopwatch) if is_masked else None
+    exchange = None
+    if is_masked:
+        exchange = Exchange(groups.for_weights, stage > 0, device, dtype, stages, traffic, stopwatch)
     refresh = _refresh(settings, subnetwork, layout, for_weights, exchange)
     parameters = dict(enumerate(layout.parameters))
     fragments = subnetwork.fragments
@@ -127,7 +130,7 @@ def assemble(
         gradients,
         refresh,
         stage=stage,
-        world=groups.for_gradients,
+        world=groups.world,
         device=device,
         loss_scaler=settings.loss_scaler,
         clip_grad=settings.clip_grad,
@@ -190,7 +193,7 @@ def _word(dtype: torch.dtype) -> str:
 def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRefresh) -> None:
     """Weights may still be under way when the next forward pass begins: each module waits for its own."""
     for part in make_parts(subnetwork, layout):
-        needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(range(*part.rounds))]
+        needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(part.rounds)]
         for module in part.modules if needed else ():
             refresh.settle_before(module, max(needed))
     refresh.settle_before_state_dict(subnetwork.module)

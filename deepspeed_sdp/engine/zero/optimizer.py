@@ -25,7 +25,7 @@ from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
 from torch.profiler import record_function
 
-from deepspeed_sdp.engine.comm.groups import Group
+from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
@@ -242,7 +242,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         """
         rank = dist.get_rank()
         # At stage 0 every owner holds the whole bucket: the first one counts it.
-        counted = [a for bucket, a in self.gradients.averages.items() if self.stage > 0 or bucket.ranks[0] == rank]
+        averages = self.gradients.averages.items()
+        counted = [average for bucket, average in averages if self.stage > 0 or bucket.owners.ranks[0] == rank]
         norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else ()
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         square = torch.stack([nothing, *(norm.double() ** 2 for norm in norms)]).sum()

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.exchange import Exchange
-from deepspeed_sdp.engine.comm.transport import Pending, Transport
+from deepspeed_sdp.engine.comm.stages import Pending
+from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
@@ -33,7 +34,7 @@ class Portion:
         exchanged: buckets that go to all ranks, those of others included; the same on all ranks.
     """
 
-    rounds: tuple[int, ...]
+    rounds: range
     owned: tuple[tuple[OwnerBucket, ...], ...]
     gathered: tuple[FlatBucket, ...]
     exchanged: tuple[OwnerBucket, ...]

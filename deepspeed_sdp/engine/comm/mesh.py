@@ -1,0 +1,258 @@
+"""Who talks to whom: the replicas of one worker inside, owner sets outside.
+
+Ranks are a table of workers and *replica coordinates*: where the world is ``N * R``, rank ``(w, i)`` is the ``i``-th
+that trains subnetwork ``w``. What an owner set of ``K`` workers owns is cut into ``R`` slices, one for each coordinate,
+and each slice into ``K`` shards. Collectives go over the ``R`` replicas of a worker, which placement puts side by side,
+and over the ``K`` owners at one coordinate, never over all ``K * R``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from deepspeed_sdp.errors import StateError
+from deepspeed_sdp.ranks import cpu_group, new_groups
+from deepspeed_sdp.waits import waiting
+
+
+class Mesh:
+    """The table of ranks. Pure.
+
+    Args:
+        owner_sets: workers of every owner set.
+        workers: the subnetwork of every rank, ``[world size]``.
+
+    Raises:
+        ValueError: not every worker has as many ranks, or replicas have their workers in another order.
+
+    Attributes:
+        replicas: ``R``.
+    """
+
+    def __init__(self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int]) -> None:
+        self.owner_sets = tuple(map(tuple, owner_sets))
+        self.workers = tuple(workers)
+        # By worker, in the order of their first ranks.
+        self._ranks: dict[int, list[int]] = {}
+        self._replica = []
+        for rank, worker in enumerate(self.workers):
+            of_worker = self._ranks.setdefault(worker, [])
+            self._replica.append(len(of_worker))
+            of_worker.append(rank)
+        self._place = {worker: place for place, worker in enumerate(self._ranks)}
+        self._rails = list(zip(*self._ranks.values(), strict=True))
+        self.replicas = len(self._rails)
+        if any(list(rail) != sorted(rail) for rail in self._rails):
+            raise ValueError(f"workers of the ranks: got {self.workers}; takes the same order in every replica")
+
+    def replica(self, rank: int) -> int:
+        """The coordinate of ``rank`` among the replicas of its worker."""
+        return self._replica[rank]
+
+    def inner(self, rank: int) -> tuple[int, ...]:
+        """The ``R`` ranks that train the subnetwork of ``rank``, ascending."""
+        return tuple(self._ranks[self.workers[rank]])
+
+    def rail(self, replica: int) -> tuple[int, ...]:
+        """The ranks of all workers at one coordinate, ascending."""
+        return self._rails[replica]
+
+    def outer(self, owner_set: int, replica: int) -> tuple[int, ...]:
+        """The ranks of a set's owners at one coordinate, ascending."""
+        places = sorted(self._place[worker] for worker in self.owner_sets[owner_set])
+        return tuple(self._rails[replica][place] for place in places)
+
+    def ranks(self, owner_set: int) -> tuple[int, ...]:
+        """All ``K * R`` ranks that own what ``owner_set`` owns, in the order of their shards."""
+        return tuple(rank for replica in range(self.replicas) for rank in self.outer(owner_set, replica))
+
+    def place(self, worker: int) -> int:
+        """Where ``worker`` stands in every rail."""
+        return self._place[worker]
+
+    def families(self) -> dict[str, list[tuple[int, ...]]]:
+        """All process groups, in the order in which they are made: by purpose, disjoint ones together.
+
+        An owner set of one worker needs none, and that of all workers has those of gradients.
+        """
+        everyone = tuple(range(len(self.workers)))
+        if self.replicas == 1:
+            families = {"gradients": [everyone], "weights": [everyone]}
+        else:
+            inside = [tuple(ranks) for ranks in self._ranks.values()]
+            families = {"all ranks": [everyone], "gradients inside": inside, "weights inside": inside}
+            if len(self._ranks) > 1:
+                families |= {"gradients": self._rails, "weights": self._rails}
+        for index, workers in enumerate(self.owner_sets):
+            if 1 < len(workers) < len(self._ranks):
+                families[f"owners {index}"] = [self.outer(index, replica) for replica in range(self.replicas)]
+        return families
+
+    def groups_of(self, rank: int) -> list[tuple[int, ...]]:
+        """The process groups that ``rank`` is in: a communicator each."""
+        return [ranks for family in self.families().values() for ranks in family if rank in ranks]
+
+
+class Group:
+    """A process group that ends with its engine. Whoever uses one holds this, and never the group itself.
+
+    To torch ``None`` is the default group: there is no state of this object in which it would stand for that.
+
+    Attributes:
+        ranks: global ranks of its members, ascending.
+        place: of this rank, a member, among them.
+    """
+
+    def __init__(self, process_group: ProcessGroup, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        self.place = self.ranks.index(dist.get_rank())
+        self._process_group: ProcessGroup | None = process_group
+
+    @property
+    def handle(self) -> ProcessGroup:
+        """What torch takes.
+
+        Raises:
+            StateError: its engine is destroyed.
+        """
+        if self._process_group is None:
+            raise StateError(f"process group of rank(s) {', '.join(map(str, self.ranks))}: its engine is destroyed")
+        return self._process_group
+
+    @property
+    def backend(self) -> str:
+        """Name of its backend."""
+        return str(dist.get_backend(self.handle))
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[ProcessGroup]:
+        """The group, for one collective that is waited for inside; ``what`` it does, in words.
+
+        Raises:
+            WaitError: see :func:`deepspeed_sdp.waits.waiting`.
+        """
+        with waiting(what, self.ranks):
+            yield self.handle
+
+    def destroy(self) -> None:
+        """Free it. Its threads run as long as something holds the group."""
+        group, self._process_group = self._process_group, None
+        if group is not None:
+            # torch knows it no more where the job has destroyed the default group.
+            with suppress(ValueError):
+                dist.destroy_process_group(group)
+
+
+class Owners:
+    """The ranks that own what one owner set owns, as one rank sees them: all that a bucket knows of the mesh.
+
+    Args:
+        ranks: in the order of their shards.
+        rank: this one, which may own nothing.
+        replicas: ``R``.
+        replica: its coordinate.
+
+    Attributes:
+        inner: the replicas of its worker; ``None`` where it has one alone, or is no owner.
+        outer: the owners at its coordinate; ``None`` where there is one alone, or it is none of them.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        replicas: int = 1,
+        replica: int = 0,
+        inner: Group | None = None,
+        outer: Group | None = None,
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.rank = rank
+        self.replicas, self.replica = replicas, replica
+        self.inner, self.outer = inner, outer
+
+    @cached_property
+    def _index(self) -> dict[int, int]:
+        return {rank: index for index, rank in enumerate(self.ranks)}
+
+    def __contains__(self, rank: int) -> bool:
+        return rank in self._index
+
+    def index(self, rank: int) -> int:
+        """Which shard is that of owner ``rank``."""
+        return self._index[rank]
+
+    def next_owner(self, rank: int, steps: int) -> int:
+        """The rank that stands for owner ``rank`` at the worker ``steps`` further, in a circle of all that own this."""
+        workers = len(self.ranks) // self.replicas
+        replica, place = divmod(self._index[rank], workers)
+        return self.ranks[replica * workers + (place + steps) % workers]
+
+    @cached_property
+    def peers(self) -> tuple[int, ...]:
+        """The owners at this rank's coordinate, in the order of their shards, this rank too if it is one."""
+        workers = len(self.ranks) // self.replicas
+        return self.ranks[self.replica * workers : (self.replica + 1) * workers]
+
+
+class OwnerGroups(Mesh):
+    """The mesh's process groups. Collective: every rank makes all of them.
+
+    Attributes:
+        rank: this one.
+        world: of all ranks. None of these groups is the default group, which is the user's.
+        for_gradients, for_weights: the owners of what all workers own; two, so that one waits for nothing of the other.
+    """
+
+    def __init__(self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int]) -> None:
+        super().__init__(owner_sets, workers)
+        self.rank = dist.get_rank()
+        self.subnetwork_index = self.workers[self.rank]
+        self._groups = {purpose: _make(family, purpose) for purpose, family in self.families().items()}
+        world = self._groups.get("all ranks") or self._groups["gradients"]
+        assert world is not None
+        self.world = world
+        everyone = [rank for rail in self._rails for rank in rail]
+        self.for_gradients, self.for_weights = (self._owners(everyone, p, p) for p in ("gradients", "weights"))
+        self._sets = [
+            self.for_gradients
+            if len(workers) == len(self._ranks)
+            else self._owners(self.ranks(index), "gradients", f"owners {index}")
+            for index, workers in enumerate(self.owner_sets)
+        ]
+        self._for_checkpoints: Group | None = None
+
+    def _owners(self, ranks: Sequence[int], family: str, outer: str) -> Owners:
+        replicas, replica = self.replicas, self.replica(self.rank)
+        if self.rank not in ranks:
+            return Owners(ranks, self.rank, replicas, replica)
+        inner = self._groups.get(f"{family} inside")
+        # At R = 1 there is a group of all ranks even if there is only one.
+        found = self._groups.get(outer) if len(ranks) > replicas else None
+        return Owners(ranks, self.rank, replicas, replica, inner, found)
+
+    def owners(self, owner_set: int) -> Owners:
+        """Who owns what ``owner_set`` owns."""
+        return self._sets[owner_set]
+
+    def for_checkpoints(self) -> Group:
+        """Collective at its first call: a group of the world on the CPU, which a thread beside the training may use."""
+        if self._for_checkpoints is None:
+            self._for_checkpoints = Group(cpu_group("checkpoints"), range(len(self.workers)))
+        return self._for_checkpoints
+
+    def destroy(self) -> None:
+        """Free the groups; whoever holds one cannot use it any more."""
+        for group in (*self._groups.values(), self._for_checkpoints):
+            if group is not None:
+                group.destroy()
+
+
+def _make(family: Sequence[tuple[int, ...]], purpose: str) -> Group | None:
+    """Collective. The group of this rank among disjoint ones, if it is in any."""
+    group = new_groups(family, purpose)
+    own = next((ranks for ranks in family if dist.get_rank() in ranks), None)
+    return None if own is None or group is None else Group(group, own)
