@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.stages import Pending
+from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
@@ -165,10 +165,9 @@ class GradientPath:
         self._waiting[self._next].clear()
         self._next += 1
         self.is_half_way = True
-        with record_function("deepspeed_sdp::flatten"):
+        with named("flatten gradients"):
             flats = [self._flatten(bucket) for bucket in buckets]
-        with record_function("deepspeed_sdp::reduce"):
-            self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
+        self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
 
     def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
         """The gradients of ``bucket`` as one ``[padded_numel]`` tensor, zeros where the backward pass did not reach."""

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
-from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.mesh import Group
+from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
@@ -289,7 +289,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         masters = [self._masters[bucket] for bucket in part]
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient
-        with self._frozen.kept(part, self.tensors_of), self._only(part), record_function("deepspeed_sdp::step"):
+        with self._frozen.kept(part, self.tensors_of), self._only(part), named("optimizer"):
             self.optimizer.step()
         self._share_counts(part)
         gradients.clear()
