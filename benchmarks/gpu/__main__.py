@@ -28,8 +28,8 @@ from benchmarks.gpu.page import write_page
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOGS = ROOT / "runs" / "gpu"
-# Imports, the device's context and the process group.
-_START = 90.0
+# Imports, the device's context and the process group; a CPU that tries this may have other work.
+_START = {"cuda": 90.0, "cpu": 240.0}
 _LEAST = 20.0
 
 
@@ -101,7 +101,9 @@ def _run_processes(
         try:
             began = time.monotonic()
             for place, check in enumerate(checks):
-                end = min(began + check.limit + (_START if place == 0 else 0.0), deadline)
+                end = min(
+                    began + check.limit + (_START[environment["DS_ACCELERATOR"]] if place == 0 else 0.0), deadline
+                )
                 row = _await_row(process, rows, check.name, end)
                 if row is None:
                     is_late = process.poll() is None

@@ -85,7 +85,7 @@ def test_a_check_that_fails_dies_or_hangs_is_a_row_and_the_others_go_on(monkeypa
             sys.executable, "-c", PROGRAM, str(rows), *(check.name for check in checks)
         ],
     )  # fmt: skip
-    monkeypatch.setattr(gpu, "_START", 2.0)
+    monkeypatch.setattr(gpu, "_START", {"cpu": 2.0})
     monkeypatch.setattr(gpu, "_LOGS", tmp_path)
     names = ["one", "fails", "two", "dies", "three", "hangs", "four"]
     checks = [Check(name, "shared", "nothing:nothing", limit=1.0) for name in names]

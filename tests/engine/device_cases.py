@@ -26,16 +26,16 @@ def calls_of_initialize(sdp, meta=False):
 
 
 def calls_of_steps(ds, sdp, steps=3):
-    """Of each step: the calls, and the seconds that the engine gives after it. And memory freed while it was used."""
-    freed_in_use = []
+    """Of each step: the calls, and the seconds that the engine gives after it. And what memory was freed."""
+    frees, freed_in_use = [], []
     resize = torch.UntypedStorage.resize_
 
     with recorded() as (log, busy):
         engine = build(ds, sdp)
 
         def watch(storage, size):
-            if size == 0 and any(work.holds(storage) for work in busy):
-                freed_in_use.append(storage.nbytes())
+            if size == 0:
+                (freed_in_use if any(work.holds(storage) for work in busy) else frees).append(storage.nbytes())
             return resize(storage, size)
 
         of_steps = []
@@ -46,7 +46,7 @@ def calls_of_steps(ds, sdp, steps=3):
                 of_steps.append((log[first:], engine.sdp_stats()["seconds"]))
         waiting = len(busy)
         engine.destroy()
-    return of_steps, freed_in_use, waiting
+    return of_steps, len(frees), freed_in_use, waiting
 
 
 def traced_names(ds, sdp):

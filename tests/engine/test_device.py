@@ -18,6 +18,7 @@ ROWS = [
     pytest.param({"stage": 1, "accumulation": 2}, {"coverage": 0.5, "masking": "backward"}, id="backward"),
     pytest.param({"stage": 2}, {"masking": "backward", "coverage": 0.5, "overlap_refresh": True}, id="overlapped"),
     pytest.param({"stage": 3, "bucket": 4000}, {"coverage": 0.5, "transport": "owner_sets"}, id="stage3-owner_sets"),
+    pytest.param({"stage": 3}, {"num_subnetworks": 2, "coverage": 0.5}, id="stage3-replicas"),
 ]
 
 
@@ -30,7 +31,9 @@ def test_the_device_is_set_before_anything_is_sent(ranks4, meta):
         assert calls.index(("set_device", local_rank)) < first
 
 
-@pytest.mark.parametrize("sdp", [{"coverage": 0.5}, {"coverage": 0.25}], ids=str)
+@pytest.mark.parametrize(
+    "sdp", [{"coverage": 0.5}, {"num_subnetworks": 2, "coverage": 0.5}, {"coverage": 0.25}], ids=str
+)
 def test_the_estimate_counts_the_communicators(ranks4, sdp):
     results = ranks4.run("tests.engine.device_cases:calls_of_initialize", timeout=60, sdp=sdp)
     for rank, (_, plan, calls) in enumerate(results):
@@ -43,8 +46,10 @@ def test_the_estimate_counts_the_communicators(ranks4, sdp):
 
 @pytest.mark.parametrize(("ds", "sdp"), ROWS)
 def test_times_are_read_one_step_late_and_nothing_in_use_is_freed(ranks4, ds, sdp):
-    for of_steps, freed_in_use, waiting in ranks4.run("tests.engine.device_cases:calls_of_steps", ds=ds, sdp=sdp):
+    results = ranks4.run("tests.engine.device_cases:calls_of_steps", timeout=120, ds=ds, sdp=sdp)
+    for of_steps, frees, freed_in_use, waiting in results:
         assert freed_in_use == []
+        assert (frees > 0) == (ds["stage"] == 3)
         # With ``overlap_refresh`` the last weights are under way still.
         assert waiting == 0 or sdp.get("overlap_refresh")
         recorded_before, before = 0, 0
@@ -68,6 +73,12 @@ def test_times_are_read_one_step_late_and_nothing_in_use_is_freed(ranks4, ds, sd
             else:
                 assert set(seconds) == {"communication", "exposed", "overlapped"}
         assert before > 0
+
+
+def test_a_work_knows_the_memory_of_its_tensors():
+    tensors = torch.empty(4), torch.empty(4)
+    work = WorkOfDevice(None, "work", [], [tensors[0][1:]], [])
+    assert [work.holds(tensor.untyped_storage()) for tensor in tensors] == [True, False]
 
 
 class Nothing:
@@ -112,7 +123,7 @@ def test_on_a_cpu_times_are_there_at_once_and_no_future_is_touched():
 )
 def test_a_trace_has_names(ranks4, ds, sdp, names):
     for found in ranks4.run("tests.engine.device_cases:traced_names", timeout=60, ds=ds, sdp=sdp):
-        expected = {"forward", "backward", "step", *names}
+        expected = {"forward", "backward", "step", "flatten gradients", "optimizer", *names}
         assert {f"deepspeed_sdp::{name}" for name in expected} <= set(found)
 
 

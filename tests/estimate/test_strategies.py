@@ -162,7 +162,8 @@ def test_coverages_that_were_asked_for_are_not_left_out_in_silence():
 
 def test_what_overlap_refresh_holds_until_the_next_forward_pass_is_counted(estimator):
     def of(stage, **keys):
-        job = Job(8, stage, sdp(masking="backward", **keys), seq_length=128, gather_bucket=2_000_000)
+        block, bf16 = sdp(masking="backward", **keys), torch.bfloat16
+        job = Job(8, stage, block, seq_length=128, gather_bucket=2_000_000, reduce=bf16)
         return estimator.estimate(job)
 
     waits, overlaps = of(0), of(0, overlap_refresh=True)
@@ -206,7 +207,7 @@ def test_a_job_s_own_settings():
     }
     job = job_of(config, Job(8, accumulation=3))
     assert (job.stage, job.micro_batch, job.accumulation, job.seq_length, job.bucket) == (2, 6, 3, 512, 1_000_000)
-    assert (job.accumulate_dtype, job.reduce_dtype) == (torch.float32, torch.bfloat16)
+    assert (job.accumulate_dtype, job.reduce_dtype) == (torch.float32, torch.float32)
     assert (job.offload_optimizer, job.moments, job.step_temporaries) == (True, 2, 2)
     assert job.sdp == SDPConfig(coverage=0.25, num_subnetworks=4)
     for wrong, message in (
