@@ -247,13 +247,19 @@ class TrainingState:
         for name, parameter in subnetwork.module.named_parameters():
             fragment = subnetwork.fragments[name]
             if name not in subnetwork.views and not subnetwork.is_trained(fragment.full_name):
-                yield self._run(name), parameter.data.view(-1), self._groups.owners(fragment.owner_set)
+                yield self._run(name), _flat(parameter), self._groups.owners(fragment.owner_set)
         for name, buffer in subnetwork.persistent_buffers():
             if buffer.numel():
-                yield whole(name, buffer.shape), buffer.view(-1), self._groups.for_weights
+                yield whole(name, buffer.shape), _flat(buffer), self._groups.for_weights
 
 
 def _described(value: Any) -> dict[str, Any]:
     if isinstance(value, torch.Tensor):
         return {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
     return {"value": value, "dtype": None}
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat view of ``tensor``, whose memory is put in order for that."""
+    tensor.data = tensor.data.contiguous()
+    return tensor.data.view(-1)
