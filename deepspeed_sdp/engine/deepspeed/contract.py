@@ -5,10 +5,12 @@ its cheap form, before the first engine is built: a new DeepSpeed release must f
 """
 
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import deepspeed
+import deepspeed.utils.tensor_fragment
 from deepspeed.monitor.monitor import Monitor, MonitorMaster
 from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.base_optimizer import BackwardHookStateManager, ZeROOptimizer
@@ -16,9 +18,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+# The module; ``deepspeed.utils`` has a class of this name.
+tensor_fragment = sys.modules["deepspeed.utils.tensor_fragment"]
 
 TESTED_DEEPSPEED = "0.19.8"
 
@@ -85,12 +90,31 @@ METHODS: dict[Any, dict[str, tuple[str, ...]]] = {
     loss_scaler: {"CreateLossScaler": ("dtype", "static_loss_scale", "dynamic_scaling", "dynamic_loss_args")},
     loss_scaler.LossScalerBase: {"update_scale": ("overflow",)},
     runtime_utils: {"count_used_parameters_in_backward": ("parameters",)},
+    GatheredParameters: {
+        "__init__": ("params", "modifier_rank", "fwd_module", "enabled"),
+        "__enter__": (),
+        "__exit__": (),
+    },
 }
 
 ZERO_CONFIG_FIELDS = ("prefetch_bucket_size", "offload_param", "offload_optimizer")
 
 # Names that must appear in the source of a method: attributes that are set or read there.
-SOURCE_MARKS: dict[tuple[type, str], tuple[str, ...]] = {
+SOURCE_MARKS: dict[tuple[Any, str], tuple[str, ...]] = {
+    (GatheredParameters, "__init__"): ("self.enabled = enabled",),
+    (tensor_fragment, "safe_get_full_fp32_param"): ("'ds_id'", "param._z3_optimizer.get_full_hp_param(param)"),
+    (tensor_fragment, "safe_set_full_fp32_param"): ("param._z3_optimizer.set_full_hp_param(value, param)",),
+    (tensor_fragment, "safe_get_full_optimizer_state"): ("get_full_hp_param(param, optim_state_key)",),
+    (tensor_fragment, "safe_set_full_optimizer_state"): ("set_full_hp_param(value, param, optim_state_key)",),
+    (tensor_fragment, "safe_get_full_grad"): ("param._z3_optimizer.get_fp32_grad_for_param(param)",),
+    (tensor_fragment, "safe_set_full_grad"): ("param._z3_optimizer.set_fp32_grad_for_param(value, param)",),
+    (tensor_fragment, "safe_get_local_grad"): ("get_local_fp32_grad_for_param(param)",),
+    (tensor_fragment, "safe_set_local_grad"): ("set_local_grad_for_param(value, param)",),
+    (tensor_fragment, "safe_get_local_fp32_param"): ("get_local_fp32_param(param)",),
+    (tensor_fragment, "safe_set_local_fp32_param"): ("set_local_hp_param(value, param)",),
+    (tensor_fragment, "safe_get_local_optimizer_state"): ("get_local_fp32_param(param, optim_state_key)",),
+    (tensor_fragment, "safe_set_local_optimizer_state"): ("set_local_hp_param(value, param, optim_state_key)",),
+    (tensor_fragment, "safe_update_full_grad_vectorized"): ("update_fp32_grad_for_param_vectorized(",),
     (ZeROOptimizer, "__init__"): ("self._backward_hook_state = ", "self._is_gradient_accumulation_boundary"),
     (BackwardHookStateManager, "__init__"): (
         "self.post_backward_callback_graph_task_id = ",

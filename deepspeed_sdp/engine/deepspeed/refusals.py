@@ -86,7 +86,7 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
     _check_model(model)
     if mpu is not None:
         raise ConfigError("mpu: model parallelism cannot be combined with SDP; takes None")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
         raise ConfigError(
             "model: built under deepspeed.zero.Init, whose shards are not an owner's; takes a model built on the meta "
             "device, or one built before TrainingArguments are, which switch zero.Init on at ZeRO stage 3"
