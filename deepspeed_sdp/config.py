@@ -349,6 +349,16 @@ def default_subnetworks(world_size: int) -> int:
     return max(n for n in range(1, _MOST_DEFAULT_SUBNETWORKS + 1) if world_size % n == 0)
 
 
+def default_bucket_numel(backend: str, world_size: int) -> int:
+    """Elements of the full model in a round of gradients, or a portion of weights, where a job does not say.
+
+    DeepSpeed's own default is larger than most models: nothing would overlap. On a CPU smaller pieces also stay in
+    reach of the allocator (measured by benchmarks/engine_speed.py). Above 64 ranks pieces grow with the world, as the
+    latency of a ring does (docs/scale.md), up to DeepSpeed's default.
+    """
+    return 5_000_000 if backend == "gloo" else min(500_000_000, 25_000_000 * max(64, world_size) // 64)
+
+
 def _check_owners(key: str, value: float, workers: int) -> int:
     if value > workers:
         raise ConfigError(f"{key}: got {value} with {workers} subnetworks; takes 1 to {workers}")

@@ -5,12 +5,9 @@ from typing import Literal
 
 import torch
 
-from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.config import SDPConfig, default_bucket_numel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Elements of a round of gradients where the job does not say; ``engine/zero/build.py`` has the same.
-ROUND_NUMEL = {"gloo": 5_000_000, "nccl": 25_000_000}
 
 # DeepSpeed's own default of ``reduce_bucket_size``.
 DEEPSPEED_BUCKET = 500_000_000
@@ -82,12 +79,12 @@ class Job:
     @property
     def round_numel(self) -> int:
         """Elements of the full model in a round of the SDP engine."""
-        return self.bucket or ROUND_NUMEL[self.backend]
+        return self.bucket or default_bucket_numel(self.backend, self.world_size)
 
     @property
     def portion_numel(self) -> int:
         """Elements of the full model that are stepped and sent together."""
-        return self.gather_bucket or ROUND_NUMEL[self.backend]
+        return self.gather_bucket or default_bucket_numel(self.backend, self.world_size)
 
     def transport(self, payload: Literal["gradients", "weights"]) -> str:
         """``"owner_sets"`` or ``"all_to_all"``, as ``engine/comm/transport.py`` resolves it."""

@@ -8,13 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 
-from deepspeed_sdp.config import SDPConfig
-
-# Elements of the full model in a round of gradients, unless the job says. DeepSpeed's default is larger than most
-# models: nothing would overlap. On a CPU smaller pieces also stay in reach of the allocator; measured by
-# benchmarks/engine_speed.py.
-_ROUND_NUMEL = {"gloo": 5_000_000}
-_DEFAULT_ROUND_NUMEL = 25_000_000
+from deepspeed_sdp.config import SDPConfig, default_bucket_numel
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def _asked_numel(engine: DeepSpeedEngine, key: str) -> int:
     """What the job itself says of ``zero_optimization.<key>``, else the package's default."""
     zero = engine._config._param_dict.get("zero_optimization", {})
     asked = zero.get(key, "auto") if isinstance(zero, dict) else "auto"
-    return _ROUND_NUMEL.get(dist.get_backend(), _DEFAULT_ROUND_NUMEL) if asked == "auto" else int(asked)
+    return default_bucket_numel(dist.get_backend(), dist.get_world_size()) if asked == "auto" else int(asked)
 
 
 def _place(offload: Any, device: torch.device) -> Place:
