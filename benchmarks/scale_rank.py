@@ -134,7 +134,7 @@ def _start(model: nn.Module, job: Any, stage: int, clock: Clock, traffic: Traffi
         subnetwork, _ = agreed(lambda: initialize._cut(model, job, None, client))
     del held
     with clock.phase("groups"):
-        groups = initialize.OwnerGroups(job.plan, job.workers)
+        groups = initialize.OwnerGroups(job.plan.owner_sets, job.workers)
     settings = Settings(
         sdp=job.sdp,
         stage=stage,
