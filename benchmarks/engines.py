@@ -100,7 +100,7 @@ def _over_ranks(value: float, op: dist.ReduceOp.RedOpType) -> float:
 
 
 def report(args: argparse.Namespace, rows: Rows, table: Callable[[Rows], str]) -> None:
-    """The end: the first rank prints ``table``, and writes ``rows`` and what they were measured with to ``--output``."""
+    """The end: rank 0 prints ``table``, and writes ``rows`` and what they were measured with to ``--output``."""
     if dist.get_rank() == 0:
         print(table(rows))
         if args.output:
