@@ -210,7 +210,6 @@ class OwnerGroups(Mesh):
     def __init__(self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int]) -> None:
         super().__init__(owner_sets, workers)
         self.rank = dist.get_rank()
-        self.subnetwork_index = self.workers[self.rank]
         self._groups = {purpose: _make(family, purpose) for purpose, family in self.families().items()}
         world = self._groups.get("all ranks") or self._groups["gradients"]
         assert world is not None
