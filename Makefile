@@ -14,7 +14,8 @@ export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all test-lowest bench-quality bench-quality-quick docs-quality bench-systems checks format clean
+.PHONY: help setup demo test test-all test-lowest bench-quality bench-quality-quick docs-quality bench-systems gpu gpu-wheels checks \
+    format clean
 
 help:
 	@echo "make setup     .venv with pinned dependencies and this package"
@@ -25,6 +26,8 @@ help:
 	@echo "make bench-quality   validation loss of dense training and of SDP's options: many hours of one core; it can be stopped and goes on"
 	@echo "make checks    format, lint and types"
 	@echo "make bench-systems  memory, time and traffic beside DDP, FSDP2 and ZeRO, and sweeps; half an hour on two cores"
+	@echo "make gpu       what one GPU can show, in nine minutes; DEVICE=cpu tries it at toy size (docs/gpu.md)"
+	@echo "make gpu-wheels  wheels of what a machine with a GPU lacks, in runs/wheels"
 
 setup: $(VENV)/.done
 
@@ -109,6 +112,19 @@ bench-systems: setup
 	$(SYSTEMS) --ranks 8 benchmarks/systems/sweep.py --axes workers --output $(RESULTS)/sweep_8.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/systems/run.py $(LARGER) --output $(RESULTS)/systems_134m.json
 	PYTHONPATH=. $(BIN)/python benchmarks/systems/documents.py --results $(RESULTS) --docs $(DOCS)
+
+# A machine with a GPU has a torch of its own, and perhaps no network: nothing is installed there.
+DEVICE ?= cuda
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.done),$(BIN)/python,$(PYTHON))
+WHEEL_NAMES ?= deepspeed hjson
+
+gpu: $(if $(filter cpu,$(DEVICE)),setup)
+	$(if $(filter cpu,$(DEVICE)),$(BIN)/python,$(GPU_PYTHON)) -m benchmarks.gpu --device $(DEVICE) $(GPU_ARGS)
+
+# Only source packages are built; DeepSpeed's ops are compiled where they are used.
+gpu-wheels: setup
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -c constraints.txt \
+	    --wheel-dir runs/wheels $(WHEEL_NAMES)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) runs build dist *.egg-info

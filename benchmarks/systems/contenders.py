@@ -17,6 +17,7 @@ class Contender:
         sdp: the SDP block, for ``"sdp"``.
         is_checkpointing: every decoder layer's activations are computed again in the backward pass.
         is_core: measured in quick runs too.
+        zero: keys of ``zero_optimization`` beside the usual ones.
     """
 
     system: str
@@ -25,6 +26,7 @@ class Contender:
     sdp: dict[str, Any] = field(default_factory=dict)
     is_checkpointing: bool = False
     is_core: bool = False
+    zero: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_dense(self) -> bool:

@@ -96,23 +96,28 @@ def start(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     accelerator = get_accelerator()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if args.fake_peers:
         _start_faked(args.fake_peers)
-    elif accelerator.device_name() == "cpu":
-        start_communication()
+    elif accelerator.device_name() != "cpu" and ranks > accelerator.device_count():
+        _start_shared(accelerator)
     else:
-        local, devices = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
-        shares = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]) > devices
-        if shares:
-            # NCCL takes one rank per device; DeepSpeed takes the device of the local rank.
-            os.environ["LOCAL_RANK"] = str(local % devices)
-            clear_stale_locks()
-        accelerator.set_device(local % devices)
-        deepspeed.init_distributed("gloo" if shares else accelerator.communication_backend_name())
+        start_communication()
     deepspeed.utils.logger.setLevel("ERROR")
     # What was imported stays: collecting after every system need not look at it again.
     gc.collect()
     gc.freeze()
+
+
+def _start_shared(accelerator: Any) -> None:
+    # NCCL takes one rank per device; DeepSpeed takes the device of the local rank.
+    local = int(os.environ["LOCAL_RANK"]) % accelerator.device_count()
+    os.environ["LOCAL_RANK"] = str(local)
+    clear_stale_locks()
+    accelerator.set_device(local)
+    # DeepSpeed would bind the group to the device, as NCCL's are.
+    dist.init_process_group("gloo")
+    deepspeed.init_distributed(dist_init_required=False)
 
 
 def _start_faked(ranks: int) -> None:

@@ -147,6 +147,7 @@ class Engine:
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 **(_stage3(bucket) if contender.stage == 3 and contender.system == "deepspeed" else {}),
+                **contender.zero,
             },
         }
         if contender.system == "deepspeed":

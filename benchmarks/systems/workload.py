@@ -15,6 +15,7 @@ class Workload:
         sequence: tokens of a sequence.
         micro_batch: sequences of a step and rank.
         precision: ``"fp32"``, or ``"bf16"``: computed in bf16 with fp32 master weights and optimizer state.
+        device: where the full model is made; large ones are made far sooner on an accelerator.
     """
 
     hidden_size: int = 256
@@ -24,6 +25,7 @@ class Workload:
     sequence: int = 128
     micro_batch: int = 2
     precision: str = "fp32"
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -51,7 +53,8 @@ class Workload:
     def model(self) -> LlamaForCausalLM:
         """The full model in fp32, with the same weights on all ranks, in every call."""
         torch.manual_seed(0)
-        return LlamaForCausalLM(self.config())
+        with torch.device(self.device):
+            return LlamaForCausalLM(self.config())
 
     def batch(self, rank: int, step: int) -> torch.Tensor:
         """Tokens ``[micro_batch, sequence]`` of a rank in a step, int64 on the CPU."""

@@ -52,7 +52,13 @@ def add_commands(commands: "Commands") -> None:
     add("--network_gb_s", type=float, default=50.0, metavar="GB/S", help="a GPU sends to other nodes (default: 50)")
     add("--gpus_per_node", type=int, default=8, metavar="N", help="(default: 8)")
     add("--mfu", type=float, default=0.4, metavar="F", help="share of its FLOPs that the GPU reaches (default: 0.4)")
-    add("--reserved_gb", type=float, default=2.0, metavar="GB", help="CUDA context, NCCL, fragmentation (default: 2)")
+    add(
+        "--reserved_gb",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="CUDA context, default group, fragmentation (default: 2)",
+    )
     add("--all", action="store_true", help="a row for every ZeRO stage, not the best one alone")
     add("--top", type=int, metavar="N", help="only the N quickest rows that fit")
     add("--json", action="store_true", help="print every estimate as JSON")

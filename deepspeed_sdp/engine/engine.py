@@ -95,7 +95,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
 
     @property
     def phase_seconds(self) -> dict[str, float]:
-        """Host time of the last step's phases and of its communication."""
+        """Time of the last step's phases and of its communication."""
         return self._stopwatch.last_step_seconds
 
     @property

@@ -1,17 +1,14 @@
 """The rounds and buckets that a worker's engine will make, as numbers."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 from deepspeed_sdp.estimate.job import Job
 from deepspeed_sdp.estimate.worker_model import Weight, WorkerModel
 from deepspeed_sdp.plan import SubnetworkPlan
-from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
-
-# As in ``engine/zero/owner_bucket.py``.
-_ALIGNMENT = 8
+from deepspeed_sdp.plan.segmentation import Item, Segmentation, segment, shard_numel
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,9 @@ class Bucket:
 
     Attributes:
         round: its place in the backward pass.
-        weights: in it.
+        weights: in it, or cut by it.
+        ends: those whose last element is in it.
+        numel: elements.
         owners: ranks that own it.
         replicas: of each worker among them.
         shards: so many ranks hold a part of its state each.
@@ -29,21 +28,18 @@ class Bucket:
 
     round: int
     weights: tuple[Weight, ...]
+    ends: tuple[Weight, ...]
+    numel: int
     owners: int
     replicas: int
     shards: int
     in_place: bool
 
-    @cached_property
-    def numel(self) -> int:
-        """Elements."""
-        return sum(weight.numel for weight in self.weights)
-
-    @cached_property
+    @property
     def shard(self) -> int:
         """Elements of a shard, padding included; a whole one falls into slices."""
         pieces = self.shards if self.shards > 1 else self.replicas
-        return -(-self.numel // (pieces * _ALIGNMENT)) * _ALIGNMENT * pieces // self.shards
+        return shard_numel(self.numel, pieces) * pieces // self.shards
 
     @property
     def padded(self) -> int:
@@ -60,15 +56,15 @@ class Bucket:
 class Layout:
     """Attributes:
     rounds: the buckets of each round, in the total order.
-    round_of: of every full parameter.
+    segmentation: the rounds of the full model.
     first_round: of every part.
     portions: rounds that are stepped together, in the order of the step.
     """
 
     rounds: tuple[tuple[Bucket, ...], ...]
-    round_of: tuple[int, ...]
+    segmentation: Segmentation
     first_round: tuple[int, ...]
-    portions: tuple[tuple[int, ...], ...]
+    portions: tuple[range, ...]
 
     @property
     def buckets(self) -> Iterator[Bucket]:
@@ -80,37 +76,25 @@ def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job) -> Layout:
     """What ``engine/zero/layout.py`` makes of a worker's weights."""
     replicas = job.world_size // plan.num_subnetworks
     breaks = [place for place, (a, b) in enumerate(pairwise(model.parts), start=1) if a != b] if job.stage == 3 else []
-    rounds = make_rounds(model.numels, job.round_numel, breaks)
+    segmentation = segment(model.numels, job.round_numel, breaks, job.world_size)
     items = [
         Item((weight.place, weight.start), weight.owner_set, 0, weight.numel, index, weight.in_place)
         for index, weight in enumerate(model.trained)
     ]
-    by_round: list[list[Bucket]] = [[] for _ in range(max(rounds) + 1)]
-    for found in make_buckets(items, rounds):
-        owners = replicas * len(plan.owner_sets[found.owner_set])
+    by_round: list[list[Bucket]] = [[] for _ in segmentation.numels]
+    owners_of = [replicas * len(owners) for owners in plan.owner_sets]
+    for found in (bucket for pieces in segmentation.buckets(items, owners_of) for bucket in pieces):
+        owners = owners_of[found.owner_set]
         weights = tuple(model.trained[index] for index in found.items)
+        ends = tuple(model.trained[index] for index, _, stop in found.ranges if stop == model.trained[index].numel)
+        shards = owners if job.stage else 1
         by_round[found.round].append(
-            Bucket(found.round, weights, owners, replicas, owners if job.stage else 1, found.in_place)
+            Bucket(found.round, weights, ends, found.numel, owners, replicas, shards, found.in_place)
         )
-    first_round = tuple(
-        min((r for r, p in zip(rounds, model.parts, strict=True) if p == part), default=max(rounds) + 1)
-        for part in range(model.last_part + 1)
+    places = [(bisect_left(model.parts, p), bisect_right(model.parts, p)) for p in range(model.last_part + 1)]
+    return Layout(
+        tuple(map(tuple, by_round)),
+        segmentation,
+        tuple(segmentation.within(*of_part).start for of_part in places),
+        tuple(reversed(list(segmentation.groups(job.portion_numel)))),
     )
-    return Layout(tuple(map(tuple, by_round)), rounds, first_round, _portions(model.numels, rounds, job.portion_numel))
-
-
-def _portions(numels: tuple[int, ...], rounds: tuple[int, ...], limit: int) -> tuple[tuple[int, ...], ...]:
-    sizes = [0] * (max(rounds) + 1)
-    for numel, round_ in zip(numels, rounds, strict=True):
-        sizes[round_] += numel
-    portions: list[tuple[int, ...]] = []
-    current: list[int] = []
-    filled = 0
-    for round_, size in enumerate(sizes):
-        if current and filled + size > limit:
-            portions.append(tuple(current))
-            current, filled = [], 0
-        current.append(round_)
-        filled += size
-    portions.append(tuple(current))
-    return tuple(reversed(portions))

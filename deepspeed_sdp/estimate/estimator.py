@@ -16,7 +16,7 @@ from deepspeed_sdp.estimate.ledger import KINDS
 from deepspeed_sdp.estimate.sdp_engine import EngineStep
 from deepspeed_sdp.estimate.step_time import StepTime, step_time
 from deepspeed_sdp.estimate.trace import profiles, told
-from deepspeed_sdp.estimate.traffic import deepspeed_traffic, sdp_traffic
+from deepspeed_sdp.estimate.traffic import communicators, deepspeed_traffic, sdp_traffic
 from deepspeed_sdp.estimate.worker_model import WorkerModel, worker_model
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import plan_for
@@ -40,6 +40,7 @@ class Estimate:
         phase: of the step in which it is.
         kept_activations: bytes that autograd keeps for the backward pass.
         host: bytes of state in the host's memory.
+        communicators: of that rank, beside the default group's; each takes memory that is no tensor's.
         flops: per token, model FLOPs.
         step_flops: of the slowest rank in a step, recomputed ones included.
         sent: bytes that the rank sends in a step, by kind.
@@ -55,6 +56,7 @@ class Estimate:
     phase: str
     kept_activations: int
     host: int
+    communicators: int
     flops: FlopsPerToken
     step_flops: float
     sent: dict[str, float]
@@ -83,6 +85,7 @@ class Estimate:
             "phase_of_peak": self.phase,
             "kept_activations": self.kept_activations,
             "host": self.host,
+            "communicators": self.communicators,
             "fits": self.fits,
             "flops_per_token": {
                 "dense": self.flops.dense,
@@ -166,11 +169,13 @@ class Estimator:
             ledger = DeepSpeedStep(job, model).run(moments)
             sent = deepspeed_traffic(job, model.numels)
             elements = sum(model.numels) / (job.world_size if job.stage else 1)
+            groups = 0
         else:
             layout = make_layout(model, plan, job)
             ledger = EngineStep(job, model, plan, layout, self.is_tied).run(moments)
             sent = sdp_traffic(job, model, plan, layout, self.is_tied)
             elements = float(sum(bucket.shard for bucket in layout.buckets))
+            groups = communicators(plan, job.world_size, worker)
         step_flops = job.tokens * (flops.max + _recomputed(job, flops, self.full))
         return Estimate(
             job,
@@ -181,11 +186,13 @@ class Estimator:
             ledger.phase_of_peak,
             next(moment.live for moment in moments if moment.kind == "loss"),
             _host_bytes(job, elements),
+            groups,
             flops,
             step_flops,
             sent,
             step_time(job, self.cluster, step_flops, elements, sent),
-            ledger.peak + self.cluster.reserved <= self.cluster.gpu.memory,
+            ledger.peak + self.cluster.reserved + (groups if job.backend == "nccl" else 0) * self.cluster.communicator
+            <= self.cluster.gpu.memory,
         )
 
     def _once(self, key: Any, make: Callable[[], _Value]) -> _Value:

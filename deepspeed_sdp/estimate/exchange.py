@@ -51,7 +51,7 @@ def _is_exchanged(bucket: Bucket) -> bool:
     return bucket.in_place or bucket.weights[0].owner_set != SHARED
 
 
-def _exchange(job: Job, mine: Sequence[Bucket], full: int, largest: float, workers: int) -> Exchange:
+def _exchange(job: Job, mine: Sequence[Bucket], full: float, largest: float, workers: int) -> Exchange:
     """``full``: elements of all ranks' shares; ``largest``: of the largest one; ``workers``: how many there are."""
     if not full:
         return Exchange()
@@ -86,19 +86,21 @@ def _all_to_all(job: Job, sent: float, received: float, share: float) -> Exchang
     return Exchange(int(sent) * width, live, live, int(share) * width)
 
 
-def _by_round(model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> tuple[list[int], list[list[float]]]:
+def _by_round(model: WorkerModel, plan: SubnetworkPlan, layout: Layout) -> tuple[list[float], list[list[float]]]:
     """Elements that fall into units, and what each worker sends of them."""
-    full = [0] * len(layout.rounds)
+    full = [0.0] * len(layout.rounds)
     shares = [[0.0] * plan.num_subnetworks for _ in layout.rounds]
     planned = {of.space.name: of for of in plan.spaces}
     for place, space in enumerate(model.spaces):
         if space is None:
             continue
-        round_ = layout.round_of[place]
-        full[round_] += model.numels[place]
-        for chunk in planned[space].chunks:
-            owners = plan.owner_sets[chunk.owner_set]
-            numel = model.numels[place] * (chunk.stop - chunk.start) / planned[space].space.num_units
-            for worker in owners:
-                shares[round_][worker] += numel / len(owners)
+        rounds = layout.segmentation.spans[place]
+        for round_ in rounds:
+            in_round = model.numels[place] / len(rounds)
+            full[round_] += in_round
+            for chunk in planned[space].chunks:
+                owners = plan.owner_sets[chunk.owner_set]
+                numel = in_round * (chunk.stop - chunk.start) / planned[space].space.num_units
+                for worker in owners:
+                    shares[round_][worker] += numel / len(owners)
     return full, shares

@@ -44,7 +44,9 @@ class Cluster:
         network: bytes per second that one GPU sends to other nodes.
         mfu: share of the vendor's FLOPs that matrix products reach.
         overlap: share of the communication in the backward pass that can hide behind computation.
-        reserved: bytes of a GPU that no tensor gets: the CUDA context, NCCL's buffers, fragmentation.
+        reserved: bytes of a GPU that no tensor gets: the CUDA context, the default group's communicator, fragmentation.
+        communicator: bytes that each further communicator of NCCL takes beside them. Assumed, not measured: a ring's
+            receiving buffers of all protocols, 9.4 MiB in each of 24 channels.
     """
 
     gpu: GPU
@@ -53,6 +55,7 @@ class Cluster:
     mfu: float = 0.4
     overlap: float = 0.9
     reserved: float = 2e9
+    communicator: float = 0.24e9
 
 
 def gpu_names() -> list[str]:

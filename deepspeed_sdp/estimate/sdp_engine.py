@@ -2,7 +2,7 @@
 
 The passes come from :mod:`~deepspeed_sdp.estimate.trace`, the buckets from :mod:`~deepspeed_sdp.estimate.buckets`; here
 stands what the engine does between: ``gradients.py`` and ``transport.py`` in the backward pass,
-``sharded_weights.py`` in :mod:`~deepspeed_sdp.estimate.gathered`, ``optimizer.py`` and ``refresh.py`` in the step.
+``optimizer.py`` and ``refresh.py`` in the step.
 """
 
 from collections import deque
@@ -40,7 +40,6 @@ class EngineStep:
         self.ledger = Ledger()
         self._width = job.dtype.itemsize
         self._average_width = torch.promote_types(job.accumulate_dtype, job.reduce_dtype).itemsize
-        self._round_of = {w.local: b.round for b in layout.buckets for w in b.weights}
         self._weights = {weight.local: weight for weight in model.trained}
         self._is_eager = job.stage < 3
         self._gradients: dict[str, int] = {}
@@ -115,7 +114,8 @@ class EngineStep:
             if name not in self._gradients:
                 self._hold(name, in_sum)
         if reduces:
-            self._waiting[self._round_of[name]].discard(name)
+            for round_ in self._layout.segmentation.spans[self._weights[name].place]:
+                self._waiting[round_].discard(name)
             if self._is_eager:
                 self._launch_before(self._complete())
 
@@ -144,7 +144,7 @@ class EngineStep:
         flats = [bucket.padded * self._job.reduce_dtype.itemsize for bucket in buckets]
         for bucket, flat in zip(buckets, flats, strict=True):
             self.ledger.add("buffers", flat)
-            for weight in bucket.weights:
+            for weight in bucket.ends:
                 self.ledger.add("gradients", -self._gradients.pop(weight.local, 0))
         self._in_flight.append((buckets, self._send(buckets, sum(flats))))
 
@@ -216,8 +216,8 @@ class EngineStep:
         """The next forward pass, each part of which waits for the portions that hold its weights."""
         portion_of = {round_: index for index, portion in enumerate(self._layout.portions) for round_ in portion}
         needed = [-1] * (self._model.last_part + 1)
-        for part, round_ in zip(self._model.parts, self._layout.round_of, strict=True):
-            needed[part] = max(needed[part], portion_of[round_])
+        for part, rounds in zip(self._model.parts, self._layout.segmentation.spans, strict=True):
+            needed[part] = max(needed[part], *(portion_of[round_] for round_ in rounds))
         self.ledger.phase = "forward"
         for moment in moments:
             self.ledger.set("activations", moment.peak)
@@ -236,7 +236,7 @@ class EngineStep:
             self.ledger.pass_by("buffers", 4 * largest * self._job.step_temporaries)
         self.ledger.add("gradients", -4 * shards)
 
-    def _refresh(self, index: int, portion: tuple[int, ...]) -> tuple[int, int]:
+    def _refresh(self, index: int, portion: range) -> tuple[int, int]:
         """Send the stepped weights; bytes that live until they arrive, and what the engine counts of them."""
         nbytes = counted = 0
         flats = [b for r in portion for b in self._layout.rounds[r] if not b.in_place and b.shards > 1]

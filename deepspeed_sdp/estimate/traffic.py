@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in one step, by kind of collective; rings, as in ``engine/comm/traffic.py``."""
+"""Bytes that a rank sends in one step, by kind, in rings as in ``engine/comm``; and over how many communicators."""
 
 from collections.abc import Sequence
 
@@ -60,3 +60,16 @@ def deepspeed_traffic(job: Job, numels: Sequence[int]) -> dict[str, float]:
         return {"gradients": gradients}
     gathers = 2 * job.accumulation if job.stage == 3 else 1
     return {"gradients": gradients, "weight_gather": ring * job.dtype.itemsize * gathers}
+
+
+def communicators(plan: SubnetworkPlan, world_size: int, worker: int) -> int:
+    """Communicators of a rank that trains subnetwork ``worker``, beside the default one (``engine/comm``).
+
+    Two of all workers, and one per owner set that is neither alone nor all of them; where several ranks train a
+    subnetwork, one of all ranks and two of those besides.
+    """
+    workers = plan.num_subnetworks
+    sets = sum(worker in owners and 1 < len(owners) < workers for owners in plan.owner_sets)
+    if world_size == workers:
+        return sets + 2
+    return sets + 3 + 2 * (workers > 1)

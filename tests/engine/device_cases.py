@@ -16,11 +16,13 @@ def build(ds, sdp, meta=False):
     return engine
 
 
-def calls_of_initialize(meta):
-    """What is called before the engine is there: names, and the device."""
+def calls_of_initialize(sdp, meta=False):
+    """The local rank, the plan, and what is called before the engine is there."""
     with recorded() as (log, _):
-        build({"stage": 1}, {"coverage": 0.5}, meta).destroy()
-    return int(os.environ["LOCAL_RANK"]), [call for call in log if call[0] != "record"]
+        engine = build({"stage": 1}, sdp, meta)
+        plan = engine.plan.to_json()
+        engine.destroy()
+    return int(os.environ["LOCAL_RANK"]), plan, [call for call in log if call[0] != "record"]
 
 
 def calls_of_steps(ds, sdp, steps=3):

@@ -12,9 +12,9 @@ from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
-from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.flat_bucket import flat_buckets
 from deepspeed_sdp.engine.zero.gradients import GradientPath
-from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.plan.segmentation import Item, Segmentation, segment
 
 
 def gradient_of(rank, parameter, numel, round_):
@@ -38,18 +38,14 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, replicas=1, rounds=4,
         Item((i // 3, i % 3), shared.randrange(len(sets)), shared.randrange(2), shared.randint(1, 40), i)
         for i in range(parameters)
     ]
-    round_of = make_rounds([100] * (parameters // 3), shared.choice([1, 250, 10_000]))
+    segmentation = segment([100] * (parameters // 3), shared.choice([1, 50, 250, 10_000]), ranks=world)
     mine = {item.parameter: item for item in layout if rank in sets[item.owner_set]}
     missing = {(r, i) for r in range(world) for i in range(parameters) if shared.random() < 0.2}
     weights = {i: nn.Parameter(torch.zeros(item.numel, dtype=torch.float64)) for i, item in mine.items()}
     flats = [
-        FlatBucket(
-            bucket,
-            [weights[i] for i in bucket.items],
-            groups.owners(bucket.owner_set),
-            is_sharded=sharded,
-        )
-        for bucket in make_buckets(mine.values(), round_of)
+        flat
+        for pieces in segmentation.buckets(mine.values(), [len(owners) for owners in sets])
+        for flat in flat_buckets(pieces, weights, groups.owners(pieces[0].owner_set), is_sharded=sharded)
     ]
     device = torch.device("cpu")
     stages = Stages(device, replicas)
@@ -57,7 +53,7 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, replicas=1, rounds=4,
         transport = AllToAllTransport(groups.for_gradients, device, torch.float64, stages, Traffic(), Stopwatch())
     else:
         transport = OwnerSetTransport(stages, Traffic(), Stopwatch())
-    by_round = [[flat for flat in flats if flat.round == r] for r in range(max(round_of) + 1)]
+    by_round = [[flat for flat in flats if flat.round == r] for r in range(len(segmentation.numels))]
     path = GradientPath(by_round, weights, transport, reduce=torch.float64, accumulate=torch.float64)
     worst = 0.0
     for round_ in range(rounds):
@@ -74,7 +70,9 @@ def reduce_in_random_order(seed, all_to_all, sharded=True, replicas=1, rounds=4,
         assert all(weight.grad is None for weight in weights.values())
         assert set(path.averages) == set(flats)
         for flat, average in path.averages.items():
-            expected = torch.cat([average_of(i, mine[i], sets, missing, round_) for i in flat.items])
+            expected = torch.cat(
+                [average_of(i, mine[i], sets, missing, round_)[start:stop] for i, start, stop in flat.ranges]
+            )
             expected = nn.functional.pad(expected, (0, flat.padded_numel - flat.numel))
             part = expected.narrow(0, flat.index * flat.shard_numel, flat.shard_numel)
             worst = max(worst, float((average - part).abs().max()))
@@ -87,12 +85,13 @@ def reduce_beside_a_users_barrier():
     """Averages, where rank 0 is at a barrier of the user's before its first gradient, rank 1 before its last."""
     groups = OwnerGroups([(0, 1)], range(2))
     weights = {i: nn.Parameter(torch.zeros(4)) for i in range(6)}
+    segmentation = Segmentation(tuple(range(i, i + 1) for i in range(6)), (4,) * 6)
     buckets = [
-        FlatBucket(bucket, [weights[i] for i in bucket.items], groups.owners(0), is_sharded=False)
-        for bucket in make_buckets([Item((i, 0), 0, 0, 4, i) for i in range(6)], range(6))
+        flat_buckets(pieces, weights, groups.owners(0), is_sharded=False)
+        for pieces in segmentation.buckets([Item((i, 0), 0, 0, 4, i) for i in range(6)], [2])
     ]
     path = GradientPath(
-        [[bucket] for bucket in buckets],
+        buckets,
         weights,
         OwnerSetTransport(Stages(torch.device("cpu"), 1), Traffic(), Stopwatch()),
         reduce=torch.float32,

@@ -18,10 +18,10 @@ from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
-from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket, flat_buckets
 from deepspeed_sdp.engine.zero.gradients import GradientPath
 from deepspeed_sdp.engine.zero.in_place_bucket import InPlaceBucket
-from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.plan.segmentation import Item, segment
 from tests.engine.test_no_circle import random_case
 
 LIMIT = 20.0
@@ -120,10 +120,12 @@ def run_rank(threads, seed, rank, case):
     shared, stage, workers = random.Random(seed + 1), case["stage"], case["workers"]
     groups = OwnerGroups(case["sets"], workers)
     items = [
-        Item((i, 0), shared.randrange(len(case["sets"])), 0, shared.randint(1, 40), i, shared.random() < 0.5)
+        Item((i, 0), shared.randrange(len(case["sets"])), 0, shared.randint(1, 400), i, shared.random() < 0.5)
         for i in range(case["parameters"])
     ]
-    round_of = make_rounds([100] * len(items), case["round_numel"])
+    # Some are cut: a round has 8 elements for each rank at least.
+    segmentation = segment([400] * len(items), case["round_numel"], ranks=len(workers))
+    owners = [len(groups.owners(owner_set).ranks) for owner_set in range(len(case["sets"]))]
 
     def gradient(of_rank, item):
         return torch.arange(item.numel, dtype=torch.float64) + 1000 * item.parameter + 7 * of_rank
@@ -131,17 +133,22 @@ def run_rank(threads, seed, rank, case):
     def weight(item):
         return torch.arange(item.numel, dtype=torch.float64) / 3 + item.parameter
 
+    def expected_of(bucket):
+        return torch.cat([weight(items[i])[low:high] for i, low, high in bucket.ranges])
+
     owned = [item for item in items if workers[rank] in case["sets"][item.owner_set]]
     copies = [item for item in items if workers[rank] not in case["sets"][item.owner_set]]
     weights = [nn.Parameter(weight(item)) for item in items]
 
     def build(of):
-        return [
-            (InPlaceBucket if b.in_place else FlatBucket)(
-                b, [weights[i] for i in b.items], groups.owners(b.owner_set), is_sharded=stage > 0
-            )
-            for b in make_buckets(of, round_of)
-        ]
+        made = []
+        for pieces in segmentation.buckets(of, owners):
+            of_set = groups.owners(pieces[0].owner_set)
+            if pieces[0].in_place:
+                made += [InPlaceBucket(b, [weights[i] for i in b.items], of_set, stage > 0) for b in pieces]
+            else:
+                made += flat_buckets(pieces, weights, of_set, stage > 0)
+        return made
 
     buckets, others = build(owned), build(copies)
     device = torch.device("cpu")
@@ -158,7 +165,7 @@ def run_rank(threads, seed, rank, case):
         assert sum(traffic.current.values()) == pytest.approx(times * sum(rings), abs=3 * len(rings))
         traffic.end_step()
 
-    rounds = [[bucket for bucket in buckets if bucket.round == r] for r in range(max(round_of) + 1)]
+    rounds = [[bucket for bucket in buckets if bucket.round == r] for r in range(len(segmentation.numels))]
     mine = {item.parameter: weights[item.parameter] for item in owned}
     path = GradientPath(
         rounds, mine, transport_on(groups.for_gradients), reduce=torch.float64, accumulate=torch.float64
@@ -176,7 +183,9 @@ def run_rank(threads, seed, rank, case):
     traffic.end_step()
     for bucket, average in path.averages.items():
         ranks = bucket.owners.ranks
-        whole = torch.cat([sum(gradient(r, items[i]) for r in ranks) / len(ranks) for i in bucket.items])
+        whole = torch.cat(
+            [sum(gradient(r, items[i]) for r in ranks)[low:high] / len(ranks) for i, low, high in bucket.ranges]
+        )
         whole = nn.functional.pad(whole, (0, bucket.padded_numel - bucket.numel))
         expected = whole[bucket.index * bucket.shard_numel :][: bucket.shard_numel]
         assert torch.allclose(average, expected, rtol=1e-12), "average"
@@ -194,11 +203,11 @@ def run_rank(threads, seed, rank, case):
             of_weights.gather([bucket for bucket in rounds[round_] if bucket in sent_on], "weight_gather").finish()
     check_sent(sent_on, 1)
     for bucket in sent_on:
-        assert torch.equal(bucket.read(0, bucket.numel), torch.cat([weight(items[i]) for i in bucket.items])), "gather"
+        assert torch.equal(bucket.read(0, bucket.numel), expected_of(bucket)), "gather"
     moves = Exchange(groups.for_weights, stage > 0, device, torch.float64, stages, traffic, threads)
     moves.start(moves.route(sorted((*buckets, *others), key=lambda bucket: bucket.key))).finish()
     for bucket in (*buckets, *others):
-        assert torch.equal(bucket.read(0, bucket.numel), torch.cat([weight(items[i]) for i in bucket.items])), "all"
+        assert torch.equal(bucket.read(0, bucket.numel), expected_of(bucket)), "all"
 
 
 def forget(bucket, start, stop):

@@ -17,9 +17,9 @@ from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport
-from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.flat_bucket import flat_buckets
 from deepspeed_sdp.engine.zero.gradients import GradientPath
-from deepspeed_sdp.plan.rounds import Item, make_buckets, make_rounds
+from deepspeed_sdp.plan.segmentation import Item, segment
 
 COLLECTIVES = ("all_reduce", "all_to_all_single", transport._ALL_GATHER, transport._REDUCE_SCATTER)
 
@@ -136,13 +136,15 @@ def run_rank(recorder, seed, rank, case):
         Item((i, 0), shared.randrange(len(case["sets"])), 0, shared.randint(1, 40), i)
         for i in range(case["parameters"])
     ]
-    round_of = make_rounds([100] * len(items), case["round_numel"])
+    segmentation = segment([100] * len(items), case["round_numel"], ranks=len(case["workers"]))
+    owners = [len(groups.owners(owner_set).ranks) for owner_set in range(len(case["sets"]))]
     weights = [nn.Parameter(torch.zeros(item.numel)) for item in items]
 
     def build(of):
         return [
-            FlatBucket(b, [weights[i] for i in b.items], groups.owners(b.owner_set), is_sharded=stage > 0)
-            for b in make_buckets(of, round_of)
+            bucket
+            for pieces in segmentation.buckets(of, owners)
+            for bucket in flat_buckets(pieces, weights, groups.owners(pieces[0].owner_set), stage > 0)
         ]
 
     worker = case["workers"][rank]
@@ -155,7 +157,7 @@ def run_rank(recorder, seed, rank, case):
             return AllToAllTransport(everyone, device, torch.float32, stages, Traffic(), recorder)
         return OwnerSetTransport(stages, Traffic(), recorder)
 
-    rounds = [[bucket for bucket in owned if bucket.round == r] for r in range(max(round_of) + 1)]
+    rounds = [[bucket for bucket in owned if bucket.round == r] for r in range(len(segmentation.numels))]
     mine = {index: weights[index] for bucket in owned for index in bucket.items}
     path = GradientPath(
         rounds,

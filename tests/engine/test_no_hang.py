@@ -58,13 +58,19 @@ def test_no_hang_on_other_numbers_of_ranks(pools, world, seed):
     assert_owners_equal(results)
 
 
+TWO_OF_3 = {"owners_per_unit": 2}
+EACH_STAGE = [
+    *({"sdp": TWO_OF_3, "ds": {"stage": stage, "bucket": 4000}, "steps": 2} for stage in (0, 1, 2, 3)),
+    {"sdp": {**TWO_OF_3, "masking": "backward", "overlap_refresh": True}, "ds": {"stage": 2}, "steps": 2},
+]
+
+
 @pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 40), marks=pytest.mark.slow)], ids=str)
 def test_torchs_own_checks_find_nothing(seeds):
     """torch compares every collective over the ranks of its group, and would say so in the log or raise."""
     pool = RankPool(3, TORCH_DISTRIBUTED_DEBUG="DETAIL", TORCH_CPP_LOG_LEVEL="WARNING")
     try:
-        for seed in seeds:
-            _, values = random_case(seed, worlds=(3,))
+        for values in [*EACH_STAGE, *(random_case(seed, worlds=(3,))[1] for seed in seeds)]:
             assert_owners_equal(pool.run("tests.engine.cases:train", timeout=120, **values))
         said = pool.log.read_text(errors="replace")
     finally:

@@ -1,5 +1,7 @@
 """Comparing strategies: what is compared, and that what must hold between them does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,22 @@ def test_traffic_by_hand(estimator):
     assert refresh == pytest.approx(2 * plan.total_numel * 7 / 8, rel=0.03)
 
 
+def test_communicators_take_room_where_nccl_makes_them(estimator):
+    def estimate(**keys):
+        return estimator.estimate(Job(**{"world_size": 8, "sdp": sdp(), **keys}))
+
+    one = estimate()
+    # Every layer splits the workers into two halves, and every worker is in one of each.
+    assert one.communicators == one.to_json()["communicators"] == len(one.plan.owner_sets) // 2 + 2
+    assert estimate(sdp=sdp(coverage=0.125)).communicators == 2
+    assert estimate(world_size=16).communicators == one.communicators + 3
+    assert estimate(sdp=None).communicators == 0
+    assert one.fits
+    tight = Cluster(find_gpu("h100", memory_gb=one.peak / 1e9 + 0.001), reserved=0)
+    assert not Estimator(estimator.full, tight).estimate(one.job).fits
+    assert Estimator(estimator.full, tight).estimate(replace(one.job, backend="gloo", bucket=25_000_000)).fits
+
+
 def test_step_time_is_a_roofline():
     job = Job(8, 1)
     flops = 989e12 * 0.4
@@ -84,7 +102,7 @@ def test_step_time_is_a_roofline():
 @pytest.fixture(scope="module")
 def choices(estimator):
     """On a GPU on which some fit, some with activation checkpointing alone, and some not at all."""
-    small = Estimator(estimator.full, Cluster(find_gpu("h100", memory_gb=1.9), reserved=0))
+    small = Estimator(estimator.full, Cluster(find_gpu("h100", memory_gb=1.9), reserved=0, communicator=0))
     jobs = strategies(Job(8), 8, stages=(0, 1), coverages=(0.25, 0.5), granularities=("neuron",))
     found, refused = compare(small, jobs)
     assert not refused

@@ -32,8 +32,7 @@ class _Event:
     """A moment on a device that counts what was recorded on it: a second for each."""
 
     def __init__(self, log, enable_timing):
-        assert enable_timing
-        self._log = log
+        self._log, self._is_timing = log, enable_timing
         self.place = None
 
     def record(self):
@@ -45,6 +44,7 @@ class _Event:
         self._log.append(("synchronize", self.place))
 
     def elapsed_time(self, end):
+        assert self._is_timing
         self._log.append(("read", self.place, end.place))
         return 1e3 * (end.place - self.place)
 
@@ -62,6 +62,9 @@ class WorkOfDevice:
         self._busy.remove(self)
         return self._work.wait()
 
+    def is_completed(self):
+        return self._work.is_completed()
+
     def get_future(self):
         raise AssertionError("a callback on a work's future keeps what the work wrote alive")
 
@@ -77,7 +80,7 @@ def recorded():
 
     def wrap(name, original):
         def call(*args, **kwargs):
-            log.append((name,))
+            log.append((name, *args[:1], *args[2:3]) if name == "new_group" else (name,))
             work = original(*args, **kwargs)
             if not kwargs.get("async_op"):
                 return work

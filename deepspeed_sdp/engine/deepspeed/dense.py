@@ -62,7 +62,7 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     @property
     def phase_seconds(self) -> dict[str, float]:
-        """Host time of the last step's phases; DeepSpeed's communication is inside of them."""
+        """Time of the last step's phases; DeepSpeed's communication is inside of them."""
         return dict(self._stopwatch.last_step)
 
     @property

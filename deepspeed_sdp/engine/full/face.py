@@ -174,9 +174,9 @@ class FullModelFace:
         """Figures of the last step on this rank.
 
         ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent``, also by kind of collective
-        and by owner set, ``seconds`` (host time: forward, backward with its reductions, step; ``communication`` from
-        issue to completion of all collectives, ``exposed`` the part the host waited for, ``overlapped`` the rest; on
-        an accelerator, whose queue runs behind the host, they are times of the host and no more),
+        and by owner set, ``seconds`` (forward, backward with its reductions, step; ``communication`` from issue of all
+        collectives until they were waited for, ``exposed`` the part in which nothing else could run, ``overlapped`` the
+        rest; on an accelerator by its own clock, of the step before),
         ``checkpoint_stall_seconds`` (what the last ``save_checkpoint`` took of the training), ``grad_norm``,
         ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """

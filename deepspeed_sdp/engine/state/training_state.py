@@ -163,12 +163,13 @@ class TrainingState:
     ) -> Iterator[Entry]:
         """Elements ``[start, stop)`` of the bucket, out of ``values``, which begin at its element ``base``."""
         first = 0
-        for index, numel in zip(bucket.items, bucket.numels, strict=True):
+        for index, begin, end in bucket.ranges:
             name, whole = self._names[index], self._region(self._names[index])
-            for region, low, high in regions_of_range(whole, max(start - first, 0), min(stop - first, numel)):
-                part = values[first + low - base : first + high - base]
+            zero = first - begin  # of the parameter, seen from the bucket's flat vector
+            for region, low, high in regions_of_range(whole, max(start - zero, begin), min(stop - zero, end)):
+                part = values[zero + low - base : zero + high - base]
                 yield from self._entries(prefix, name, region, part.view(region.sizes))
-            first += numel
+            first += end - begin
 
     def _region(self, name: str) -> Region:
         """Which rectangle of its full parameter, seen in ``unit_shape``, a parameter of the subnetwork is."""

@@ -193,7 +193,7 @@ def _word(dtype: torch.dtype) -> str:
 def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRefresh) -> None:
     """Weights may still be under way when the next forward pass begins: each module waits for its own."""
     for part in make_parts(subnetwork, layout):
-        needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(range(*part.rounds))]
+        needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(part.rounds)]
         for module in part.modules if needed else ():
             refresh.settle_before(module, max(needed))
     refresh.settle_before_state_dict(subnetwork.module)

@@ -10,8 +10,8 @@
 =========================== ============================================================================================
 
 Like DDP's reducer, with one difference: rounds are launched strictly in the total order of
-:mod:`deepspeed_sdp.plan.rounds`, which is what keeps ranks with different parameters from waiting for each other in a
-circle.
+:mod:`deepspeed_sdp.plan.segmentation`, which is what keeps ranks with different parameters from waiting for each other
+in a circle.
 """
 
 from collections import Counter, deque
@@ -71,7 +71,10 @@ class GradientPath:
         self._is_eager = is_eager
         self._untrained = tuple(untrained)
         self._members = [{index for bucket in of_round for index in bucket.items} for of_round in self._rounds]
-        self._rounds_of = {i: [r for r, members in enumerate(self._members) if i in members] for i in parameters}
+        self._rounds_of: dict[int, list[int]] = {index: [] for index in parameters}
+        for round_, members in enumerate(self._members):
+            for index in members:
+                self._rounds_of[index].append(round_)
         self._uses = Counter(index for bucket in self.buckets for index in bucket.items)
         self._sums: dict[int, torch.Tensor] = {}
         self._norms: list[tuple[int, torch.Tensor]] = []

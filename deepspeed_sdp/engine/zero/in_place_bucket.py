@@ -1,14 +1,13 @@
 """A bucket whose weights are parts of larger ones (backward masking)."""
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.mesh import Owners
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-from deepspeed_sdp.plan.rounds import Bucket
+from deepspeed_sdp.plan.segmentation import Bucket
 
 
 class InPlaceBucket(OwnerBucket):
@@ -30,7 +29,6 @@ class InPlaceBucket(OwnerBucket):
     ) -> None:
         super().__init__(bucket, views, owners, is_sharded)
         self._views = tuple(view.detach() for view in views)
-        self._starts = (0, *accumulate(bucket.numels))
 
     def master(self, device: torch.device) -> nn.Parameter:
         master = torch.zeros(self.shard_numel, dtype=torch.float32, device=device)
@@ -61,10 +59,12 @@ class InPlaceBucket(OwnerBucket):
         return start, min(start + self.shard_numel, self.numel)
 
     def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
-        for view, first in zip(self._views, self._starts, strict=False):
-            low, high = max(start - first, 0), min(stop - first, view.numel())
+        first = 0
+        for view, (_, begin, end) in zip(self._views, self.ranges, strict=True):
+            low, high = max(begin + start - first, begin), min(begin + stop - first, end)
             if low < high:
                 yield from _elements(view, low, high)
+            first += end - begin
 
 
 def _elements(view: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:

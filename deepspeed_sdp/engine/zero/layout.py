@@ -1,19 +1,22 @@
 """From a subnetwork to its buckets: which parameters travel and rest together."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.full.gather import layers_name
-from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket, flat_buckets
 from deepspeed_sdp.engine.zero.in_place_bucket import InPlaceBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
+from deepspeed_sdp.engine.zero.part import Part
 from deepspeed_sdp.engine.zero.refresh import Portion
-from deepspeed_sdp.engine.zero.weights import Part
-from deepspeed_sdp.plan.rounds import Bucket, Item, make_buckets, make_rounds
+from deepspeed_sdp.plan.segmentation import Item, Segmentation, segment
 from deepspeed_sdp.subnetwork import SHARED, Subnetwork
 
 
@@ -28,8 +31,7 @@ class Layout:
         names: their names in the subnetwork.
         first_places: for every part (see :mod:`~deepspeed_sdp.engine.zero.weights`), the place in forward order of
             its first full parameter, and one more for the end.
-        round_of_place: the round of every full parameter.
-        numels: elements of every full parameter.
+        segmentation: the rounds of the full model.
     """
 
     rounds: tuple[tuple[OwnerBucket, ...], ...]
@@ -37,8 +39,7 @@ class Layout:
     parameters: tuple[nn.Parameter, ...]
     names: tuple[str, ...]
     first_places: tuple[int, ...]
-    round_of_place: tuple[int, ...]
-    numels: tuple[int, ...]
+    segmentation: Segmentation
 
     def portions(self, numel: int, *, is_gathered: bool, is_exchanged: bool) -> list[Portion]:
         """Consecutive rounds together, up to ``numel`` elements of the full model, in forward order.
@@ -47,21 +48,12 @@ class Layout:
             is_gathered: whether owners step shards, and gather each other's.
             is_exchanged: whether those who do not own a bucket hold a copy of it.
         """
-        return [self._portion(rounds, is_gathered, is_exchanged) for rounds in reversed(list(self._consecutive(numel)))]
+        return [
+            self._portion(rounds, is_gathered, is_exchanged)
+            for rounds in reversed(list(self.segmentation.groups(numel)))
+        ]
 
-    def _consecutive(self, numel: int) -> Iterator[tuple[int, ...]]:
-        sizes = [0] * len(self.rounds)
-        for place, round_ in enumerate(self.round_of_place):
-            sizes[round_] += self.numels[place]
-        rounds: list[int] = []
-        for round_, size in enumerate(sizes):
-            if rounds and sum(sizes[r] for r in rounds) + size > numel:
-                yield tuple(rounds)
-                rounds = []
-            rounds.append(round_)
-        yield tuple(rounds)
-
-    def _portion(self, rounds: tuple[int, ...], is_gathered: bool, is_exchanged: bool) -> Portion:
+    def _portion(self, rounds: range, is_gathered: bool, is_exchanged: bool) -> Portion:
         owned = tuple(self.rounds[round_] for round_ in rounds)
         held = [bucket for round_ in rounds for bucket in (*self.rounds[round_], *self.copies[round_])]
         held.sort(key=lambda bucket: bucket.key)
@@ -82,12 +74,12 @@ def make_layout(
 
     Args:
         group_of: index of the client's parameter group, by ``id`` of a parameter; others are not trained.
-        round_numel: see :func:`make_rounds`.
+        round_numel: see :func:`segment`.
     """
     subnetwork.link_views()
-    numels = _full_numels(subnetwork)
     first_places = _first_places(subnetwork)
-    rounds = make_rounds(numels, round_numel, breaks=first_places if stage == 3 else ())
+    breaks = first_places if stage == 3 else ()
+    segmentation = segment(_full_numels(subnetwork), round_numel, breaks, len(groups.workers))
     positions = subnetwork.positions()
     trained = [(name, p) for name, p in subnetwork.module.named_parameters() if id(p) in group_of]
     items = [
@@ -95,31 +87,30 @@ def make_layout(
         for index, (name, p) in enumerate(trained)
     ]
     copies = list(_copies(subnetwork)) if subnetwork.masking == "backward" else []
+    owners = [len(groups.ranks(owner_set)) for owner_set in range(len(subnetwork.plan.owner_sets))]
 
-    def build(bucket: Bucket, weights: Sequence[torch.Tensor]) -> OwnerBucket:
-        kind = InPlaceBucket if bucket.in_place else FlatBucket
-        of_items = [weights[index] for index in bucket.items]
-        return kind(bucket, of_items, groups.owners(bucket.owner_set), is_sharded=stage > 0)  # type: ignore[arg-type]
+    def build(items: Sequence[Item], weights: Sequence[Any]) -> tuple[tuple[OwnerBucket, ...], ...]:
+        by_round: list[list[OwnerBucket]] = [[] for _ in segmentation.numels]
+        for pieces in segmentation.buckets(items, owners):
+            of = groups.owners(pieces[0].owner_set)
+            made: Sequence[OwnerBucket] = (
+                [InPlaceBucket(bucket, [weights[i] for i in bucket.items], of, stage > 0) for bucket in pieces]
+                if pieces[0].in_place
+                else flat_buckets(pieces, weights, of, stage > 0)
+            )
+            for bucket in made:
+                by_round[bucket.round].append(bucket)
+        return tuple(map(tuple, by_round))
 
     parameters = [parameter for _, parameter in trained]
     return Layout(
-        _by_round([build(bucket, parameters) for bucket in make_buckets(items, rounds)], rounds),
-        _by_round(
-            [build(bucket, [t for _, t in copies]) for bucket in make_buckets([i for i, _ in copies], rounds)], rounds
-        ),
+        build(items, parameters),
+        build([item for item, _ in copies], [weights for _, weights in copies]),
         tuple(parameters),
         tuple(name for name, _ in trained),
         first_places,
-        rounds,
-        tuple(numels),
+        segmentation,
     )
-
-
-def _by_round(buckets: Sequence[OwnerBucket], rounds: Sequence[int]) -> tuple[tuple[OwnerBucket, ...], ...]:
-    by_round: list[list[OwnerBucket]] = [[] for _ in range(max(rounds) + 1)]
-    for bucket in buckets:
-        by_round[bucket.round].append(bucket)
-    return tuple(map(tuple, by_round))
 
 
 def _copies(subnetwork: Subnetwork) -> Iterator[tuple[Item, torch.Tensor]]:
@@ -148,7 +139,7 @@ def make_parts(subnetwork: Subnetwork, layout: Layout) -> list[Part]:
     layers = list(subnetwork.adapter.layers(module))
     positions = subnetwork.positions()
     part_of = {
-        id(p): _part(positions[name][0], layout.first_places)
+        id(p): bisect_right(layout.first_places[:-1], positions[name][0]) - 1
         for name, p in module.named_parameters(remove_duplicate=False)
         if name in positions
     }
@@ -164,12 +155,11 @@ def make_parts(subnetwork: Subnetwork, layout: Layout) -> list[Part]:
 
 
 def _make_part(index: int, users: Sequence[nn.Module], layout: Layout) -> Part:
-    first, last = layout.first_places[index], layout.first_places[index + 1]
-    if first == last:
-        end = layout.round_of_place[first] + 1 if first < len(layout.round_of_place) else 0
-        return Part(users, (end, end), (), is_needed_backward=False)
-    rounds = (layout.round_of_place[last - 1], layout.round_of_place[first] + 1)
-    buckets = [b for round_ in layout.rounds[slice(*rounds)] for b in round_ if isinstance(b, FlatBucket)]
+    first, stop = layout.first_places[index : index + 2]
+    rounds = layout.segmentation.within(first, stop)
+    if first == stop:
+        return Part(users, rounds, (), is_needed_backward=False)
+    buckets = [b for round_ in rounds for b in layout.rounds[round_] if isinstance(b, FlatBucket)]
     is_embedding = all(isinstance(user, nn.Embedding) for user in users)
     # Tied weights are used again after the layers.
     stays = index == 0 and not is_embedding
@@ -183,7 +173,7 @@ def _full_numels(subnetwork: Subnetwork) -> list[int]:
         if subnetwork.fragments[name].dim is None
     }
     return [
-        _product(subnetwork.partitioned[name].shape) if name in subnetwork.partitioned else shared[name]
+        math.prod(subnetwork.partitioned[name].shape) if name in subnetwork.partitioned else shared[name]
         for name in subnetwork.full_order
     ]
 
@@ -195,14 +185,3 @@ def _first_places(subnetwork: Subnetwork) -> tuple[int, ...]:
         [i for i, full in enumerate(order) if full.startswith(f"{name}.{layer}.")] for layer in range(len(layers))
     ]
     return (0, *(inside[0] for inside in places), places[-1][-1] + 1, len(order))
-
-
-def _part(place: int, first_places: Sequence[int]) -> int:
-    return next(index for index in reversed(range(len(first_places) - 1)) if first_places[index] <= place)
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.mesh import Owners
-from deepspeed_sdp.plan.rounds import Bucket
-
-# A shard's elements are a multiple of this, so that it starts at an aligned address in every dtype.
-_ALIGNMENT = 8
+from deepspeed_sdp.plan.segmentation import Bucket, shard_numel
 
 
 class OwnerBucket(ABC):
@@ -23,7 +20,7 @@ class OwnerBucket(ABC):
 
     Args:
         bucket: what it holds.
-        weights: the weights themselves, one tensor per parameter.
+        weights: the weights themselves, one tensor per parameter, whole where the bucket has a range of it.
         owners: who owns it.
         is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
@@ -32,6 +29,8 @@ class OwnerBucket(ABC):
         owner_set: index of the owner set.
         client_group: index of the client's parameter group.
         items, numels: index and elements of each parameter, in backward order; ``numel`` of all.
+        ranges: ``(index, start, stop)`` of each of them: which of its elements, flattened.
+        shard_numel, padded_numel: elements of this rank's shard, and of all shards, with zero padding at the end.
     """
 
     def __init__(
@@ -44,31 +43,18 @@ class OwnerBucket(ABC):
         self.key, self.round = bucket.key, bucket.round
         self.owner_set, self.client_group = bucket.owner_set, bucket.group
         self.items, self.numels, self.numel = bucket.items, bucket.numels, bucket.numel
+        self.ranges = tuple(bucket.ranges)
         self.owners = owners
         self.is_owned = owners.rank in owners
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.shards = len(owners.ranks) if is_sharded else 1
         self.index = owners.index(owners.rank) if is_sharded and self.is_owned else 0
-        # A whole shard is cut too, into a slice for each replica.
-        self.shard_numel = self._share(self.shards) if is_sharded else self._share(owners.replicas) * owners.replicas
-
-    def _share(self, count: int) -> int:
-        return -(-self.numel // (count * _ALIGNMENT)) * _ALIGNMENT
-
-    @property
-    def padded_numel(self) -> int:
-        """Elements of all shards, with zero padding at the end."""
-        return self.shards * self.shard_numel
+        self.padded_numel = padded_numel(self.numel, owners, is_sharded)
+        self.shard_numel = self.padded_numel // self.shards
 
     def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
         return torch.split(flat.narrow(0, 0, self.numel), list(self.numels))
-
-    @property
-    def ranges(self) -> Iterator[tuple[int, int, int]]:
-        """``(index, start, stop)`` of every parameter in it: which of its elements, flattened."""
-        for index, numel in zip(self.items, self.numels, strict=True):
-            yield index, 0, numel
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -77,7 +63,7 @@ class OwnerBucket(ABC):
 
         At ZeRO 1 and 2 it is the owner's shard, without padding.
         """
-        share, place = self._share(len(self.owners.ranks)), self.owners.index(rank)
+        share, place = shard_numel(self.numel, len(self.owners.ranks)), self.owners.index(rank)
         return min(place * share, self.numel), min((place + 1) * share, self.numel)
 
     @abstractmethod
@@ -98,3 +84,9 @@ class OwnerBucket(ABC):
     @abstractmethod
     def write(self, start: int, values: torch.Tensor) -> None:
         """Put ``values`` in the place of the weights from ``start`` on."""
+
+
+def padded_numel(numel: int, owners: Owners, is_sharded: bool) -> int:
+    """Elements of all shards of a bucket of ``numel``; a whole one is cut too, into a slice for each replica."""
+    pieces = len(owners.ranks) if is_sharded else owners.replicas
+    return pieces * shard_numel(numel, pieces)

@@ -34,7 +34,7 @@ class Portion:
         exchanged: buckets that go to all ranks, those of others included; the same on all ranks.
     """
 
-    rounds: tuple[int, ...]
+    rounds: range
     owned: tuple[tuple[OwnerBucket, ...], ...]
     gathered: tuple[FlatBucket, ...]
     exchanged: tuple[OwnerBucket, ...]
