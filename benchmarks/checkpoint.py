@@ -4,8 +4,9 @@
 
 ``stall`` is the time that ``save_checkpoint`` takes of the training, ``until saved`` that until the checkpoint is
 complete on the disk while training goes on, ``slowdown`` a training step beside the writing, by a step without.
-Medians over ``--repetitions`` on the slowest rank; contenders alternate. ``written`` is of all ranks, ``copied`` what
-the fullest rank holds in copies on the CPU meanwhile, ``state`` its own weights and optimizer.
+``load`` is the time of ``load_checkpoint``. Medians over ``--repetitions`` on the slowest rank; contenders alternate.
+``written`` is of all ranks, ``copied`` what the fullest rank holds in copies on the CPU meanwhile, ``state`` its own
+weights and optimizer, ``index`` what a rank reads to know where its tensors are.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main() -> None:
 def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
     engines = {name: build(args, stage, sdp) for name, sdp in CONTENDERS.items()}
     measured: dict[str, dict[str, list[float]]] = {
-        name: {"stall": [], "until saved": [], "slowdown": []} for name in engines
+        name: {"stall": [], "until saved": [], "slowdown": [], "load": []} for name in engines
     }
     for engine in engines.values():
         train(args, engine)
@@ -63,15 +64,15 @@ def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
         written = sum(file.stat().st_size for file in target.iterdir())
         own = sum(file.stat().st_size for file in target.glob(f"tensors-{dist.get_rank():05d}*"))
         sdp = CONTENDERS[name] or {}
-        # Beside training all of it is a copy; else what other owners sent, where they alone have it.
-        received = own * (1 - 1 / sdp.get("checkpoint_copies", 1)) if stage else 0
+        index = [file.stat().st_size for file in target.glob("layout-*")]
         rows.append(
             {
                 "stage": stage,
                 "engine": name,
                 **{key: statistics.median(values) for key, values in measured[name].items()},
                 "written": written,
-                "copied": largest(own if sdp.get("checkpoint_async") else received),
+                "copied": largest(own if sdp.get("checkpoint_async") else 0),
+                "index": max(index, default=None),
                 "state": largest(state["weights"] + state["optimizer"]) if state else None,
             }
         )
@@ -91,6 +92,7 @@ def one(args: argparse.Namespace, engine: Any, folder: Path, measured: dict[str,
     is_async = getattr(getattr(engine, "sdp_config", None), "checkpoint_async", False)
     measured["until saved"].append(measured["stall"][-1] + (waited if is_async else 0.0))
     measured["slowdown"].append(beside / alone)
+    measured["load"].append(timed(lambda: engine.load_checkpoint(str(folder), tag="t")))
 
 
 def timed(work: Any) -> float:
@@ -115,14 +117,16 @@ def train(args: argparse.Namespace, engine: Any) -> None:
 
 def table(rows: Rows) -> str:
     lines = [
-        "| stage | engine | stall | until saved | slowdown | written | copied | state |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| stage | engine | stall | until saved | slowdown | load | written | copied | state | index |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         state = f"{row['state'] / 1e6:.0f} MB" if row["state"] else "-"
+        index = f"{row['index'] / 1e3:.1f} kB" if row["index"] else "-"
         lines.append(
             f"| {row['stage']} | {row['engine']} | {row['stall']:.2f} s | {row['until saved']:.2f} s | "
-            f"{row['slowdown']:.2f} | {row['written'] / 1e6:.0f} MB | {row['copied'] / 1e6:.0f} MB | {state} |"
+            f"{row['slowdown']:.2f} | {row['load']:.2f} s | {row['written'] / 1e6:.0f} MB | "
+            f"{row['copied'] / 1e6:.0f} MB | {state} | {index} |"
         )
     return "\n".join(lines)
 

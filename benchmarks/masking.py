@@ -24,9 +24,9 @@ from engines import Rows, build_engine, build_llama, largest, make_parser, mean,
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
+from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.data import Corpus, CorpusSpec, PackedDataset, RankSampler, prepare_corpus
 from deepspeed_sdp.engine import gradient_peak, model_state_bytes
-from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.report.saved_activations import saved_activations
 
 BLOCKS = {"granularity": "block"}
@@ -68,7 +68,7 @@ def main() -> None:
 
 def load(args: argparse.Namespace) -> Corpus:
     spec = CorpusSpec((), None, args.vocab_size, args.sequence, holdout_fraction=0.02, max_bytes=6_000_000)
-    on_first_rank(lambda: prepare_corpus(args.data, spec) and None)
+    from_first_rank(lambda: prepare_corpus(args.data, spec) and None)
     return prepare_corpus(args.data, spec)
 
 

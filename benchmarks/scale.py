@@ -22,8 +22,15 @@ from deepspeed_sdp.options import OptionParser
 from deepspeed_sdp.presets import model_path
 
 RANKS_PER_NODE, SEQUENCE = 8, 8192
-# What a job of 4,096 ranks of 405B should stay within.
-GOALS = {"start_seconds": 10.0, "start_memory": 1e9, "communicators": 40, "ring_latency": 0.5, "index_bytes": 10e6}
+STARTING = ("agreement and plan", "cut", "groups", "buckets")
+# What a rank of the largest job should stay within; how it is shown, and in which unit.
+GOALS = {
+    "start": ("host work of the start, s", 10.0, 1.0),
+    "memory": ("memory of the start, GB", 1.0, 1e9),
+    "communicators": ("communicators", 40, 1.0),
+    "ring_latency": ("ring latency of a step, s", 0.5, 1.0),
+    "index": ("checkpoint index, MB", 10.0, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -79,36 +86,48 @@ def priced(row: Mapping[str, Any], links: Links, tokens: int = SEQUENCE) -> dict
 
 def figures(row: Mapping[str, Any]) -> dict[str, float]:
     """What :data:`GOALS` are about, of one row."""
-    seconds = row["seconds"]
     return {
-        "start_seconds": sum(value for name, value in seconds.items() if name in STARTING),
-        "start_memory": row["start_memory"],
+        "start": sum(value for name, value in row["seconds"].items() if name in STARTING),
+        "memory": row["start_memory"],
         "communicators": row["communicators"]["device"],
         "ring_latency": row["priced"]["ring_latency"],
+        "index": row["index_bytes"],
     }
-
-
-STARTING = ("agreement and plan", "cut", "groups", "buckets")
 
 
 def tables(report: Mapping[str, Any]) -> str:
     """Markdown, as docs/scale.md has it."""
-    return "\n\n".join([_start_table(report["rows"]), _step_table(report["rows"])])
+    rows = report["rows"]
+    return "\n\n".join([_goal_table(rows), _start_table(rows), _step_table(rows)])
+
+
+def _goal_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of the last model and the largest world."""
+    rows = [row for row in rows if row["model"] == rows[-1]["model"] and row["world"] == max(r["world"] for r in rows)]
+    name = f"{rows[0]['model']}, {rows[0]['world']:,} ranks"
+    lines = [
+        f"| {name} | goal | " + " | ".join(f"ZeRO {row['stage']}, {row['masking']}" for row in rows) + " |",
+        "| --- " * (2 + len(rows)) + "|",
+    ]
+    for key, (title, goal, unit) in GOALS.items():
+        cells = [f"{figures(row)[key] / unit:.3g}" for row in rows]
+        lines.append(f"| {title} | {goal:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _start_table(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = [
         "| model | ranks | ZeRO | masking | owner sets | communicators | rounds | buckets | plan, KB | start, s | "
-        "of it plan and agreement | start, MB |",
-        "| --- " * 12 + "|",
+        "of it plan and agreement | start, MB | index, MB |",
+        "| --- " * 13 + "|",
     ]
     for row in rows:
         goals = figures(row)
         cells = (
             row["model"], f"{row['world']:,}", row["stage"], row["masking"], row["owner_sets"],
             row["communicators"]["device"], f"{row['rounds']:,}", f"{row['buckets']:,}", row["plan_bytes"] // 1000,
-            f"{goals['start_seconds']:.1f}", f"{row['seconds']['agreement and plan']:.1f}",
-            f"{row['start_memory'] / 1e6:.0f}",
+            f"{goals['start']:.1f}", f"{row['seconds']['agreement and plan']:.1f}", f"{goals['memory'] / 1e6:.0f}",
+            f"{goals['index'] / 1e6:.2f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

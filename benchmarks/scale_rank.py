@@ -24,8 +24,9 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.config import default_bucket_numel
-from deepspeed_sdp.engine.comm.agreement import agreed
+from deepspeed_sdp.engine.comm.stages import Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.deepspeed.param_groups import translate_groups
@@ -150,7 +151,12 @@ def _start(model: nn.Module, job: Any, stage: int, clock: Clock, traffic: Traffi
         clip_grad=1.0,
         loss_scaler=CreateLossScaler(torch.bfloat16, 1.0, False, None),
     )
-    with clock.phase("buckets"), mock.patch.object(build, "behaviour_of", lambda o, _: behaviour_of(o, CPU)):
+    # The meta device has no streams, and an optimizer cannot be tried on it.
+    on_cpu = {
+        "Stages": lambda _, replicas: Stages(CPU, replicas),
+        "behaviour_of": lambda optimizer, _: behaviour_of(optimizer, CPU),
+    }
+    with clock.phase("buckets"), mock.patch.multiple(build, **on_cpu):
         given = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         optimizer = torch.optim.AdamW(translate_groups(given, subnetwork, client), lr=1e-4)
         return build.assemble(settings, optimizer, subnetwork, client.group_of, groups, traffic, Stopwatch())

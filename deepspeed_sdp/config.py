@@ -141,9 +141,10 @@ class SDPConfig(BaseModel):
     consistency_check_interval: int = Field(
         0, ge=0, le=_MAX_COUNT, description="steps between two comparisons of the owners' weights, 0: never"
     )
-    evaluation: Literal["gathered", "streamed"] = Field(
-        "gathered",
-        description="of the full model in HuggingFace's Trainer: all its weights on every rank meanwhile, or a layer",
+    evaluation: Literal["auto", "gathered", "streamed"] = Field(
+        "auto",
+        description="of the full model in HuggingFace's Trainer: all its weights on every rank meanwhile, or a layer; "
+        "auto: a layer where there is no memory for all",
     )
     checkpoint_async: bool = Field(False, description="write checkpoints beside the training, from a copy on the CPU")
     checkpoint_copies: int = Field(

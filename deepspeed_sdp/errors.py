@@ -2,7 +2,13 @@
 
 
 class SDPError(Exception):
-    """Base class: anything that is reported to a user without a traceback."""
+    """Base class: anything that is reported to a user without a traceback.
+
+    Attributes:
+        is_of_another_rank: whether it says what broke on another rank, which reports that itself if it can.
+    """
+
+    is_of_another_rank = False
 
 
 class ConfigError(SDPError, ValueError):

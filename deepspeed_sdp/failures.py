@@ -12,14 +12,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspeed_sdp.errors import SDPError
-
-T = TypeVar("T")
+from deepspeed_sdp.patches import Undo, patch
 
 _CLAIM = "deepspeed_sdp/failure"
 # How long a rank waits for the one that reports; launchers end it earlier.
@@ -38,6 +37,8 @@ def one_report() -> Iterator[None]:
     try:
         yield
     except SDPError as error:
+        if error.is_of_another_rank:  # which has the traceback
+            time.sleep(_CLAIM_SECONDS)
         _end_job(f"error: {error}")
     except KeyboardInterrupt:
         _end_job("interrupted")
@@ -45,34 +46,12 @@ def one_report() -> Iterator[None]:
         _end_job(f"rank {_rank()} failed:\n{traceback.format_exc().rstrip()}")
 
 
-def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Collective. Run ``work`` on rank 0 while the others wait; its :class:`SDPError` is raised on every rank.
-
-    Returns:
-        what ``work`` returned on rank 0, ``None`` elsewhere.
-    """
-    import torch.distributed as dist
-
-    from deepspeed_sdp.ranks import object_of_first
-
-    result: T | None = None
-    failure: SDPError | None = None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except SDPError as error:
-            failure = error
-    failure = object_of_first(failure, "the first rank's work")
-    if failure is not None:
-        raise failure
-    return result
-
-
 @functools.cache
-def report_uncaught() -> None:
+def report_uncaught() -> Undo:
     """From here on an :class:`SDPError` that ends a script is one message of one rank instead of a traceback of each.
 
-    All else goes to the hook that stands there; so do these errors too, where it is somebody's own.
+    All else goes to the hook that stands there; so do these errors too, where it is somebody's own. What is returned
+    takes it back.
     """
     before = sys.excepthook
     is_own = not _is_default(before)
@@ -84,7 +63,7 @@ def report_uncaught() -> None:
         if is_ours:
             _report(f"error: {error}")
 
-    sys.excepthook = hook
+    return patch(sys, "excepthook", hook)
 
 
 def _is_default(hook: Any) -> bool:

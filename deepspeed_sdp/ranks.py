@@ -75,11 +75,11 @@ def gather_objects(value: Any, what: str, group: ProcessGroup | None = None) -> 
     return values
 
 
-def object_of(rank: int, value: Any, what: str) -> Any:
+def object_of(rank: int, value: Any, what: str, group: ProcessGroup | None = None) -> Any:
     """Collective. ``value`` of ``rank``, on every rank."""
     told = [value]
     with waiting(what, range(dist.get_world_size())):
-        dist.broadcast_object_list(told, src=rank, group=control_group())
+        dist.broadcast_object_list(told, src=rank, group=group or control_group())
     return told[0]
 
 
@@ -88,11 +88,13 @@ def object_of_first(value: Any, what: str) -> Any:
     return object_of(0, value, what)
 
 
-def reduce_numbers(numbers: torch.Tensor, what: str, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+def reduce_numbers(
+    numbers: torch.Tensor, what: str, op: Any = dist.ReduceOp.SUM, group: ProcessGroup | None = None
+) -> torch.Tensor:
     """Collective. ``numbers`` of all ranks put together, on the CPU; on a device the host waits for them."""
     total = numbers.detach().to("cpu", copy=True)
     with waiting(what, range(dist.get_world_size())):
-        dist.all_reduce(total, op=op, group=control_group())
+        dist.all_reduce(total, op=op, group=group or control_group())
     return total
 
 

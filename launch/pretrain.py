@@ -21,7 +21,7 @@ from arguments import (
     stream_source,
 )
 
-from deepspeed_sdp.failures import on_first_rank, one_report
+from deepspeed_sdp.failures import one_report
 from deepspeed_sdp.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
-    from deepspeed_sdp.engine import agreed, check_job, from_first_rank, start_communication
+    from deepspeed_sdp.agreement import agreed, from_first_rank
+    from deepspeed_sdp.engine import check_job, start_communication
     from deepspeed_sdp.pretraining.job import build_engine, describe, loop_settings, make_job, make_plan_of
     from deepspeed_sdp.pretraining.loop import Loop, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.monitors import add_monitors, check_monitors
@@ -69,7 +70,7 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     agreed(lambda: check_monitors(recipe.ds_config))
     # Before the text is opened, which can take longer.
     check_job(lambda: meta_model(read_model_config(recipe.model_file, "pretraining.model")), config=recipe.for_steps(1))
-    on_first_rank(lambda: make_writable(output))
+    from_first_rank(lambda: make_writable(output))
     if args.data:
         text: Text = agreed(lambda: open_text(Path(args.data), recipe), lambda found: found.state_dict())
     else:

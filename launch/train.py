@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from arguments import check_arguments, dry_world_size, parse_arguments
 
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.failures import on_first_rank, one_report
+from deepspeed_sdp.failures import one_report
 from deepspeed_sdp.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     from deepspeed.accelerator import get_accelerator
 
     import deepspeed_sdp
+    from deepspeed_sdp.agreement import from_first_rank
     from deepspeed_sdp.config import SDPConfig
     from deepspeed_sdp.data import load_corpus
-    from deepspeed_sdp.engine import check_job, from_first_rank, reduce_bucket_numel, start_communication
+    from deepspeed_sdp.engine import check_job, reduce_bucket_numel, start_communication
     from deepspeed_sdp.estimate.flops import flops_per_token
     from deepspeed_sdp.pretraining.job import make_facts
     from deepspeed_sdp.pretraining.loop import Loop, LoopSettings, Outcome, conclude, leave, make_writable
@@ -58,14 +59,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     start_communication()
     output = Path(args.output_dir)
     cache = Path(args.data_cache) if args.data_cache else output / "data"
-    on_first_rank(lambda: make_writable(output))
+    from_first_rank(lambda: make_writable(output))
     # Before the text is prepared, which takes longer.
     sdp = check_job(lambda: meta_model(read_model_config(args.model_config)), args)
     if not sdp.enabled:
         raise ConfigError(
             "subnetwork_data_parallel.enabled: got false; takes true here (coverage 1 trains the dense model)"
         )
-    on_first_rank(lambda: prepare_text(args, cache))
+    from_first_rank(lambda: prepare_text(args, cache))
     corpus = load_corpus(cache)
     # On the meta device: only the subnetwork is ever given memory.
     model = meta_model(full_config(args, corpus))
@@ -105,7 +106,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         # All that refers to the subnetwork's memory; the dense model may need it.
         del engine, model, loop.engine
         report.dense_state_bytes = measure_dense(args, corpus, report.reduce_bucket_numel)
-        on_first_rank(lambda: report.write(output))
+        from_first_rank(lambda: report.write(output))
     if dist.get_rank() == 0:
         print(report.closing_lines(output), flush=True)
     leave()

@@ -129,7 +129,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed_sdp.errors import *
-from deepspeed_sdp.failures import on_first_rank, one_report, report_uncaught
+from deepspeed_sdp.agreement import from_first_rank
+from deepspeed_sdp.failures import one_report, report_uncaught
 
 def same_error(rank):
     raise ConfigError("same")
@@ -153,13 +154,13 @@ def unexpected_on_0(rank):
     dist.barrier()
 
 def first_rank_refuses(rank):
-    on_first_rank(lambda: (_ for _ in ()).throw(OutputError("cannot write")))
+    from_first_rank(lambda: (_ for _ in ()).throw(OutputError("cannot write")))
 
 def first_rank_breaks(rank):
-    on_first_rank(lambda: 1 / 0)
+    from_first_rank(lambda: 1 / 0)
 
 def first_rank_works(rank):
-    value = on_first_rank(lambda: 42)
+    value = from_first_rank(lambda: 42)
     print(f"rank {rank} got {value}", file=sys.stderr, flush=True)
 
 def uncaught_on_both(rank):
@@ -278,9 +279,9 @@ def test_an_uncaught_error_of_many_ranks_is_one_line_of_one(two_ranks, case, mes
     assert 1 in result["codes"]
 
 
-def test_what_works_on_the_first_rank_is_returned_there(two_ranks):
+def test_what_works_on_the_first_rank_is_returned_everywhere(two_ranks):
     result = two_ranks["first_rank_works"]
-    assert sorted(result["log"].split("\n")) == ["", "rank 0 got 42", "rank 1 got None"]
+    assert sorted(result["log"].split("\n")) == ["", "rank 0 got 42", "rank 1 got 42"]
     assert result["codes"] == [0, 0]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepspeed_sdp.checkpoint.reading import Checkpoint
+from deepspeed_sdp.checkpoint.reading import load_state
 from deepspeed_sdp.data import load_corpus, load_tokenizer, prepare_corpus
 from deepspeed_sdp.data.heldout import HeldoutSequences
 from deepspeed_sdp.errors import CheckpointError, ConfigError, DataError
@@ -152,7 +152,7 @@ def test_pickles_in_the_place_of_numbers(tmp_path, mark, make_corpus_spec):
     assert HeldoutSequences.load(tmp_path / "heldout.npz", {"count": 1, "seq_length": 8}) is None
     torch.save({"state": Evil(mark)}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match=r"state\.pt"):
-        Checkpoint(tmp_path, {"format": 1}).state()
+        load_state(tmp_path)
     assert not mark.exists()
 
 

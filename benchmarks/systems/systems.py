@@ -17,7 +17,7 @@ from workload import Workload
 
 import deepspeed_sdp
 from deepspeed_sdp.engine import model_state_bytes
-from deepspeed_sdp.engine.zero.memory import gradient_bytes
+from deepspeed_sdp.engine.deepspeed.memory import gradient_bytes
 
 ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0

@@ -3,12 +3,13 @@
 from deepspeed_sdp.checkpoint.background import BackgroundWriter
 from deepspeed_sdp.checkpoint.folder import has_checkpoint, is_complete
 from deepspeed_sdp.checkpoint.full_scale import FULL_SCALE, factor_on, parameter_of, writes_of
-from deepspeed_sdp.checkpoint.index import Place
+from deepspeed_sdp.checkpoint.layout import Held, Layout, Section, Writers, layout_file
 from deepspeed_sdp.checkpoint.lock import LOCK, FolderLocks
 from deepspeed_sdp.checkpoint.model_folder import model_folder
 from deepspeed_sdp.checkpoint.reading import Checkpoint, open_checkpoint
-from deepspeed_sdp.checkpoint.region import Entry, Region, regions_of_range, without_groups
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
+from deepspeed_sdp.checkpoint.runs import Entry, Run, cut, whole
+from deepspeed_sdp.checkpoint.source import Read, Source
+from deepspeed_sdp.checkpoint.tensor_files import Snapshot, Streamed, header
 from deepspeed_sdp.checkpoint.writing import write_checkpoint
 
 __all__ = [
@@ -18,17 +19,25 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "FolderLocks",
-    "Place",
-    "Region",
-    "TensorFileReader",
+    "Held",
+    "Layout",
+    "Read",
+    "Run",
+    "Section",
+    "Snapshot",
+    "Source",
+    "Streamed",
+    "Writers",
+    "cut",
     "factor_on",
     "has_checkpoint",
+    "header",
     "is_complete",
+    "layout_file",
     "model_folder",
     "open_checkpoint",
     "parameter_of",
-    "regions_of_range",
-    "without_groups",
+    "whole",
     "write_checkpoint",
     "writes_of",
 ]

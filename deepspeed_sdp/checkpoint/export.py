@@ -2,23 +2,21 @@
 
 import json
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.full_scale import scaling_of
 from deepspeed_sdp.checkpoint.hf_names import saved_names
-from deepspeed_sdp.checkpoint.index import Place, read_index
 from deepspeed_sdp.checkpoint.meta import full_model
 from deepspeed_sdp.checkpoint.model_folder import model_folder
-from deepspeed_sdp.checkpoint.recovery import do_without
-from deepspeed_sdp.errors import CheckpointError, OutputError
+from deepspeed_sdp.checkpoint.recovery import usable
+from deepspeed_sdp.errors import OutputError
 
 SHARD_BYTES = 2 << 30
 
@@ -46,13 +44,16 @@ def export(
     """
     from transformers import AutoTokenizer
 
-    files = folders.read_manifest(checkpoint)
-    lost, meta = do_without(checkpoint, files, folders.damage(checkpoint, files))
+    manifest = folders.read_manifest(checkpoint)
+    meta, files, shapes = usable(checkpoint, manifest, folders.damage(checkpoint, manifest))
     dtype = dtype or getattr(torch, meta["dtype"])
-    config, model = full_model(meta, shapes_of(checkpoint))
+    config, model = full_model(meta, shapes_of_weights(shapes))
     config.dtype = dtype
     names = saved_names(model)
-    weights = weights_of(checkpoint, lost)
+    kinds = (logical.partition(".")[::2] for logical in shapes)
+    # As they are trained, one at a time; fp32 where trained.
+    weights: Iterator[tuple[str, torch.Tensor]]
+    weights = ((name, files.tensor(kind, name)) for kind, name in kinds if kind != "optimizer")
     if subnetwork is None:
         scaled = scaling_of(checkpoint, meta, config)
         weights = ((name, scaled(f"master.{name}", value)) for name, value in weights)
@@ -72,56 +73,10 @@ def export(
         raise OutputError(f"cannot write {out}: {error}") from None
 
 
-def shapes_of(checkpoint: Path) -> dict[str, torch.Size]:
-    """Shapes of the full model's weights in a checkpoint, by their HuggingFace names.
-
-    Raises:
-        CheckpointError: the index is broken.
-    """
-    split = ((name.partition("."), tensor.size) for name, tensor in read_index(checkpoint).items())
-    return {name: size for (kind, _, name), size in split if kind in ("master", "model")}
-
-
-def weights_of(checkpoint: Path, lost: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-    """The full model's weights as they are trained, one at a time, by their HuggingFace names; fp32 where trained.
-
-    Args:
-        lost: files to do without.
-
-    Raises:
-        CheckpointError: a part is missing.
-    """
-    places: dict[MetadataIndex, Place] = {}
-    for logical, tensor in read_index(checkpoint, places, lost).items():
-        kind, _, name = logical.partition(".")
-        if kind in ("master", "model"):
-            yield name, read_tensor(checkpoint, logical, tensor, places)
-
-
-def read_tensor(
-    checkpoint: Path, logical: str, tensor: TensorStorageMetadata, places: dict[MetadataIndex, Place]
-) -> torch.Tensor:
-    """A logical tensor out of its rectangles.
-
-    Raises:
-        CheckpointError: a file does not hold what the index says.
-    """
-    full = torch.empty(tensor.size, dtype=tensor.properties.dtype)
-    for chunk in tensor.chunks:
-        place = places[MetadataIndex(logical, chunk.offsets)]
-        ranges = zip(chunk.offsets, chunk.sizes, strict=True)
-        try:
-            with safe_open(checkpoint / place.file, framework="pt") as file:
-                value = file.get_tensor(place.key)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint: cannot read {checkpoint / place.file}: {error}") from None
-        if (value.shape, value.dtype) != (chunk.sizes, full.dtype):
-            raise CheckpointError(
-                f"checkpoint: {checkpoint / place.file} has {list(value.shape)} {value.dtype} of {logical}; the index "
-                f"says {list(chunk.sizes)} {full.dtype}"
-            )
-        full[tuple(slice(start, start + size) for start, size in ranges)] = value
-    return full
+def shapes_of_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Size]:
+    """Shapes of the full model's weights, by their HuggingFace names, out of those of all logical tensors."""
+    split = ((name.partition("."), shape) for name, shape in shapes.items())
+    return {name: torch.Size(shape) for (kind, _, name), shape in split if kind in ("master", "model")}
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

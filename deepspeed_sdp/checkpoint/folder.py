@@ -3,6 +3,9 @@
 A checkpoint is written into a hidden folder beside the others. Its manifest, with sizes and checksums of all files, is
 written last; then the folder takes the place of its tag, and then ``latest`` is replaced. A crash at any moment leaves
 the old checkpoint of that tag or the new one, and the old ``latest`` or the new one.
+
+What a rank wrote stands in a manifest of its own, which the mark of the save ties to the others: nothing lists the
+files of all ranks.
 """
 
 import errno
@@ -11,10 +14,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from deepspeed_sdp.checkpoint.json_files import Count, FileName, Hash, Schema, read_as, write_json
 from deepspeed_sdp.checkpoint.lock import is_taken
@@ -32,7 +39,7 @@ from deepspeed_sdp.files import (
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = 1
+FORMAT = 2
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _log = logging.getLogger(__name__)
@@ -44,10 +51,34 @@ class _File(Schema):
 
 
 class _Manifest(Schema):
-    format: Literal[1]
+    format: Literal[2]
     tag: str
+    mark: Hash
+    ranks: Annotated[int, Field(ge=1, le=1 << 24)]
     files: dict[FileName, _File]
     sha256: Hash
+
+
+class _OfRank(Schema):
+    mark: Hash
+    rank: Count
+    files: dict[FileName, _File]
+    sha256: Hash
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What was written.
+
+    Attributes:
+        mark: of the save.
+        ranks: how many took part in it.
+        files: size and checksum of the files that no rank wrote for itself, by name.
+    """
+
+    mark: str
+    ranks: int
+    files: Mapping[str, Mapping[str, Any]]
 
 
 def check_tag(tag: str) -> str:
@@ -85,13 +116,24 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def finish(staging: Path, final: Path, files: Mapping[str, Mapping[str, Any]], is_latest: bool = True) -> None:
-    """Make what was written into :func:`begin`'s folder the checkpoint ``final``; an older one there is replaced.
+def new_mark() -> str:
+    """One that no other save has."""
+    return secrets.token_hex(32)
+
+
+def finish_rank(staging: Path, mark: str, rank: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say what a rank wrote for itself.
 
     Args:
-        files: name -> :func:`describe_file` of every file.
+        files: name -> :func:`describe_file` of :func:`files_of`.
     """
-    body = {"format": FORMAT, "tag": final.name, "files": dict(sorted(files.items()))}
+    body = {"mark": mark, "rank": rank, "files": dict(sorted(files.items()))}
+    write_json(staging / rank_manifest(rank), {**body, "sha256": _digest(body)})
+
+
+def finish(staging: Path, final: Path, manifest: Manifest, is_latest: bool = True) -> None:
+    """Make what was written into :func:`begin`'s folder the checkpoint ``final``; an older one there is replaced."""
+    body = {"format": FORMAT, "tag": final.name, **asdict(manifest), "files": dict(sorted(manifest.files.items()))}
     write_json(staging / MANIFEST, {**body, "sha256": _digest(body)})
     replace_folder(staging, final)
     if is_latest:
@@ -156,8 +198,18 @@ def has_checkpoint(folder: Path) -> bool:
     return tag is not None and is_complete(folder / tag)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint, by name.
+def rank_manifest(rank: int) -> str:
+    """Name of the file that says what a rank wrote."""
+    return f"rank-{rank:05d}.json"
+
+
+def files_of(rank: int) -> tuple[str, str]:
+    """What every rank writes for itself: its random numbers, and its tensors."""
+    return f"rank-{rank:05d}.pt", f"tensors-{rank:05d}.safetensors"
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """What was written.
 
     Raises:
         CheckpointError: there is no manifest, it is damaged, or of another format.
@@ -170,20 +222,51 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{error}{_offer(checkpoint)}") from None
     if manifest.pop("sha256") != _digest(manifest):
         raise CheckpointError(f"checkpoint: {checkpoint / MANIFEST} is damaged{_offer(checkpoint)}")
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    return files
+    return Manifest(manifest["mark"], manifest["ranks"], manifest["files"])
 
 
-def damage(
-    checkpoint: Path, files: Mapping[str, Mapping[str, Any]], names: Iterable[str] | None = None
-) -> dict[str, str]:
-    """What is wrong with those of ``names``, by default all files, that differ from the manifest."""
+def damage(checkpoint: Path, manifest: Manifest, part: int = 0, parts: int = 1, is_read: bool = True) -> dict[str, str]:
+    """What is wrong with files that differ from the manifests, or are in none, by name.
+
+    Args:
+        part, parts: only that part of the ranks and of the other files is looked at.
+        is_read: whether files are read and compared, beside the manifests.
+    """
     found = {}
-    for name in sorted(files) if names is None else names:
-        problem = _difference(checkpoint / name, files[name])
+    listed = {name: manifest.files[name] for name in sorted(manifest.files)[part::parts]}
+    for rank in range(part, manifest.ranks, parts):
+        name = rank_manifest(rank)
+        try:
+            listed.update(files_of_rank(checkpoint, manifest, rank))
+        except CheckpointError as error:
+            found[name] = str(error).removeprefix("checkpoint: ")
+            found.update((file, f"{checkpoint / file} is in no manifest") for file in files_of(rank))
+    for name, written in listed.items() if is_read else ():
+        problem = _difference(checkpoint / name, written)
         if problem:
             found[name] = problem
     return found
+
+
+def files_of_rank(checkpoint: Path, manifest: Manifest, rank: int) -> dict[str, dict[str, Any]]:
+    """Size and checksum of what a rank wrote for itself, by name.
+
+    Raises:
+        CheckpointError: its manifest is missing, broken, or does not belong to ``manifest``.
+    """
+    path = checkpoint / rank_manifest(rank)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: {path} is missing")
+    of_rank = read_as(path, _OfRank).model_dump()
+    files: dict[str, dict[str, Any]] = of_rank["files"]
+    if of_rank.pop("sha256") != _digest(of_rank) or (of_rank["mark"], of_rank["rank"]) != (manifest.mark, rank):
+        raise CheckpointError(f"checkpoint: {path} is damaged, or not of this checkpoint")
+    for name in files_of(rank):
+        if name not in files:
+            raise CheckpointError(f"checkpoint: {path} does not list {name}")
+    if len(files) > len(files_of(rank)):
+        raise CheckpointError(f"checkpoint: {path} lists what is not of its rank")
+    return files
 
 
 def _difference(path: Path, written: Mapping[str, Any]) -> str | None:

@@ -30,7 +30,7 @@ _POWERS = {
 
 
 def factor_on(logical: str, scale: float) -> float:
-    """What a logical tensor of a write (``master.<name>``, ``optimizer.<state>.<name>``) is multiplied by."""
+    """What a logical tensor of a write (``master[.<name>]``, ``optimizer.<state>[.<name>]``) is multiplied by."""
     kind, _, rest = logical.partition(".")
     if kind != "optimizer":
         return scale

@@ -1,5 +1,6 @@
 """A HuggingFace folder as a checkpoint of weights alone: where a job begins from a model that exists."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,18 +9,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from deepspeed_sdp.checkpoint.hf_names import saved_names
-from deepspeed_sdp.checkpoint.index import Place
 from deepspeed_sdp.checkpoint.json_files import FileName, Schema, read_as
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
+from deepspeed_sdp.checkpoint.runs import Run, whole
+from deepspeed_sdp.checkpoint.source import Read, Source
 from deepspeed_sdp.errors import CheckpointError, SDPError
 from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
@@ -36,28 +30,47 @@ class _Index(Schema):
     metadata: Annotated[dict[str, Any], Field(default_factory=dict)]
 
 
-class HFFolderReader(TensorFileReader):
-    """Weights under the names that a checkpoint has for them: ``master.<name>``, or ``model.<name>`` if not trained."""
+class HFFolder(Source):
+    """Weights in the files that ``from_pretrained`` takes, trained or not.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors: dict[str, Any] = {}
+    Raises:
+        CheckpointError: a file is broken, or a weight stands in two.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stored: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
         own = self._own_names()
         for path, keys in self._files():
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in sorted(file.keys()) if keys is None else sorted(keys):
-                        stored = file.get_slice(key)
-                        size, dtype = torch.Size(stored.get_shape()), stored[:0].dtype
-                        for name in (f"master.{own.get(key, key)}", f"model.{own.get(key, key)}"):
-                            if name in tensors:
-                                raise CheckpointError(f"checkpoint: {self._folder} holds {key} twice")
-                            offsets = torch.Size([0] * len(size))
-                            chunk = ChunkStorageMetadata(offsets, size)
-                            tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [chunk])
-                            self._places[MetadataIndex(name, offsets)] = Place(path.name, key)
+                        if own.get(key, key) in self._stored:
+                            raise CheckpointError(f"checkpoint: {folder} holds {key} twice")
+                        self._stored[own.get(key, key)] = path, key, tuple(file.get_slice(key).get_shape())
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
-        return Metadata(tensors)
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        is_there = name in self._stored and not kind.startswith("optimizer.")
+        return self._stored[name][2] if is_there else None
+
+    def held(self, kind: str, wanted: Run) -> Iterator[tuple[Run, Read]]:
+        path, key, shape = self._stored[wanted.name]
+        width = math.prod(shape[1:])
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    if not shape:
+                        return file.get_tensor(key).view(-1)  # type: ignore[no-any-return]
+                    first = start // width
+                    rows = file.get_slice(key)[first : -(-stop // width)]
+                    return rows.reshape(-1)[start - first * width : stop - first * width]  # type: ignore[no-any-return]
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
+
+        yield whole(wanted.name, shape), read
 
     def _files(self) -> Iterator[tuple[Path, set[str] | None]]:
         """Those that ``from_pretrained`` takes, and which of their tensors (``None``: all)."""

@@ -51,6 +51,7 @@ class _Meta(Schema):
     micro_steps: Count
     skipped_steps: Count
     world_size: Annotated[int, Field(ge=1, le=1 << 24)]
+    workers: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 24)]], Field(max_length=1 << 24)]
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     dtype: Literal["float32", "float16", "bfloat16"]
     optimizer: _Word

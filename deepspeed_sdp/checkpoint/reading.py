@@ -1,28 +1,28 @@
 """Reading a checkpoint: verified before it is used, into any layout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.hf_folder import HFFolderReader, is_hf_folder
+from deepspeed_sdp.checkpoint.hf_folder import HFFolder, is_hf_folder
 from deepspeed_sdp.checkpoint.json_files import Schema, check
 from deepspeed_sdp.checkpoint.meta import STATE
-from deepspeed_sdp.checkpoint.planners import EntryLoadPlanner
-from deepspeed_sdp.checkpoint.recovery import do_without
-from deepspeed_sdp.checkpoint.region import Entry
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
+from deepspeed_sdp.checkpoint.recovery import check_all, check_sizes, meta_of
+from deepspeed_sdp.checkpoint.runs import Entry
+from deepspeed_sdp.checkpoint.source import Source
+from deepspeed_sdp.checkpoint.tensor_files import TensorFiles
 from deepspeed_sdp.errors import CheckpointError
-from deepspeed_sdp.ranks import control_group, gather_objects, meet
-from deepspeed_sdp.waits import waiting
+from deepspeed_sdp.ranks import gather_objects, meet
+
+T = TypeVar("T")
 
 
 class _Scaler(Schema):
@@ -49,13 +49,13 @@ class Checkpoint:
     Attributes:
         path: its folder.
         meta: JSON data of the job that wrote it; empty for a HuggingFace folder.
-        reader: of its files.
+        source: of its tensors.
         damage: of files that it can do without, by name.
     """
 
     path: Path
     meta: dict[str, Any]
-    reader: type[TensorFileReader] = TensorFileReader
+    source: Source
     damage: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -65,12 +65,12 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """What the job saved beside its tensors."""
-        return {"client_state": {}} if self.has_weights_only else self._load(STATE, _State)
+        return {"client_state": {}} if self.has_weights_only else load_state(self.path)
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
         """What rank ``rank`` of the job saved for itself; ``None`` if the file is lost."""
-        name = f"rank-{rank:05d}.pt"
-        return None if name in self.damage else self._load(name, _RankState)
+        name, _ = folders.files_of(rank)
+        return None if name in self.damage else _load(self.path / name, _RankState)
 
     def read(self, entries: Sequence[Entry]) -> None:
         """Collective. Fill the tensors of ``entries``.
@@ -78,75 +78,84 @@ class Checkpoint:
         Raises:
             CheckpointError: something is missing, or has another shape; on every rank.
         """
-        reader = self.reader(self.path, self.damage)
-        problem = None
-        try:
-            # Some versions of torch swallow what goes wrong here.
-            reader.read_metadata()
-        except CheckpointError as error:
-            problem = str(error)
-        _raise_everywhere(problem)
-        try:
-            with waiting("reading a checkpoint", range(dist.get_world_size())):
-                load({}, storage_reader=reader, planner=EntryLoadPlanner(entries), process_group=control_group())
-        except CheckpointException as error:
-            rank, (reason, _) = next(iter(error.failures.items()))
-            raise CheckpointError(f"rank {rank}: {reason}") from None
-
-    def _load(self, name: str, kind: type[Schema]) -> dict[str, Any]:
-        try:
-            loaded: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"checkpoint: {self.path / name} is refused: {str(error).splitlines()[0]}") from None
-        check(loaded, kind, str(self.path / name))
-        return loaded
+        _together(lambda: self.source.fill(entries))
 
 
-def open_checkpoint(folder: Path, tag: str | None) -> Checkpoint | None:
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What a job saved beside its tensors.
+
+    Raises:
+        CheckpointError: it is no such thing, or cannot be loaded safely.
+    """
+    return _load(checkpoint / STATE, _State)
+
+
+def _load(path: Path, kind: type[Schema]) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {path} is refused: {str(error).splitlines()[0]}") from None
+    check(loaded, kind, str(path))
+    return loaded
+
+
+def open_checkpoint(folder: Path, tag: str | None, worker: int = 0) -> Checkpoint | None:
     """Collective. The checkpoint ``tag`` below ``folder``, or the latest; ``None`` where nothing was saved.
 
-    Every rank compares its share of the files with the manifest; it does without files of which other owners wrote
+    Every rank compares its share of the files with the manifests; it does without files of which other owners wrote
     copies. A HuggingFace folder counts as a checkpoint of weights alone.
+
+    Args:
+        worker: whose layout this rank probably needs.
 
     Raises:
         CheckpointError: it is missing or damaged; on every rank, naming the file and complete checkpoints beside it.
     """
     # A folder of HuggingFace's Trainer is both.
     if tag is None and is_hf_folder(folder) and not (folder / folders.LATEST).is_file():
-        return Checkpoint(folder, {}, HFFolderReader)
+        return Checkpoint(folder, {}, _together(lambda: HFFolder(folder)))
     rank, world = dist.get_rank(), dist.get_world_size()
-    problem, found, mine = None, None, {}
     if rank == 0 and folder.is_dir():
         with suppress(OSError, CheckpointError):  # a folder that cannot be written can still be read
             folders.recover(folder)
     meet("repairing a folder of checkpoints")
-    try:
+
+    def verify() -> tuple[str | None, folders.Manifest | None, dict[str, str]]:
         found = folders.check_tag(tag) if tag is not None else folders.latest(folder)
-        if found is not None:
-            checkpoint = folder / found
-            files = folders.read_manifest(checkpoint)
-            mine = folders.damage(checkpoint, files, sorted(files)[rank::world])
-    except CheckpointError as error:
-        problem = str(error)
-    outcomes = gather_objects((found, problem, mine), "verifying a checkpoint")
-    for _, message, _ in outcomes:
-        if message is not None:
-            raise CheckpointError(message)
-    if len({name for name, _, _ in outcomes}) > 1:
+        if found is None:
+            return None, None, {}
+        manifest = folders.read_manifest(folder / found)
+        return found, manifest, folders.damage(folder / found, manifest, rank, world)
+
+    found, manifest, mine = _together(verify)
+    outcomes = gather_objects((found, mine), "verifying a checkpoint")
+    if len({name for name, _ in outcomes}) > 1:
         raise CheckpointError(f"checkpoint: ranks see different checkpoints below {folder}; takes a shared folder")
-    if found is None:
+    if found is None or manifest is None:
         return None
-    damage = {name: what for _, _, of_rank in outcomes for name, what in sorted(of_rank.items())}
-    meta: dict[str, Any] = {}
-    try:
-        _, meta = do_without(checkpoint, files, damage)
-    except CheckpointError as error:
-        problem = str(error)
-    _raise_everywhere(problem)
-    return Checkpoint(checkpoint, meta, damage=damage)
+    checkpoint = folder / found
+    damage = {name: of_rank[name] for _, of_rank in outcomes for name in sorted(of_rank)}
+
+    def look() -> Checkpoint:
+        meta = meta_of(checkpoint, manifest, damage)
+        files = TensorFiles(checkpoint, meta["workers"], damage, worker)
+        if rank == 0:
+            check_all(files, checkpoint, meta, damage)
+        check_sizes(files, checkpoint, manifest, range(rank, manifest.ranks, world))
+        return Checkpoint(checkpoint, meta, files, damage)
+
+    return _together(look)
 
 
-def _raise_everywhere(problem: str | None) -> None:
-    """Collective. Raise what one of the ranks has found on all."""
-    for message in filter(None, gather_objects(problem, "reading a checkpoint")):
-        raise CheckpointError(message)
+def _together(work: Callable[[], T]) -> T:
+    """Collective. What ``work`` returns; an error of one of the ranks is raised on all."""
+
+    def read() -> T:
+        try:
+            return work()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+    return agreed(read)

@@ -1,12 +1,12 @@
 """What a checkpoint holds, for a person: ``deepspeed-sdp inspect``."""
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.index import read_index
-from deepspeed_sdp.checkpoint.recovery import do_without
+from deepspeed_sdp.checkpoint.recovery import usable
 from deepspeed_sdp.errors import CheckpointError
 
 
@@ -35,14 +35,17 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: it is incomplete or damaged, and cannot do without what is.
     """
-    files = folders.read_manifest(checkpoint)
-    damage = folders.damage(checkpoint, files) if verify else {}
-    _, meta = do_without(checkpoint, files, damage)
-    tensors = read_index(checkpoint)
+    manifest = folders.read_manifest(checkpoint)
+    damage = folders.damage(checkpoint, manifest, is_read=verify)
+    meta, _, shapes = usable(checkpoint, manifest, damage)
     kinds: dict[str, int] = {}
-    for name, tensor in tensors.items():
+    for name, shape in shapes.items():
         kind = ".".join(name.split(".")[: 2 if name.startswith("optimizer.") else 1])
-        kinds[kind] = kinds.get(kind, 0) + tensor.size.numel()
+        kinds[kind] = kinds.get(kind, 0) + math.prod(shape)
+    listed = dict(manifest.files)
+    for rank in range(manifest.ranks):
+        if folders.rank_manifest(rank) not in damage:
+            listed.update(folders.files_of_rank(checkpoint, manifest, rank))
     block = meta["subnetwork_data_parallel"]
     return {
         "checkpoint": str(checkpoint),
@@ -52,8 +55,8 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
         "samples": meta["global_samples"],
         "model": meta["model_class"],
         "elements": kinds,
-        "bytes": sum(file["bytes"] for file in files.values()),
-        "files": len(files),
+        "bytes": sum(file["bytes"] for file in listed.values()),
+        "files": len(listed),
         "written_by": {
             "ranks": meta["world_size"],
             "zero_stage": meta["zero_stage"],

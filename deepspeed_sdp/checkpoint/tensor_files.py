@@ -1,143 +1,262 @@
-"""Storage of ``torch.distributed.checkpoint`` as safetensors files and one JSON index: nothing is ever unpickled.
+"""Tensors of a checkpoint in safetensors files, one per rank, written front to back: nothing is ever unpickled."""
 
-Every rank writes its rectangles into files of its own; ``index.json`` says which rectangle of which logical tensor lies
-in which file under which key.
-"""
-
-from collections import defaultdict
-from collections.abc import Container, Iterator
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.futures import Future
 
-from deepspeed_sdp.checkpoint.index import Place, read_index, write_index
-from deepspeed_sdp.errors import CheckpointError
-from deepspeed_sdp.files import fsync, share
+from deepspeed_sdp.checkpoint import file_writer
+from deepspeed_sdp.checkpoint.layout import Found, Layout, layout_file, read_layout, tensor_key
+from deepspeed_sdp.checkpoint.runs import Entry, Run, common, whole
+from deepspeed_sdp.checkpoint.source import Read, Source
+from deepspeed_sdp.errors import CheckpointError, OutputError
+from deepspeed_sdp.files import fsync
 
-# A file's tensors are copied once more while they are written.
-_FILE_BYTES = 256 << 20
+_OPEN_FILES = 256
 
-
-class TensorFileWriter(StorageWriter):
-    """Writes this rank's rectangles into ``tensors-<rank>-<number>.safetensors`` below ``folder``, and fsyncs them."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder = folder
-        self._rank = rank
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        for number, items in enumerate(_batches(plan.items)):
-            name = f"tensors-{self._rank:05d}-{number:03d}.safetensors"
-            tensors = {}
-            for key, item in enumerate(items):
-                value = planner.resolve_data(item)
-                assert isinstance(value, torch.Tensor)
-                tensors[str(key)] = value.detach().to("cpu").contiguous()
-                nbytes = value.numel() * value.element_size()
-                results.append(WriteResult(item.index, nbytes, Place(name, str(key))))
-            save_file(tensors, self._folder / name)
-            share(self._folder / name)
-            fsync(self._folder / name)
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        write_index(self._folder, metadata, (result for of_rank in results for result in of_rank))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
+# Names of safetensors.
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-class TensorFileReader(StorageReader):
-    """Reads rectangles of what :class:`TensorFileWriter` wrote, no more of a file than is asked for.
+def tensor_file(rank: int) -> str:
+    """Name of the file of a rank's tensors."""
+    return f"tensors-{rank:05d}.safetensors"
+
+
+def header(layout: Layout, rank: int) -> tuple[bytes, int]:
+    """What a rank's file begins with, and the bytes of the tensors that follow it."""
+    tensors: dict[str, Any] = {}
+    end = 0
+    for copy, section, kind, dtype, numel in layout.tensors(rank):
+        start, end = end, end + numel * dtype.itemsize
+        described = {"dtype": _DTYPES[dtype], "shape": [numel], "data_offsets": [start, end]}
+        tensors[tensor_key(copy, section, kind)] = described
+    text = json.dumps(tensors, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end
+
+
+class Streamed:
+    """A file that is written while its content is made: no more of it is in memory.
+
+    The content is taken to its end whatever happens to the file, as making it may be collective.
+    """
+
+    def __init__(self, content: Iterable[memoryview]) -> None:
+        self._content = iter(content)
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Write and fsync it; what the manifest says of it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        error: OSError | None = None
+        digest, nbytes = hashlib.sha256(), 0
+        try:
+            with path.open("wb") as file:
+                for piece in self._content:
+                    file.write(piece)
+                    digest.update(piece)
+                    nbytes += len(piece)
+            fsync(path)
+        except OSError as reason:
+            error = reason
+        for _ in self._content:
+            pass
+        if error is not None:
+            raise error
+        return {"bytes": nbytes, "sha256": digest.hexdigest()}
+
+
+class Snapshot:
+    """A file's content as it is now, in memory that a process of its own writes from later, beside the training."""
+
+    def __init__(self, content: Iterable[memoryview], nbytes: int) -> None:
+        self._error: OSError | None = None
+        content = iter(content)
+        try:
+            # Its memory is free when nothing refers to it any more.
+            self._memory = os.fdopen(os.memfd_create("checkpoint"), "w+b", buffering=0)
+            self._memory.truncate(nbytes)
+            with mmap.mmap(self._memory.fileno(), nbytes) as memory:
+                for piece in content:
+                    memory.write(piece)
+        except OSError as error:
+            self._error = error
+        for _ in content:
+            pass
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """See :meth:`Streamed.write`.
+
+        Raises:
+            OutputError: the process that writes is gone.
+        """
+        if self._error is not None:
+            raise self._error
+        with self._memory as memory:
+            command = [sys.executable, "-I", "-S", file_writer.__file__, str(memory.fileno()), str(path)]
+            done = subprocess.run(command, pass_fds=(memory.fileno(),), capture_output=True, text=True, check=False)
+        if done.returncode:
+            code = done.returncode
+            how = (
+                f"killed by signal {-code}"
+                if code < 0
+                else (done.stderr.strip().splitlines() or [f"gone ({code})"])[-1]
+            )
+            raise OutputError(f"cannot write {path}: the process that writes it is {how}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        if "errno" in answer:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]), str(path))
+        return answer
+
+
+class TensorFiles(Source):
+    """Reads what ranks wrote: layouts when they are needed, no more of a file than is asked for.
 
     Args:
         folder: of the checkpoint.
+        workers: the worker of every rank that wrote it.
         lost: files that cannot be used; what was in them is read from copies.
+        first: the worker whose layout is looked into first.
     """
 
-    def __init__(self, folder: Path, lost: Container[str] = ()) -> None:
+    def __init__(self, folder: Path, workers: Sequence[int], lost: Container[str] = (), first: int = 0) -> None:
         self._folder = folder
+        self._workers = workers
+        every = sorted(set(workers))
+        first = first if first in every else 0
+        self._order = [*every[every.index(first) :], *every[: every.index(first)]] if first in every else every
         self._lost = lost
-        self._places: dict[MetadataIndex, Place] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._open = lru_cache(_OPEN_FILES)(self._open_file)
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
+    def layout(self, worker: int) -> Layout:
+        """The layout of a worker.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(dict(read_index(self._folder, self._places, self._lost)))
+        Raises:
+            CheckpointError: see :func:`read_layout`; or it names ranks that there are not.
+        """
+        if worker not in self._layouts:
+            found = read_layout(self._folder, worker)
+            if any(rank >= len(self._workers) for ranks in found.owners for copy in ranks for rank in copy):
+                raise CheckpointError(
+                    f"checkpoint: {self._folder / layout_file(worker)}: owners: there is no such rank"
+                )
+            self._layouts[worker] = found
+        return self._layouts[worker]
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if not self._places:
-            self.read_metadata()
+    def layouts(self) -> Iterator[Layout]:
+        """Those of all workers that are not lost, one at a time."""
+        for worker in self._order:
+            if layout_file(worker) not in self._lost:
+                yield self.layout(worker)
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+    def is_lost(self, rank: int) -> bool:
+        """Whether what a rank wrote cannot be used."""
+        return tensor_file(rank) in self._lost or layout_file(self._workers[rank]) in self._lost
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+    def nbytes(self, rank: int) -> int:
+        """Bytes of tensors that the layout says are in a rank's file."""
+        return sum(numel * dtype.itemsize for *_, dtype, numel in self.layout(self._workers[rank]).tensors(rank))
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[Any]] = defaultdict(list)
-        for item in plan.items:
-            by_file[self._places[item.storage_index].file].append(item)
-        for name, items in by_file.items():
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """A whole logical tensor, which there is.
+
+        Raises:
+            CheckpointError: a part of it cannot be read.
+        """
+        found = self._find(kind, name)
+        assert found is not None
+        shape, dtype = found
+        value = torch.empty(shape, dtype=dtype)
+        self.fill([Entry(kind, (whole(name, shape),), value.view(-1))])
+        return value
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        found = self._find(kind, name)
+        return found and found[0]
+
+    def _find(self, kind: str, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        for layout in self.layouts():
+            for found in layout.found.get(name, ()):
+                if kind in layout.sections[found.section].kinds:
+                    return found.run.shape, layout.sections[found.section].kinds[kind]
+        return None
+
+    def held(self, kind: str, wanted: Run) -> Iterator[tuple[Run, Read]]:
+        seen = set()
+        for layout in self.layouts():
+            for found in layout.found.get(wanted.name, ()):
+                run = found.run
+                if wanted.is_apart(run) or run in seen or kind not in layout.sections[found.section].kinds:
+                    continue
+                seen.add(run)
+                _, there, shared = common(wanted, run)
+                if not shared:
+                    continue
+                bucket = layout.sections[found.section].buckets[found.bucket]
+                # Where elements of the run, counted as in its columns, are in the bucket's flat vector.
+                shift = found.base - run.start
+                low = min(top * there.width + left for top, _, left, _ in shared) - there.column + shift
+                high = max((bottom - 1) * there.width + right for _, bottom, _, right in shared) - there.column + shift
+                for shard in range(low // bucket.share, (high - 1) // bucket.share + 1):
+                    begin = shard * bucket.share
+                    start, stop = max(low, begin) - shift, min(high, begin + bucket.share) - shift
+                    part = Run(run.name, run.shape, run.rows, run.column, run.width, start, stop)
+                    yield part, self._reader(kind, layout, found, shard)
+
+    def _reader(self, kind: str, layout: Layout, found: Found, shard: int) -> Read:
+        """Reads elements of a run out of one shard of its bucket."""
+        bucket = layout.sections[found.section].buckets[found.bucket]
+        ranks = [of_copy[shard] for of_copy in layout.owners[bucket.owners]]
+        copy, rank = next(((copy, rank) for copy, rank in enumerate(ranks) if not self.is_lost(rank)), (-1, -1))
+        if copy < 0:
+            files = " and ".join(map(tensor_file, ranks))
+            raise CheckpointError(f"checkpoint: a part of {kind}.{found.run.name} is in {files} alone")
+        # Of the worker whose rank wrote it, which may have other buckets beside this one.
+        own = self.layout(self._workers[rank])
+        place = next((f for f in own.found.get(found.run.name, ()) if f.run == found.run), None)
+        if place is None or kind not in own.sections[place.section].kinds:
+            name = layout_file(self._workers[rank])
+            raise CheckpointError(f"checkpoint: {self._folder / name}: lacks a part of {kind}.{found.run.name}")
+        starts, stops = own.shards(place.section, copy, rank)
+        key, numel = tensor_key(copy, place.section, kind), int(stops[-1])
+        dtype = own.sections[place.section].kinds[kind]
+        shift = int(starts[place.bucket]) + found.base - found.run.start - shard * bucket.share
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            path = self._folder / tensor_file(rank)
             try:
-                with safe_open(self._folder / name, framework="pt") as file:
-                    for item in items:
-                        stored = file.get_slice(self._places[item.storage_index].key)
-                        ranges = zip(item.storage_offsets, item.lengths, strict=True)
-                        value = stored[tuple(slice(start, start + length) for start, length in ranges)]
-                        if value.numel() != item.lengths.numel():
-                            raise CheckpointError(
-                                f"checkpoint: {self._folder / name} lacks a part of {item.storage_index.fqn}"
-                            )
-                        target = planner.resolve_tensor(item)
-                        target.copy_(value.view(target.shape))
-                        planner.commit_tensor(item, target)
+                stored = self._open(path).get_slice(key)
+                if (stored.get_shape(), stored.get_dtype()) != ([numel], _DTYPES[dtype]):
+                    raise CheckpointError(
+                        f"checkpoint: {path} has {stored.get_shape()} {stored.get_dtype()} of {key}; the layout says "
+                        f"{[numel]} {_DTYPES[dtype]}"
+                    )
+                values: torch.Tensor = stored[start + shift : stop + shift]
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"checkpoint: cannot read {self._folder / name}: {error}") from None
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+                raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
+            if len(values) != stop - start:
+                raise CheckpointError(f"checkpoint: {path} lacks a part of {kind}.{found.run.name}")
+            return values
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
+        return read
 
-
-def _batches(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    batch: list[WriteItem] = []
-    nbytes = 0
-    for item in items:
-        assert item.tensor_data is not None
-        size = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
-        if batch and nbytes + size > _FILE_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(item)
-        nbytes += size
-    if batch:
-        yield batch
+    @staticmethod
+    def _open_file(path: Path) -> Any:
+        file: Any = safe_open(path, framework="pt")
+        return file.__enter__()

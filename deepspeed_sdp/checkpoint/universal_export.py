@@ -5,20 +5,19 @@ moments, beside the state that all parameters share.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.export import read_tensor, shapes_of
-from deepspeed_sdp.checkpoint.full_scale import Scaling, scaling_of
-from deepspeed_sdp.checkpoint.index import Place, read_index
+from deepspeed_sdp.checkpoint.export import shapes_of_weights
+from deepspeed_sdp.checkpoint.full_scale import Scaling, parameter_of, scaling_of
 from deepspeed_sdp.checkpoint.meta import full_model
-from deepspeed_sdp.checkpoint.reading import Checkpoint
-from deepspeed_sdp.checkpoint.recovery import do_without
+from deepspeed_sdp.checkpoint.reading import load_state
+from deepspeed_sdp.checkpoint.recovery import usable
+from deepspeed_sdp.checkpoint.tensor_files import TensorFiles
 from deepspeed_sdp.errors import OutputError
 from deepspeed_sdp.files import begin_folder, fsync, replace_folder, write_text
 
@@ -34,17 +33,16 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
         CheckpointError: the checkpoint is incomplete or damaged.
         OutputError: ``out`` cannot be written.
     """
-    files = folders.read_manifest(checkpoint)
-    damage = folders.damage(checkpoint, files)
-    lost, meta = do_without(checkpoint, files, damage)
-    state = Checkpoint(checkpoint, meta, damage=damage).state()
-    config, _ = full_model(meta, shapes_of(checkpoint))
+    manifest = folders.read_manifest(checkpoint)
+    meta, files, shapes = usable(checkpoint, manifest, folders.damage(checkpoint, manifest))
+    state = load_state(checkpoint)
+    config, _ = full_model(meta, shapes_of_weights(shapes))
     scaled = scaling_of(checkpoint, meta, config)
     final = out / checkpoint.name
     try:
         staging = begin_folder(final)
         try:
-            _write_parameters(checkpoint, staging / "zero", lost, _step(state["optimizer_scalars"]), scaled)
+            _write_parameters(files, shapes, staging / "zero", _step(state["optimizer_scalars"]), scaled)
             _write_shared(staging, meta, state)
             for path in staging.rglob("*"):
                 fsync(path)
@@ -57,16 +55,14 @@ def export_universal(checkpoint: Path, out: Path) -> Path:
     return final
 
 
-def _write_parameters(checkpoint: Path, folder: Path, lost: frozenset[str], step: Any, scaled: Scaling) -> None:
-    places: dict[MetadataIndex, Place] = {}
-    for logical, tensor in read_index(checkpoint, places, lost).items():
-        kind, _, name = logical.partition(".")
-        file = "fp32"
-        if kind == "optimizer":
-            file, _, name = name.partition(".")
+def _write_parameters(files: TensorFiles, shapes: Iterable[str], folder: Path, step: Any, scaled: Scaling) -> None:
+    for logical in shapes:
+        name = parameter_of(logical)
+        kind = logical.removesuffix(f".{name}")
+        file = kind.removeprefix("optimizer.") if kind.startswith("optimizer.") else "fp32"
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
-        value = scaled(logical, read_tensor(checkpoint, logical, tensor, places))
+        value = scaled(logical, files.tensor(kind, name))
         value = value.float() if value.is_floating_point() else value
         # `param` and `cat_dim` are DeepSpeed's keys.
         torch.save({"param": value, "cat_dim": 0}, target / f"{file}.pt")

@@ -1,33 +1,31 @@
 """Writing a checkpoint: all ranks in parallel, complete or invisible."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
-from deepspeed_sdp.checkpoint.index import INDEX
-from deepspeed_sdp.checkpoint.json_files import write_json
 from deepspeed_sdp.checkpoint.lock import FolderLocks
 from deepspeed_sdp.checkpoint.meta import META, PLAN, STATE
-from deepspeed_sdp.checkpoint.planners import EntrySavePlanner
-from deepspeed_sdp.checkpoint.region import Entry
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileWriter
+from deepspeed_sdp.checkpoint.tensor_files import Snapshot, Streamed
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 from deepspeed_sdp.files import fsync
-from deepspeed_sdp.ranks import control_group, gather_objects
-from deepspeed_sdp.waits import waiting
+from deepspeed_sdp.ranks import gather_objects
+
+T = TypeVar("T")
 
 
 def write_checkpoint(
     folder: Path,
     tag: str,
-    entries: Sequence[Entry],
+    tensors: Streamed | Snapshot,
+    layout: tuple[str, str] | None,
     meta: Mapping[str, Any],
     plan_json: str,
     state: Mapping[str, Any],
@@ -42,7 +40,8 @@ def write_checkpoint(
     """Collective. Write checkpoint ``tag`` below ``folder``.
 
     Args:
-        entries: this rank's; see :mod:`deepspeed_sdp.checkpoint.planners`.
+        tensors: content of this rank's file of tensors.
+        layout: name and text of its worker's layout, from one rank of every worker.
         meta: JSON data; rank 0's counts.
         plan_json: of the plan; rank 0's counts.
         state: what ``torch.load(weights_only=True)`` can load; rank 0's counts.
@@ -55,65 +54,56 @@ def write_checkpoint(
     Raises:
         OutputError: something cannot be written, or another job writes into ``folder``; on every rank, and nothing has
             changed for a reader.
-        CheckpointError: ``state`` holds what cannot be loaded safely, or entries do not cover the model.
+        CheckpointError: ``state`` holds what cannot be loaded safely.
     """
     rank = dist.get_rank()
 
-    def begin() -> dict[str, Any] | None:
+    def begin() -> dict[str, Any]:
         if rank != 0:
-            return None
+            return {}
         folders.check_tag(tag)
         locks.take(folder)
         # Its name says which job it is of, and with that of rank 0 all ranks write into one.
-        return {"name": folders.begin(folder, tag).name}
+        return {"name": folders.begin(folder, tag).name, "mark": folders.new_mark()}
 
-    staging = folder / _together(begin, group)[0]["name"]
+    begun = _together(begin, group)[0]
+    staging = folder / begun["name"]
+
+    own, tensor_file = folders.files_of(rank)
+    files: dict[str, Any] = {}
 
     def write() -> dict[str, Any]:
-        own = {f"rank-{rank:05d}.pt": _pickled(rank_state, "random state")}
+        files.update(_write(staging, {own: _pickled(rank_state, "random state")}))
+        content = {} if layout is None else {layout[0]: layout[1].encode()}
         if rank == 0:
-            own[STATE] = _pickled(state, "client_state")
-            own[PLAN] = plan_json.encode()
-        for name, content in own.items():
-            (staging / name).write_bytes(content)
-            fsync(staging / name)
-        if rank == 0:
-            write_json(staging / META, dict(meta))
-        return {}
+            content[STATE] = _pickled(state, "client_state")
+            content[PLAN] = plan_json.encode()
+            content[META] = json.dumps(meta, indent=1).encode()
+        return _write(staging, content)
 
-    _together(write, group)
-    _write_tensors(staging, entries, rank, group)
+    described = {name: of for of_rank in _together(write, group) for name, of in of_rank.items()}
 
-    def describe() -> dict[str, Any]:
-        mine = [*staging.glob(f"tensors-{rank:05d}-*"), staging / f"rank-{rank:05d}.pt"]
-        if rank == 0:
-            mine += [staging / name for name in (STATE, PLAN, META, INDEX)]
-        return {path.name: folders.describe_file(path) for path in mine}
+    def write_tensors() -> None:
+        files[tensor_file] = tensors.write(staging / tensor_file)
+        folders.finish_rank(staging, begun["mark"], rank, files)
 
-    files = {name: described for of_rank in _together(describe, group) for name, described in of_rank.items()}
+    _together(write_tensors, group)
 
     def finish() -> None:
         if rank == 0:
-            folders.finish(staging, folder / tag, files, is_latest)
+            manifest = folders.Manifest(begun["mark"], dist.get_world_size(), described)
+            folders.finish(staging, folder / tag, manifest, is_latest)
             folders.remove_old(folder, keep_last, keep_every, tag)
 
     _together(finish, group)
 
 
-def _write_tensors(staging: Path, entries: Sequence[Entry], rank: int, group: dist.ProcessGroup | None) -> None:
-    try:
-        with waiting("writing a checkpoint", range(dist.get_world_size())):
-            save(
-                {},
-                storage_writer=TensorFileWriter(staging, rank),
-                planner=EntrySavePlanner(entries),
-                process_group=group or control_group(),
-            )
-    except CheckpointException as error:
-        failed, (reason, _) = next(iter(error.failures.items()))
-        if isinstance(reason, OSError) or "I/O" in str(reason):
-            raise OutputError(f"checkpoint: rank {failed} cannot write {staging}: {reason}") from None
-        raise CheckpointError(f"checkpoint: rank {failed}: {reason}") from None
+def _write(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """Write files by name, and describe them for a manifest."""
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        fsync(folder / name)
+    return {name: folders.describe_file(folder / name) for name in contents}
 
 
 def _pickled(value: Any, what: str) -> bytes:
@@ -136,20 +126,17 @@ def _pickled(value: Any, what: str) -> bytes:
     return buffer.getvalue()
 
 
-def _together(work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+def _together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Collective. Results of ``work`` on all ranks; an error of one of them is raised on all."""
-    outcome: tuple[Any, str | None, bool] = (None, None, False)
-    try:
-        result = work()
-        outcome = (result if isinstance(result, dict) else None, None, False)
-    except SDPError as error:
-        outcome = (None, str(error), isinstance(error, OutputError))
-    except OSError as error:
-        outcome = (None, f"cannot write the checkpoint: {error}", True)
-    except Exception as error:  # the others wait for word of this rank, whatever it is
-        outcome = (None, f"{type(error).__name__}: {error}", False)
-    outcomes = gather_objects(outcome, "writing a checkpoint", group)
-    for rank, (_, message, is_output) in enumerate(outcomes):
-        if message is not None:
-            raise (OutputError if is_output else CheckpointError)(f"rank {rank}: {message}")
-    return [result for result, _, _ in outcomes]
+
+    def write() -> T:
+        try:
+            return work()
+        except SDPError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write the checkpoint: {error}") from None
+        except Exception as error:
+            raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+    return gather_objects(agreed(write, group=group), "writing a checkpoint", group)

@@ -1,23 +1,20 @@
 """The DeepSpeed extension. Everything that knows DeepSpeed from inside lives here."""
 
-from deepspeed_sdp.engine.comm.agreement import agreed, from_first_rank
 from deepspeed_sdp.engine.deepspeed.dense import DenseEngine, initialize_dense
+from deepspeed_sdp.engine.deepspeed.memory import Peak, gradient_peak, model_state_bytes
 from deepspeed_sdp.engine.deepspeed.refusals import check_supported
 from deepspeed_sdp.engine.deepspeed.settings import reduce_bucket_numel
 from deepspeed_sdp.engine.deepspeed.start import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.engine.initialize import check_copies, check_job, initialize
-from deepspeed_sdp.engine.zero.memory import Peak, gradient_peak, model_state_bytes
 
 __all__ = [
     "DenseEngine",
     "Peak",
     "SDPEngine",
-    "agreed",
     "check_copies",
     "check_job",
     "check_supported",
-    "from_first_rank",
     "gradient_peak",
     "initialize",
     "initialize_dense",

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
+from deepspeed_sdp.agreement import agree, agreed
 from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.comm.agreement import agree, agreed
 from deepspeed_sdp.engine.comm.description import describe_scheduler
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.comm.timing import Stopwatch

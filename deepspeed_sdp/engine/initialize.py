@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from torch import nn
 
 from deepspeed_sdp.adapters import Adapter, find_adapter
 from deepspeed_sdp.adapters.claims import claims_digest
+from deepspeed_sdp.agreement import agree, agreed, from_first_rank
 from deepspeed_sdp.config import BLOCK, SDPConfig, SDPSource, read_json, split_block
-from deepspeed_sdp.engine.comm.agreement import agree, agreed, from_first_rank
 from deepspeed_sdp.engine.comm.description import (
     describe_module,
     describe_optimizer,
@@ -35,6 +33,7 @@ from deepspeed_sdp.engine.deepspeed.start import say_world_of_one, start_communi
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import report_uncaught
+from deepspeed_sdp.patches import patched
 from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import (
     ClientMap,
@@ -121,7 +120,7 @@ def initialize(
         client=client_map,
         agreed_weights=on_meta,
     )
-    with engine_class(build_engine):
+    with patched(deepspeed, "DeepSpeedEngine", build_engine):
         result = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
         )
@@ -316,15 +315,3 @@ def _translate_client(optimizer: Any, subnetwork: Subnetwork, client_map: Client
         return built
 
     return build
-
-
-@contextmanager
-def engine_class(factory: Any) -> Iterator[None]:
-    """``deepspeed.initialize`` builds the ``DeepSpeedEngine`` it finds in its module: put ours there for one call."""
-    original = deepspeed.DeepSpeedEngine
-    assert inspect.isclass(original)
-    deepspeed.DeepSpeedEngine = factory
-    try:
-        yield
-    finally:
-        deepspeed.DeepSpeedEngine = original

@@ -1,15 +1,15 @@
 """Scaled dot-product attention as a fused kernel, for the meta device, where torch would take the unfused one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from deepspeed_sdp.patches import patched
 
-@contextmanager
-def fused_attention() -> Iterator[None]:
+
+def fused_attention() -> AbstractContextManager[None]:
     """Inside, ``scaled_dot_product_attention`` on meta tensors makes and keeps what fused kernels do.
 
     These (FlashAttention, and torch's own on the CPU) keep queries, keys, values, the output and the logarithm of the
@@ -23,11 +23,7 @@ def fused_attention() -> Iterator[None]:
             return original(query, key, value, *args, **kwargs)  # type: ignore[no-any-return]
         return _Fused.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
 
-    F.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
+    return patched(F, "scaled_dot_product_attention", attend)
 
 
 class _Fused(torch.autograd.Function):

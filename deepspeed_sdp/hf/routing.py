@@ -2,8 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from deepspeed_sdp.engine.deepspeed.start import ORDER
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.hf.trainer import METHODS, SDPTrainer, drop_autos
+from deepspeed_sdp.patches import Undo, patch, patched
 
-# What is patched: owner, name, and what stood there.
-_patched: list[tuple[Any, str, Any]] = []
+_undo: list[Undo] = []
 
 
 def enable() -> None:
@@ -29,38 +29,33 @@ def enable() -> None:
     From then on, in this process, a DeepSpeed config with the block ``"subnetwork_data_parallel"`` trains with SDP; all
     else is as before. :func:`disable` takes it back.
     """
-    if _patched:
+    if _undo:
         return
     report_uncaught()
     # accelerate starts NCCL before the engine can.
     os.environ.setdefault(ORDER, "1")
-    _patch(deepspeed, "initialize", _routed(deepspeed.initialize))
-    _patch(Accelerator, "prepare", _prepare(Accelerator.prepare))
-    _patch(Accelerator, "get_state_dict", _get_state_dict(Accelerator.get_state_dict))
-    for name, method in METHODS.items():
-        _patch(Trainer, name, _method(getattr(Trainer, name), method))
+    for owner, name, new in (
+        (deepspeed, "initialize", _routed(deepspeed.initialize)),
+        (Accelerator, "prepare", _prepare(Accelerator.prepare)),
+        (Accelerator, "get_state_dict", _get_state_dict(Accelerator.get_state_dict)),
+        *((Trainer, name, _method(getattr(Trainer, name), method)) for name, method in METHODS.items()),
+    ):
+        _undo.append(patch(owner, name, new))
 
 
 def disable() -> None:
     """Undo :func:`enable`."""
-    while _patched:
-        owner, name, original = _patched.pop()
-        setattr(owner, name, original)
+    while _undo:
+        _undo.pop()()
 
 
-def _patch(owner: Any, name: str, new: Any) -> None:
-    _patched.append((owner, name, getattr(owner, name)))
-    setattr(owner, name, new)
-
-
-def build_whole_models() -> None:
+def build_whole_models() -> Undo:
     """Keep transformers from building under ``deepspeed.zero.Init`` what SDP will cut.
 
     At ZeRO stage 3 ``from_pretrained`` and ``from_config`` do so once ``TrainingArguments`` told them of the DeepSpeed
-    config; of one with an SDP block they are not told.
+    config; of one with an SDP block they are not told. What is returned takes it back.
     """
-    of_class: Any = HfDeepSpeedConfig
-    original: Callable[..., None] = of_class.__init__
+    original: Callable[..., None] = HfDeepSpeedConfig.__init__
     forget: Callable[[], None] = unset_hf_deepspeed_config
 
     @functools.wraps(original)
@@ -69,18 +64,12 @@ def build_whole_models() -> None:
         if BLOCK in config.config:
             forget()
 
-    of_class.__init__ = initialize_config
+    return patch(HfDeepSpeedConfig, "__init__", initialize_config)
 
 
-@contextmanager
-def routed() -> Iterator[None]:
+def routed() -> AbstractContextManager[None]:
     """Inside, ``deepspeed.initialize`` is SDP's for configs with a block."""
-    before = deepspeed.initialize
-    deepspeed.initialize = _routed(before)
-    try:
-        yield
-    finally:
-        deepspeed.initialize = before
+    return patched(deepspeed, "initialize", _routed(deepspeed.initialize))
 
 
 def _routed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,11 +82,8 @@ def _routed(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         _check_processes()
         # SDP itself calls DeepSpeed's.
-        routed_here, deepspeed.initialize = deepspeed.initialize, original
-        try:
+        with patched(deepspeed, "initialize", original):
             return initialize(*args, **kwargs)
-        finally:
-            deepspeed.initialize = routed_here
 
     call.is_routed = True  # type: ignore[attr-defined]
     return call

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.utils import logging
 
+from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.checkpoint import has_checkpoint, model_folder
 from deepspeed_sdp.config import BLOCK
 from deepspeed_sdp.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError, OutputError
-from deepspeed_sdp.failures import on_first_rank, report_uncaught
+from deepspeed_sdp.failures import report_uncaught
 from deepspeed_sdp.files import remove_folder, remove_unfinished
 from deepspeed_sdp.ranks import meet
 
@@ -41,11 +42,11 @@ def asks_for_sdp(trainer: Trainer) -> bool:
 
 
 def evaluation_loop(trainer: Trainer, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """``evaluate`` and ``predict`` see the full model, which every rank has for as long as they take."""
+    """``evaluate`` and ``predict`` see the full model, which every rank has, or calls, for as long as they take."""
     engine = sdp_engine(trainer)
     if engine is not None:
         _calibrate(trainer, engine)
-        is_streamed = engine.sdp_config.evaluation == "streamed"
+        is_streamed = {"gathered": False, "streamed": True, "auto": None}[engine.sdp_config.evaluation]
         with engine.full_model(is_streamed) as model, _stands_for(trainer, model):
             return original(*args, **kwargs)
     if not asks_for_sdp(trainer):
@@ -91,7 +92,7 @@ def save_model(
                 f"save_model: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
             ) from None
 
-    on_first_rank(write)
+    from_first_rank(write)
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.checkpoint import LOCK
 from deepspeed_sdp.engine import Peak, gradient_peak
 from deepspeed_sdp.errors import ConfigError, OutputError
-from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.pretraining.clock import TrainingClock
 from deepspeed_sdp.pretraining.console import progress_bar
 from deepspeed_sdp.pretraining.metrics import Metrics
@@ -88,7 +88,7 @@ class Loop:
         if settings.restart and on_every_rank(self.checkpoints.exists):
             # Not those of a job that writes them.
             self.engine.claim_checkpoints(self.checkpoints)
-            on_first_rank(self._set_aside)
+            from_first_rank(self._set_aside)
         if settings.checkpoint_interval:
             # Rather now than after an interval of work.
             self.engine.claim_checkpoints(self.checkpoints)
@@ -240,7 +240,7 @@ def conclude(loop: Loop) -> None:
     state = with_peak(model_state_bytes(loop.engine), loop.peak.nbytes)
     loop.report.is_peak_measured = loop.peak.nbytes > 0
     loop.report.ranks = from_all_ranks({**loop.engine.sdp_stats(), "model_state_bytes": state})
-    on_first_rank(lambda: _write(loop))
+    from_first_rank(lambda: _write(loop))
 
 
 def _write(loop: Loop) -> None:

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeed_sdp.agreement import agreed, from_first_rank
 from deepspeed_sdp.data import unigram_loss, vocab_size
 from deepspeed_sdp.data.faults import Skipped
 from deepspeed_sdp.data.heldout import HeldoutSequences
 from deepspeed_sdp.data.source import SourceSpec
 from deepspeed_sdp.data.streaming import StreamedSequences, check_lanes
 from deepspeed_sdp.data.tokenizer import find_tokenizer
-from deepspeed_sdp.engine import agreed
 from deepspeed_sdp.errors import DataError, OutputError
-from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.files import begin_folder, replace_folder
 from deepspeed_sdp.pretraining.recipe import Recipe
 from deepspeed_sdp.pretraining.text import Batch
@@ -55,7 +54,7 @@ class StreamedText:
             check_lanes(num_lanes, dist.get_world_size(), int(recipe.ds_config["train_batch_size"]))
         self._tokenizer = agreed(lambda: find_tokenizer(tokenizer))
         self.tokenizer_folder = output / "tokenizer"
-        on_first_rank(self._save_tokenizer)
+        from_first_rank(self._save_tokenizer)
         self._stream: StreamedSequences | None = None
         self._state: dict[str, Any] = {}
         heldout = self._read_heldout(output / HELDOUT, recipe.about.eval_sequences or _HELDOUT_SEQUENCES)
@@ -106,7 +105,7 @@ class StreamedText:
             if HeldoutSequences.load(path, identity) is None:
                 stream.heldout(count, progress=True).save(path, identity)
 
-        on_first_rank(read)
+        from_first_rank(read)
 
         def load() -> HeldoutSequences:
             found = HeldoutSequences.load(path, identity)

@@ -22,8 +22,12 @@ def save(folder, tag, content, is_latest=True):
     staging = folders.begin(folder, tag)
     for name in ("one", "two"):
         (staging / name).write_text(content)
+    for name in folders.files_of(0):
+        (staging / name).write_text(content)
     described = {path.name: folders.describe_file(path) for path in staging.iterdir()}
-    folders.finish(staging, folder / tag, described, is_latest)
+    mark = folders.new_mark()
+    folders.finish_rank(staging, mark, 0, {name: described.pop(name) for name in folders.files_of(0)})
+    folders.finish(staging, folder / tag, folders.Manifest(mark, 1, described), is_latest)
 
 
 def content(folder, tag=None):
@@ -31,7 +35,7 @@ def content(folder, tag=None):
     checkpoint = folder / (tag or folders.latest(folder))
     manifest = folders.read_manifest(checkpoint)
     assert not folders.damage(checkpoint, manifest)
-    found = {(checkpoint / name).read_text() for name in manifest}
+    found = {(checkpoint / name).read_text() for name in (*manifest.files, *folders.files_of(0))}
     assert len(found) == 1
     return found.pop()
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from deepspeed_sdp.checkpoint.export import export
-from deepspeed_sdp.checkpoint.hf_folder import HFFolderReader
-from deepspeed_sdp.checkpoint.index import read_index
+from deepspeed_sdp.checkpoint.hf_folder import HFFolder
+from deepspeed_sdp.checkpoint.layout import check_cover, read_layout
+from deepspeed_sdp.checkpoint.runs import Entry, cut, whole
 from deepspeed_sdp.checkpoint.summary import summarize
 from deepspeed_sdp.checkpoint.universal_export import export_universal
 from deepspeed_sdp.errors import CheckpointError, SDPError
@@ -59,14 +60,36 @@ def test_a_whole_one_is_read_by_all(alone, tmp_path):
     assert all(torch.equal(value, tensors()[name]) for name, value in load_tiny(tmp_path).items())
 
 
-def _index(change):
-    return lambda files: change(files["index.json"])
+LAYOUT, TENSORS = "layout-00001.json", "tensors-00001.safetensors"
 
 
-def _overlap(index):
-    # As many elements as before: the second part again at the first one's place, and a gap.
-    chunks = index[UP]["chunks"]
-    chunks[1]["offsets"] = chunks[0]["offsets"]
+def _layout(change):
+    return lambda files: change(files[LAYOUT])
+
+
+def _both(change):
+    """Both layouts say the same: only that it is impossible tells."""
+
+    def change_both(files):
+        for rank in (0, 1):
+            change(files[f"layout-{rank:05d}.json"])
+
+    return change_both
+
+
+def _run(layout, name=UP):
+    """The first run of a tensor."""
+    number = list(layout["tensors"]).index(name.removeprefix("master."))
+    return next(run for run in layout["runs"] if run[0] == number)
+
+
+def _huge(layout):
+    layout["tensors"][UP.removeprefix("master.")] = [1 << 40]
+    run, other = (run for run in layout["runs"] if run[0] == _run(layout)[0])
+    run[1:] = 1, 0, 1 << 40, 0, 1 << 39
+    other[1:] = 1, 0, 1 << 40, 1 << 39, 1 << 40
+    for bucket in layout["sections"][0]["buckets"]:
+        bucket[3] = 1 << 40
 
 
 def _text(name, text):
@@ -87,30 +110,35 @@ def _set(name, *path):
 
 CHANGES = {
     "nested": (_text("meta.json", "[" * 200_000), "meta.json"),
-    "nested_objects": (_text("index.json", '{"a":' * 200_000), "index.json"),
+    "nested_objects": (_text(LAYOUT, '{"a":' * 200_000), LAYOUT),
     "huge_integer": (_text("meta.json", '{"global_steps": 1' + "0" * 10_000 + "}"), "meta.json"),
     "twice": (_text("meta.json", '{"a": 1, "a": 2}'), 'the key "a" stands twice'),
     "nan": (_text("meta.json", '{"full_scale": NaN}'), "got NaN"),
-    "not_utf8": (_text("index.json", b"\xff\xfe{}"), "index.json"),
-    "no_object": (_text("index.json", "[]"), "index.json"),
-    "overlap": (_index(_overlap), f"the parts of {UP} overlap"),
-    "gap": (_index(lambda index: index[UP]["chunks"].pop()), f"the parts of {UP} overlap, or lack"),
-    "beyond": (_set("index.json", UP, "shape", [4, 16]), f"the parts of {UP}"),
-    "huge_shape": (_set("index.json", UP, "shape", [10**15, 16]), f"the parts of {UP}"),
-    "too_large": (
-        _index(
-            lambda i: i[UP].update(shape=[1 << 40], chunks=[{**i[UP]["chunks"][0], "offsets": [0], "sizes": [1 << 40]}])
-        ),
-        "has 4398046",
+    "not_utf8": (_text(LAYOUT, b"\xff\xfe{}"), LAYOUT),
+    "no_object": (_text(LAYOUT, "[]"), LAYOUT),
+    "overlap": (_both(lambda layout: _run(layout).__setitem__(4, 1)), f"the parts of {UP} overlap"),
+    "other_place": (_both(lambda layout: _run(layout).__setitem__(2, 1)), "has shape"),
+    "gap": (_both(lambda layout: layout["sections"][0]["buckets"].pop()), "runs: some are in no bucket"),
+    "differ": (_layout(lambda layout: layout["sections"][0]["buckets"][0].__setitem__(3, 10**6)), "overlap, or lack"),
+    "beyond": (_both(lambda layout: _run(layout).__setitem__(5, 10**9)), f"the parts of {UP.removeprefix('master.')}"),
+    "huge_shape": (
+        _both(lambda layout: layout["tensors"].update({UP[7:]: [10**15, 16]})),
+        f"the parts of {UP} overlap",
     ),
-    "negative": (_set("index.json", UP, "chunks", 0, "offsets", [-1, 0]), "greater than or equal to 0"),
-    "text_size": (_set("index.json", UP, "chunks", 0, "sizes", ["4", 16]), "valid integer"),
-    "other_folder": (_set("index.json", UP, "chunks", 0, "file", "../t/tensors-00000-000.safetensors"), "pattern"),
-    "other_key": (_set("index.json", UP, "chunks", 0, "key", "nothing"), "cannot read"),
-    "other_dtype": (_set("index.json", UP, "dtype", "bfloat16"), "torch.float32"),
-    "no_dtype": (_set("index.json", UP, "dtype", "load"), "dtype"),
-    "unknown_key": (_set("index.json", UP, "also", 1), "also"),
-    "less": (_index(lambda index: index.pop(UP)), UP.removeprefix("master.")),
+    "too_large": (_both(_huge), "its layout says "),
+    "negative": (_layout(lambda layout: _run(layout).__setitem__(2, -1)), "greater than or equal to 0"),
+    "text_size": (_layout(lambda layout: _run(layout).__setitem__(2, "4")), "valid integer"),
+    "no_owner": (_layout(lambda layout: layout["owners"][0][0].__setitem__(0, 7)), "there is no such rank"),
+    "owner_twice": (_layout(lambda layout: layout["owners"][0][0].__setitem__(0, 1)), "a rank stands twice"),
+    "few_owners": (_both(lambda layout: layout.update(owners=[[[0], [1]]])), "1 shards of"),
+    "other_dtype": (_set(LAYOUT, "sections", 0, "kinds", "master", "bfloat16"), "overlap, or lack"),
+    "both_dtypes": (_both(lambda layout: layout["sections"][0]["kinds"].update(master="bfloat16")), "the layout says"),
+    "no_dtype": (_set(LAYOUT, "sections", 0, "kinds", "master", "load"), "kinds"),
+    "unknown_key": (_set(LAYOUT, "also", 1), "also"),
+    "less": (_both(lambda layout: layout["sections"].clear()), "runs: some are in no bucket"),
+    "bad_name": (_both(lambda layout: layout["tensors"].update({"../x": [2]})), "pattern"),
+    "workers": (_set("meta.json", "workers", [0]), "1 workers"),
+    "other_workers": (_set("meta.json", "workers", [0, 2]), "lists, as no job does, layout-00001.json"),
     "no_moments": (_set("meta.json", "optimizer_state", []), "of the optimizer; meta.json says none"),
     "layers": (_set("meta.json", "model_config", "num_hidden_layers", 10**9), "num_hidden_layers"),
     "another_model": (_set("meta.json", "model_config", "intermediate_size", 12), "the model in meta.json takes"),
@@ -125,13 +153,10 @@ CHANGES = {
     "plan_text": (_text("plan.json", "no"), "plan.json"),
     "state": (_set("state.pt", "optimizer_groups", 3), "state.pt"),
     "rank_state": (lambda files: files.update({"rank-00000.pt": {"x": 1}}), "rank-00000.pt"),
-    "no_ranks": (lambda files: files.pop("rank-00001.pt"), "does not list rank-00001.pt"),
-    "tensors": (lambda files: files.update({"tensors-00001-000.safetensors": b"\xff" * 64}), "tensors-00001-000"),
+    "tensors": (lambda files: files.update({TENSORS: b"\xff" * 64}), TENSORS),
     "header": (
-        lambda files: files.update(
-            {"tensors-00001-000.safetensors": (1 << 40).to_bytes(8, "little") + b"{}" + b" " * 60_000}
-        ),
-        "tensors-00001-000",
+        lambda files: files.update({TENSORS: (1 << 40).to_bytes(8, "little") + b"{}" + b" " * 60_000}),
+        TENSORS,
     ),
 }
 
@@ -150,7 +175,7 @@ def test_what_no_job_writes_is_refused_in_one_line(alone, tmp_path, change):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["index.json", "meta.json", "plan.json", "state.pt", "rank-00001.pt"])
+@pytest.mark.parametrize("name", [LAYOUT, "meta.json", "plan.json", "state.pt"])
 def test_a_manifest_lists_all_that_is_used(alone, tmp_path, name):
     checkpoint = write_tiny(tmp_path)
     change_manifest(checkpoint, lambda body: body["files"].pop(name))
@@ -159,16 +184,27 @@ def test_a_manifest_lists_all_that_is_used(alone, tmp_path, name):
     assert all(f"does not list {name}" in message for message in messages)
 
 
-def test_a_flipped_bit_in_a_file_that_the_manifest_does_not_list_is_not_loaded(alone, tmp_path):
+@pytest.mark.parametrize("name", ["tensors-00001.safetensors", "rank-00001.pt"])
+def test_a_manifest_of_a_rank_lists_all_that_is_used_of_it(alone, tmp_path, name):
+    """What it does not list is not read: here copies are, and where there are none it is refused."""
     checkpoint = write_tiny(tmp_path)
-    name = "tensors-00001-000.safetensors"
-    change_manifest(checkpoint, lambda body: body["files"].pop(name))
-    data = bytearray((checkpoint / name).read_bytes())
+    change_manifest(checkpoint, lambda body: body["files"].pop(name), "rank-00001.json")
+    data = bytearray((checkpoint / TENSORS).read_bytes())
     data[-5] ^= 4
-    (checkpoint / name).write_bytes(data)
+    (checkpoint / TENSORS).write_bytes(data)
+    assert refusal(tmp_path, tmp_path) == []
+    assert all(torch.equal(value, tensors()[name]) for name, value in load_tiny(tmp_path).items())
+    without = write_tiny(tmp_path, change=_both(lambda layout: layout["owners"][0].pop()))
+    change_manifest(without, lambda body: body["files"].pop(name), "rank-00001.json")
     messages = refusal(tmp_path, tmp_path)
     assert len(messages) == 5
-    assert all(f"bytes in {name}, which is not in the manifest" in message for message in messages)
+    assert all(f"rank-00001.json does not list {name}, and no other file" in message for message in messages)
+
+
+def test_a_manifest_of_a_rank_of_another_save_is_not_believed(alone, tmp_path):
+    other = (write_tiny(tmp_path, "other") / "rank-00001.json").read_text()
+    (write_tiny(tmp_path) / "rank-00001.json").write_text(other)
+    assert "not of this checkpoint" in summarize(tmp_path / "t", verify=True)["damage"][0]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +213,7 @@ def test_a_flipped_bit_in_a_file_that_the_manifest_does_not_list_is_not_loaded(a
         lambda body: body["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}}),
         lambda body: body["files"]["meta.json"].pop("bytes"),
         lambda body: body["files"]["meta.json"].update(bytes=1e300),
-        lambda body: body.update(format=2),
+        lambda body: body.update(format=1),
         lambda body: body.update(files=[]),
     ],
     ids=["path", "no_bytes", "float", "format", "list"],
@@ -222,20 +258,24 @@ def mutate(data, value):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_changed_index_is_read_as_it_was_or_refused(tmp_path, data):
-    changed = mutate(data, content()["index.json"])
-    (tmp_path / "index.json").write_text(json.dumps(changed))
-    found, message = outcome_of(lambda: read_index(tmp_path))
+def test_a_changed_layout_covers_every_element_once_or_is_refused(tmp_path, data):
+    changed = mutate(data, content()[LAYOUT])
+    (tmp_path / LAYOUT).write_text(json.dumps(changed))
+    found, message = outcome_of(lambda: read_layout(tmp_path, 1))
     assert "\n" not in message
-    for name, tensor in (found or {}).items():
-        seen = torch.zeros(tensor.size)
-        for chunk in tensor.chunks:
-            seen[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
-        assert (seen == 1).all(), name
+    shapes, message = outcome_of(lambda: check_cover([found])) if found else ({}, message)
+    assert "\n" not in message
+    seen = {logical: torch.zeros(shape) for logical, shape in (shapes or {}).items()}
+    for section in found.sections if shapes else ():
+        for kind, run in ((k, run) for bucket in section.buckets for run in bucket.runs for k in section.kinds):
+            matrix = seen[f"{kind}.{run.name}"].view(run.rows, -1)
+            for top, bottom, left, right in run.rectangles():
+                matrix[top:bottom, left:right] += 1
+    assert all((count == 1).all() for count in seen.values())
 
 
 def check_any_change(tmp_path, data):
-    name = data.draw(st.sampled_from(["index.json", "meta.json"]))
+    name = data.draw(st.sampled_from([LAYOUT, "meta.json"]))
     changed = mutate(data, content()[name])
     write_tiny(tmp_path, change=lambda files: files.update({name: json.dumps(changed)}))
     loaded, message = outcome_of(lambda: load_tiny(tmp_path))
@@ -258,18 +298,16 @@ def test_many_changed_checkpoints_are_loaded_as_they_were_or_refused(alone, tmp_
 
 def test_a_huggingface_folder_is_read_as_from_pretrained_reads_it(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
-    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
+    save_file({"a": torch.ones(2), "b": torch.arange(6.0).view(3, 2)}, tmp_path / "two.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     with pytest.raises(CheckpointError, match="holds a twice"):
-        HFFolderReader(tmp_path).read_metadata()
+        HFFolder(tmp_path)
     for text in ('{"weight_map": {"a": "../x"}}', '{"weight_map": 3}', "[" * 100_000):
         index.write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json"):
-            HFFolderReader(tmp_path).read_metadata()
+            HFFolder(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
-    reader = HFFolderReader(tmp_path)
-    reader.read_metadata()
-    assert {i.fqn: place.file for i, place in reader._places.items() if i.fqn.startswith("master")} == {
-        "master.a": "one.safetensors",
-        "master.b": "two.safetensors",
-    }
+    runs = (whole("a", (2,)), *cut([whole("b", (3, 2))], 3, 6))
+    values = torch.empty(5)
+    HFFolder(tmp_path).fill([Entry("master", runs, values)])
+    assert values.tolist() == [0, 0, 3, 4, 5]

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import deepspeed_sdp
-from deepspeed_sdp.engine.zero.memory import gradient_peak
+from deepspeed_sdp.engine.deepspeed.memory import gradient_peak
 from tests.engine.cases import build_model, ds_config, face, run_steps
 from tests.engine.stats_cases import buckets, watched
 from tests.support.models import token_batches

@@ -1,6 +1,7 @@
 """Saving, and loading into whatever layout."""
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.checkpoint import file_writer
+from deepspeed_sdp.checkpoint.tensor_files import TensorFiles
 from deepspeed_sdp.engine import initialize_dense
 from tests.engine.cases import build_model, ds_config, face, run_steps
 
@@ -48,6 +51,27 @@ def load_and_go_on(folder, sdp, ds, tag=None, more=2, **values):
     result.update(path=path, client_state=client_state, steps=engine.global_steps, loaded=loaded["full"])
     engine.destroy()
     return result
+
+
+def files_read(folder, sdp, ds):
+    """Names of the files that are opened while a checkpoint is loaded."""
+    engine, opened = start(sdp, ds, seed=1), set()
+    is_watched = [True]
+
+    def watch(event, arguments):
+        if is_watched and event == "open" and str(arguments[0]).startswith(folder):
+            opened.add(Path(arguments[0]).name)
+
+    sys.addaudithook(watch)
+    open_file = TensorFiles._open_file
+    TensorFiles._open_file = staticmethod(lambda path: (opened.add(path.name), open_file(path))[1])
+    try:
+        engine.load_checkpoint(folder)
+    finally:
+        is_watched.clear()
+        TensorFiles._open_file = staticmethod(open_file)
+    engine.destroy()
+    return opened - {"latest"}
 
 
 def load_and_save(folder, out, sdp, ds, **values):
@@ -200,6 +224,29 @@ def save_once(folder, is_async):
     losses = run_steps(engine, 1)["losses"]
     engine.destroy()
     return message, losses
+
+
+def save_with_a_writer_that_is_killed(folder):
+    """On rank 2, at the second save: the message, what is in the folder then, and losses before and after a third."""
+    engine = start({**HALF, "checkpoint_async": True}, {"stage": 1})
+    writer = file_writer.__file__
+    killed = Path(folder).with_name("killed.py")
+    if dist.get_rank() == 0:
+        killed.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    dist.barrier()
+    losses, message, names = [], None, []
+    for number in range(3):
+        losses += run_steps(engine, 1)["losses"]
+        file_writer.__file__ = str(killed) if number == 1 and dist.get_rank() == 2 else writer
+        try:
+            engine.save_checkpoint(folder)
+            engine.wait_for_checkpoint()
+        except deepspeed_sdp.SDPError as error:
+            message = f"{type(error).__name__}: {error}"
+        names.append(sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith(".")))
+        dist.barrier()
+    engine.destroy()
+    return message, names, losses
 
 
 def dense_saves(folder):

@@ -1,7 +1,8 @@
 """Training with weights that are cut, on ranks."""
 
-import deepspeed_sdp
 from deepspeed_sdp.engine.zero.memory import gradient_peak
+
+import deepspeed_sdp
 from tests.engine.cases import build_model, ds_config, run_steps
 
 

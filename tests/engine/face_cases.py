@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
 import deepspeed_sdp
@@ -187,3 +188,22 @@ def peak_memory():
     """Bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def full_model_where_memory_is_short(short):
+    """Names of the classes that ``full_model`` gives, where rank 2 has so many bytes free, and the losses of both."""
+    engine, *_ = deepspeed_sdp.initialize(model=build_model(), config=ds_config(), sdp_config={"coverage": 0.5})
+    run_steps(engine, 1)
+    ids = torch.arange(24).view(2, 12)
+    accelerator, free = get_accelerator(), get_accelerator().available_memory
+    found = []
+    for nbytes in (None, short):
+        if nbytes is not None and dist.get_rank() == 2:
+            accelerator.available_memory = lambda device=None, nbytes=nbytes: nbytes
+        try:
+            with engine.full_model(streamed=None) as model, torch.no_grad():
+                found.append((type(model).__name__, float(model(input_ids=ids, labels=ids).loss)))
+        finally:
+            accelerator.available_memory = free
+    engine.destroy()
+    return found

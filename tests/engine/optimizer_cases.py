@@ -1,9 +1,11 @@
 """Every optimizer that DeepSpeed's config offers, through a job's life; and parameters that are frozen within it."""
 
 import contextlib
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepspeed_sdp
 from tests.engine.cases import build_model, ds_config, face, run_steps
@@ -94,6 +96,8 @@ CLIENTS = {
     "counts_calls": lambda groups: CountsCalls(groups, lr=1e-2),
     # its state holds a number that follows from the rate of a group
     "asgd": lambda groups: torch.optim.ASGD(groups, lr=1e-2, t0=2),
+    # transformers' default, whose count is a tensor where the parameters are
+    "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-5, fused=True),
     # one group keeps nothing
     "sgd": lambda groups: torch.optim.SGD([{**groups[0], "momentum": 0.9}, groups[1]], lr=1e-2),
 }
@@ -142,6 +146,41 @@ def load_into(folder, optimizer):
         return str(error)
     finally:
         engine.destroy()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def host_side_of_a_step(stage):
+    """Of one update: numbers read one by one, lists of numbers read, calls of the optimizer, portions, buckets."""
+    config = {"type": "SGD", "params": {"lr": 1e-2}}
+    settings = ds_config(stage, clip=1.0, bucket=2000, zero_allow_untested_optimizer=True)
+    settings["zero_optimization"]["allgather_bucket_size"] = 9000
+    engine, *_ = deepspeed_sdp.initialize(
+        model=build_model(), config={**settings, "optimizer": config}, sdp_config={"coverage": 0.5}
+    )
+    run_steps(engine, 1)
+    calls, lists, tolist = [], [], torch.Tensor.tolist
+    engine.basic_optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    ids = token_batches(1, 4)[0][dist.get_rank()][0]
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    with (
+        Reads() as reads,
+        mock.patch.object(torch.Tensor, "tolist", lambda tensor: lists.append(1) or tolist(tensor)),
+    ):
+        engine.optimizer.step()
+    optimizer = engine.optimizer
+    portions = sum(1 for portion in optimizer.refresh.portions if any(portion.owned))
+    result = (reads.count, len(lists), len(calls), portions, len(optimizer.masters))
+    engine.destroy()
+    return result
 
 
 def freeze_in_between(optimizer, stage, pattern, sdp, only=None, accumulation=1):

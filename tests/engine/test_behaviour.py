@@ -149,6 +149,24 @@ def test_what_is_kept_of_a_parameter_is_found(make, by_element, numbers):
     assert {key: kept.kind for key, kept in behaviour.state[0].items() if not kept.by_element} == numbers
 
 
+def test_a_number_comes_back_as_a_tensor_where_its_optimizer_had_it():
+    """As fused and capturable optimizers have it on the accelerator; here another device stands for that."""
+
+    class CountsElsewhere(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                state = self.state[parameter]
+                step = state.setdefault("step", torch.zeros((), dtype=torch.float64, device="meta"))
+                assert step.device.type == "meta", "a count on another device stops such an optimizer"
+                step += 1
+
+    kept = tried(lambda p: CountsElsewhere(p, lr=0.1)).state[0]["step"]
+    assert not kept.by_element
+    number = kept.number(7)
+    assert (number.shape, number.dtype, number.device.type) == ((), torch.float64, "meta")
+
+
 def test_the_clients_hooks_do_not_see_the_trial():
     calls = []
 

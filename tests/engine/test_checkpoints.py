@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deepspeed_sdp.checkpoint import LOCK, FolderLocks
+from deepspeed_sdp.checkpoint import LOCK, FolderLocks, parameter_of
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.export import export
+from deepspeed_sdp.checkpoint.recovery import usable
 from deepspeed_sdp.checkpoint.summary import locate
-from deepspeed_sdp.checkpoint.tensor_files import TensorFileReader
 from deepspeed_sdp.cli import main
 from tests.engine.cases import build_model
 from tests.support.compare import assert_owners_equal
 from tests.support.ranks import ROOT
+from tests.support.tiny_checkpoint import change_manifest
 
 CASES = "tests.engine.checkpoint_cases"
 HALF = {"coverage": 0.5}
@@ -46,22 +47,16 @@ LAYOUTS = {
 }
 
 
+# Of the files that exist once, sorted, a rank compares every fourth with the manifest.
+VERIFIED = [[f"layout-{rank:05d}.json", name] for rank, name in enumerate(("meta.json", "plan.json", "state.pt", ""))]
+
+
 def tensors_of(checkpoint):
     """The logical tensors of a checkpoint, put together by one process."""
-    from safetensors import safe_open
-
-    reader = TensorFileReader(checkpoint)
-    metadata = reader.read_metadata()
-    full = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        full[name] = torch.full(tensor.size, float("nan"), dtype=tensor.properties.dtype)
-    for index, place in reader._places.items():
-        chunk = metadata.state_dict_metadata[index.fqn].chunks[index.index]
-        with safe_open(checkpoint / place.file, framework="pt") as file:
-            slices = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-            full[index.fqn][slices] = file.get_tensor(place.key)
-    assert not any(value.isnan().any() for value in full.values())
-    return full
+    manifest = folders.read_manifest(checkpoint)
+    _, files, shapes = usable(checkpoint, manifest, folders.damage(checkpoint, manifest))
+    kinds = ((name, parameter_of(name)) for name in shapes)
+    return {name: files.tensor(name.removesuffix(f".{parameter}"), parameter) for name, parameter in kinds}
 
 
 def assert_same_tensors(one, two):
@@ -178,13 +173,33 @@ def test_an_error_beside_training_comes_with_the_next_call(ranks4, tmp_path):
         assert losses
 
 
+def test_a_writer_that_is_killed_leaves_the_folder_as_it_was_and_the_job_goes_on(ranks4, tmp_path):
+    results = ranks4.run(f"{CASES}:save_with_a_writer_that_is_killed", timeout=60, folder=str(tmp_path / "c"))
+    for message, names, losses in results:
+        assert message == results[0][0]
+        assert message.startswith("OutputError: rank 2: cannot write ")
+        assert message.endswith("tensors-00002.safetensors: the process that writes it is killed by signal 9")
+        assert names == [["global_step1", "latest"]] * 2 + [["global_step1", "global_step3", "latest"]]
+        assert len(losses) == 3
+
+
+def test_a_rank_reads_its_own_files_and_no_list_of_all(ranks4, tmp_path):
+    values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1, "bucket": 4000}}
+    ranks4.run(f"{CASES}:save_and_go_on", timeout=60, steps=1, more=0, **values)
+    of_all = {"manifest.json", "meta.json", "state.pt"}
+    for rank, opened in enumerate(ranks4.run(f"{CASES}:files_read", timeout=60, **values)):
+        layouts = [f"layout-{worker:05d}.json" for worker in ([rank] if rank else range(4))]  # rank 0 compares them
+        own = {f"rank-{rank:05d}.json", f"rank-{rank:05d}.pt", f"tensors-{rank:05d}.safetensors"}
+        assert own | of_all | {*layouts} <= opened <= own | of_all | {*layouts, "plan.json", *VERIFIED[rank]}
+
+
 def test_a_missing_latest_loads_nothing(ranks4, tmp_path):
     results = ranks4.run(f"{CASES}:load_and_go_on", timeout=60, folder=str(tmp_path), sdp=HALF, ds={"stage": 1}, more=0)
     assert [(result["path"], result["client_state"]) for result in results] == [(None, None)] * 4
 
 
 def damaged(checkpoint, how):
-    file = sorted(checkpoint.glob("tensors-00002-*"))[0]
+    file = checkpoint / "tensors-00002.safetensors"
     content = bytearray(file.read_bytes())
     if how == "truncated":
         file.write_bytes(content[:-100])
@@ -223,10 +238,8 @@ def test_hostile_files_are_refused(ranks4, tmp_path):
 
     checkpoint = tmp_path / "t"
     torch.save({"client_state": Hostile()}, checkpoint / "state.pt")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    body = {key: manifest[key] for key in ("format", "tag", "files")}
-    body["files"]["state.pt"] = folders.describe_file(checkpoint / "state.pt")
-    (checkpoint / "manifest.json").write_text(json.dumps({**body, "sha256": folders._digest(body)}))
+    described = folders.describe_file(checkpoint / "state.pt")
+    change_manifest(checkpoint, lambda body: body["files"].update({"state.pt": described}))
     for message in ranks4.run(f"{CASES}:load_error", timeout=60, **values):
         assert "state.pt is refused" in message
     assert not (tmp_path / "owned").exists()
@@ -363,17 +376,14 @@ def test_what_json_cannot_hold_is_one_error_on_all_ranks(ranks4, tmp_path):
 def test_names_that_lead_out_of_a_folder_are_refused(checkpoint, tmp_path, capsys):
     folder = tmp_path / "c"
     shutil.copytree(locate(checkpoint[0]), folder)
-    index = json.loads((folder / "index.json").read_text())
-    for bad in ("master./tmp/x", "master.../x", "optimizer.a/b.x", "master"):
-        changed = dict(index)
-        changed[bad] = next(iter(index.values()))
-        (folder / "index.json").write_text(json.dumps(changed))
-        manifest = json.loads((folder / "manifest.json").read_text())
-        body = {key: manifest[key] for key in ("format", "tag", "files")}
-        body["files"]["index.json"] = folders.describe_file(folder / "index.json")
-        (folder / "manifest.json").write_text(json.dumps({**body, "sha256": folders._digest(body)}))
+    name = "layout-00000.json"
+    text = (folder / name).read_text()
+    for bad in ("/tmp/x", "../x", "a/b.x", ""):
+        (folder / name).write_text(text.replace('"model.norm.weight"', json.dumps(bad)))
+        described = folders.describe_file(folder / name)
+        change_manifest(folder, lambda body, described=described: body["files"].update({name: described}))
         assert main(["export", str(folder), str(tmp_path / "u"), "--universal"]) == 1
-        assert f"index.json: {bad}" in capsys.readouterr().err
+        assert f"{name}: tensors.{bad}" in capsys.readouterr().err
         assert not list(tmp_path.glob("u/*"))
 
 
@@ -429,6 +439,7 @@ from pathlib import Path
 import torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from deepspeed_sdp.checkpoint.export import export
+from deepspeed_sdp.checkpoint.recovery import usable
 from deepspeed_sdp.checkpoint.summary import locate
 
 def own():

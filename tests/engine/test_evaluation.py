@@ -80,3 +80,11 @@ def test_in_bf16_too(ranks4):
 def test_nothing_to_evaluate_is_said_on_every_rank(ranks4):
     messages = ranks4.run("tests.engine.face_cases:evaluate_nothing", timeout=60)
     assert set(messages) == {"evaluate_full: no rank brought a batch with a predicted token"}
+
+
+def test_where_one_rank_has_no_memory_for_all_weights_they_are_streamed_on_all(ranks4):
+    for (gathered, one), (streamed, two) in ranks4.run(
+        "tests.engine.face_cases:full_model_where_memory_is_short", timeout=60, short=100_000
+    ):
+        assert (gathered, streamed) == ("LlamaForCausalLM", "StreamedModel")
+        assert one == pytest.approx(two, abs=1e-5)

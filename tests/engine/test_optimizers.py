@@ -95,6 +95,13 @@ def test_what_groups_keep_of_their_own_comes_back(ranks4, tmp_path, client, stag
     assert_close(full[0], dict(module.state_dict()))
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_host_reads_the_norm_alone_and_calls_the_optimizer_once_per_portion(ranks4, stage):
+    for reads, lists, calls, portions, buckets in ranks4.run(f"{CASES}:host_side_of_a_step", timeout=60, stage=stage):
+        assert (reads, lists) == (0, 1)
+        assert calls == portions < buckets
+
+
 def test_another_implementation_of_an_optimizer_takes_its_checkpoint(ranks4, tmp_path):
     optimizer = {"type": "AdamW", "params": {**ADAM, "torch_adam": True}}
     for before, after in ranks4.run(f"{CASES}:load_into", timeout=60, folder=str(tmp_path), optimizer=optimizer):

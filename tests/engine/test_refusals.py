@@ -207,7 +207,7 @@ ONE_RANK = [
         rank=3,
         only={"ds": {"zero_optimization.stage": 4}},
     ),
-    row("other_model", "ConfigError", "rank 2: model: no adapter knows BloomForCausalLM", rank=2, kind="bloom"),
+    row("other_model", "ModelError", "rank 2: model: no adapter knows BloomForCausalLM", rank=2, kind="bloom"),
     row(
         "other_width",
         "ConfigError",
@@ -218,10 +218,10 @@ ONE_RANK = [
     row("more_layers", "ConfigError", "ranks disagree on", "rank 1", rank=1, kind="one_layer_more"),
     row("missing_file", "ConfigError", "rank 1: sdp_config: cannot read", rank=1, kind="file:/nowhere/sdp.json"),
     row("meta", "ConfigError", "ranks disagree on", "rank 2", "meta", rank=2, kind="meta"),
-    row("hook", "ConfigError", "rank 1: model: model.layers.1 has a forward hook, ", rank=1, kind="hook"),
-    row("rope", "ConfigError", "rank 3: model: model.rotary_emb.inv_freq, a buffer that is", rank=3, kind="rope"),
-    row("compiled", "ConfigError", "rank 1: model: got one that torch.compile wraps", rank=1, kind="compiled"),
-    row("half_meta", "ConfigError", "rank 1: model: model.norm.weight is on the meta device", rank=1, kind="half_meta"),
+    row("hook", "ModelError", "rank 1: model: model.layers.1 has a forward hook, ", rank=1, kind="hook"),
+    row("rope", "ModelError", "rank 3: model: model.rotary_emb.inv_freq, a buffer that is", rank=3, kind="rope"),
+    row("compiled", "ModelError", "rank 1: model: got one that torch.compile wraps", rank=1, kind="compiled"),
+    row("half_meta", "ModelError", "rank 1: model: model.norm.weight is on the meta device", rank=1, kind="half_meta"),
     row("no_model", "ConfigError", "rank 0: model: got NoneType", rank=0, kind="no_model"),
     row(
         "stepped", "ConfigError", "ranks disagree on optimizer: rank 0 has nothing, rank 2 has", rank=2, kind="stepped"

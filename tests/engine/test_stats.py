@@ -57,8 +57,12 @@ def check_design(result, plan, ds, sdp):
     gathered = sent.get("weight_gather", 0)
     accumulation = ds.get("accumulation", 1)
     is_scattered = ds["stage"] > 0 and sdp.get("transport") != "owner_sets"
-    once = ring_bytes(result, plan, ds)
-    assert_near(reduced, once, (1 if is_scattered else 2) * (accumulation if ds["stage"] >= 2 else 1))
+    # Gradients travel in fp32, weights in their own dtype.
+    width = 2 if ds["bf16"] else 4
+    once = ring_bytes(result, plan, width)
+    assert_near(
+        reduced, ring_bytes(result, plan, 4), (1 if is_scattered else 2) * (accumulation if ds["stage"] >= 2 else 1)
+    )
     if ds["stage"] == 0:
         assert gathered == 0
     elif ds["stage"] < 3:
@@ -67,16 +71,16 @@ def check_design(result, plan, ds, sdp):
         # Forwards and backwards, in every micro-batch; what is outside of the layers and the last layer not twice.
         layers = {name.split(".layers.")[1].split(".")[0] for name in result["owned"] if ".layers." in name}
         twice = tuple(f".layers.{layer}." for layer in sorted(layers, key=int)[:-1])
-        again = ring_bytes(result, plan, ds, twice)
+        again = ring_bytes(result, plan, width, twice)
         assert_near(gathered, [one + two for one, two in zip(once, again, strict=True)], accumulation)
 
 
-def ring_bytes(result, plan, ds, inside=("",)):
-    """What a rank sends to gather its weights once, of the modules ``inside``: by the design, and for padding."""
+def ring_bytes(result, plan, width, inside=("",)):
+    """What a rank sends to gather all once, ``width`` bytes each, of ``inside``: by the design, and for padding."""
 
     def share(owner_set, numel):
         owners = owners_of(plan, owner_set)
-        return numel * (2 if ds["bf16"] else 4) * (owners - 1) / owners
+        return numel * width * (owners - 1) / owners
 
     def is_inside(name):
         return any(module in name for module in inside)

@@ -1,12 +1,13 @@
 """Checkpoints that no job wrote: whole and small, to be changed; and what readers say of them."""
 
+import copy
 import functools
 import json
 
 import torch
 from safetensors.torch import save_file
 
-from deepspeed_sdp.checkpoint import Entry, Region, open_checkpoint
+from deepspeed_sdp.checkpoint import Entry, open_checkpoint, parameter_of, whole
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.subnetwork import plan_for
@@ -32,26 +33,51 @@ def tensors():
 
 
 def content():
-    """What is in each file: JSON data, tensors, or what is pickled."""
+    """What is in each file: JSON data, tensors, or what is pickled.
+
+    Both ranks write all of it, the one the first halves and copies of the second, the other the other way round.
+    """
     sdp, model = SDPConfig.parse(BLOCK), _model()
     plan = plan_for(model, sdp, RANKS)
-    index = {}
-    files = {f"tensors-{rank:05d}-000.safetensors": {} for rank in range(RANKS)}
-    for name, value in tensors().items():
-        cut = (len(value) + 1) // 2
-        chunks = []
-        for number, (start, stop) in enumerate(((0, cut), (cut, len(value)))):
-            part = value[start:stop].contiguous()
-            places = [{"file": file, "key": f"{name}-{number}"} for file in sorted(files)]
-            for place in places:
-                files[place["file"]][place["key"]] = part
-            first, *copies = places if number == 0 else places[::-1]
-            offsets = [start] + [0] * (value.dim() - 1)
-            chunks.append({"offsets": offsets, "sizes": list(part.shape), **first, "copies": copies})
-        index[name] = {"dtype": "float32", "shape": list(value.shape), "chunks": chunks}
+    named = list(model.named_parameters())
+    runs, halves = [], ([], [])
+    for number, (_, value) in enumerate(named):
+        rows = len(value) if value.dim() == 2 else 1
+        width = value.numel() // rows
+        if number % 2 and rows > 1:  # some columns of all rows, as a plan cuts them
+            cut = (width + 1) // 2
+            runs += [[number, rows, 0, cut, 0, rows * cut], [number, rows, cut, width - cut, 0, rows * (width - cut)]]
+            parts = [part.reshape(-1) for part in value.detach().tensor_split([cut], dim=1)]
+        else:
+            cut = value.numel() // 3
+            runs += [[number, rows, 0, width, 0, cut], [number, rows, 0, width, cut, value.numel()]]
+            parts = value.detach().reshape(-1).tensor_split([cut])
+        for half, part in zip(halves, parts, strict=True):
+            half.append(part)
+    sizes = [stop - start for *_, start, stop in runs]
+    layout = {
+        "tensors": {name: list(value.shape) for name, value in named},
+        "runs": [runs[2 * n + half] for half in (0, 1) for n in range(len(named))],
+        "owners": [[[0, 1], [1, 0]]],
+        "sections": [
+            {
+                "kinds": {"master": "float32", "optimizer.exp_avg": "float32"},
+                "buckets": [[0, len(named) * half, len(named), -(-sum(sizes[half::2]) // 2)] for half in (0, 1)],
+            }
+        ],
+    }
+    buckets = [torch.cat(half) for half in halves]
+    shards = [[bucket[: -(-len(bucket) // 2)], bucket[-(-len(bucket) // 2) :]] for bucket in buckets]
+    files = {}
+    for rank in range(RANKS):
+        tensors = files[f"tensors-{rank:05d}.safetensors"] = {}
+        for number in (0, 1):
+            flat = torch.cat([of_bucket[rank ^ number] for of_bucket in shards])
+            tensors |= {f"{number}.0.master": flat, f"{number}.0.optimizer.exp_avg": 0.5 * flat}
     meta = {
         **dict.fromkeys(("global_steps", "global_samples", "micro_steps", "skipped_steps"), 3),
         "world_size": RANKS,
+        "workers": list(range(RANKS)),
         "zero_stage": 1,
         "dtype": "float32",
         "optimizer": "AdamW",
@@ -73,7 +99,7 @@ def content():
     return {
         **files,
         **{f"rank-{rank:05d}.pt": {"random": {}} for rank in range(RANKS)},
-        "index.json": index,
+        **{f"layout-{rank:05d}.json": copy.deepcopy(layout) for rank in range(RANKS)},
         "meta.json": json.loads(json.dumps(meta)),
         "plan.json": json.loads(plan.to_json()),
         "state.pt": state,
@@ -97,16 +123,21 @@ def write_tiny(folder, tag="t", steps=3, change=lambda files: None):
             torch.save(value, staging / name)
         else:
             save_file(value, staging / name)
-    folders.finish(staging, folder / tag, {name: folders.describe_file(staging / name) for name in files})
+    described = {name: folders.describe_file(staging / name) for name in files}
+    mark = folders.new_mark()
+    for rank in range(RANKS):
+        of_rank = {name: described.pop(name) for name in folders.files_of(rank) if name in described}
+        folders.finish_rank(staging, mark, rank, of_rank)
+    folders.finish(staging, folder / tag, folders.Manifest(mark, RANKS, described))
     return folder / tag
 
 
-def change_manifest(checkpoint, change):
-    """Let the manifest say something else; its own checksum holds."""
-    body = json.loads((checkpoint / folders.MANIFEST).read_text())
+def change_manifest(checkpoint, change, name=folders.MANIFEST):
+    """Let a manifest say something else; its own checksum holds."""
+    body = json.loads((checkpoint / name).read_text())
     del body["sha256"]
     change(body)
-    (checkpoint / folders.MANIFEST).write_text(json.dumps({**body, "sha256": folders._digest(body)}))
+    (checkpoint / name).write_text(json.dumps({**body, "sha256": folders._digest(body)}))
 
 
 def load_tiny(folder):
@@ -116,8 +147,12 @@ def load_tiny(folder):
     checkpoint.rank_state(0)
     values = {name: torch.full_like(value, float("nan")) for name, value in tensors().items()}
     entries = [
-        Entry(name, tuple(value.shape), Region((0,) * value.dim(), tuple(value.shape)), value)
-        for name, value in values.items()
+        Entry(
+            logical.removesuffix(f".{parameter_of(logical)}"),
+            (whole(parameter_of(logical), value.shape),),
+            value.view(-1),
+        )
+        for logical, value in values.items()
     ]
     checkpoint.read(entries)
     return values

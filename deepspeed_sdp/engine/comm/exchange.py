@@ -43,14 +43,14 @@ class Route:
         receivers: for each of them, the places among the workers of those that lack it, ascending.
         received: by place of the sender, the shares that this rank lacks.
         all_gather_numel: elements of every rank's piece, where one all-gather serves; else 0.
-        slices: by replica, what goes inside then: one share for each bucket that a worker lacks something of.
+        inside: where there are replicas, what goes inside then: the buckets that a worker lacks something of.
     """
 
     sent: tuple[Share, ...]
     receivers: tuple[tuple[int, ...], ...]
     received: tuple[tuple[Share, ...], ...]
     all_gather_numel: int
-    slices: tuple[tuple[Share, ...], ...]
+    inside: tuple[OwnerBucket, ...]
 
 
 class Exchange:
@@ -100,14 +100,8 @@ class Exchange:
                 for sender, of_rank in enumerate(shares)
             ),
             max(totals) if self._is_sharded and is_even else 0,
-            self._slices(buckets),
+            tuple(b for b in buckets if self._everyone.inner and (self._is_sharded or not b.is_owned)),
         )
-
-    def _slices(self, buckets: Sequence[OwnerBucket]) -> tuple[tuple[Share, ...], ...]:
-        if self._everyone.inner is None:
-            return ()
-        lacked = [bucket for bucket in buckets if self._is_sharded or not bucket.is_owned]
-        return tuple(tuple(_slice(b, replica) for b in lacked) for replica in range(self._everyone.replicas))
 
     @named("refresh weights")
     def start(self, route: Route) -> Pending:
@@ -153,15 +147,27 @@ class Exchange:
         return _arriving(works, route.received, torch.split(received, expected), send, received)
 
     def _spread(self, route: Route, inner: Group) -> Arriving:
-        """This rank's slices to the other replicas, whose slices it lacks."""
-        numel = max(sum(share.numel for share in of_replica) for of_replica in route.slices)
-        send = torch.empty(numel, dtype=self._dtype, device=self._device)
-        _read(route.slices[inner.place], send)
-        received = torch.empty(len(inner.ranks) * numel, dtype=self._dtype, device=self._device)
-        self._count(numel * (len(inner.ranks) - 1))
+        """This rank's slices to the other replicas, whose slices it lacks. The last ones may be shorter, or empty."""
+        replicas, sizes = len(inner.ranks), [_slice(bucket) for bucket in route.inside]
+        send = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
+        own = []
+        for bucket, size, values in zip(route.inside, sizes, torch.split(send, sizes), strict=True):
+            start, stop = (min(place * size, bucket.numel) for place in (inner.place, inner.place + 1))
+            values[: stop - start] = bucket.read(start, stop)
+            own.append((start, stop))
+        received = torch.empty(replicas * len(send), dtype=self._dtype, device=self._device)
+        self._count(len(send) * (replicas - 1))
+
+        def write() -> list[torch.Tensor]:
+            by_bucket = torch.split(received.view(replicas, -1), sizes, dim=1)
+            for bucket, (start, stop), slices in zip(route.inside, own, by_bucket, strict=True):
+                values = slices.reshape(-1)
+                bucket.write(0, values[:start])
+                bucket.write(stop, values[stop : bucket.numel])
+            return []
+
         works = [self._timed(start_all_gather(received, send, inner), inner)]
-        lacked = [() if replica == inner.place else of_replica for replica, of_replica in enumerate(route.slices)]
-        return _arriving(works, lacked, received.view(len(inner.ranks), -1), send, received)
+        return Arriving(works, write, _nbytes(send) + _nbytes(received))
 
     def _timed(self, work: Any, group: Group) -> TimedWork:
         return self._stopwatch.timed(work, "refreshing weights", group)
@@ -173,12 +179,10 @@ class Exchange:
         self._traffic.add(KIND, numel * self._dtype.itemsize, owner_set)
 
 
-def _slice(bucket: OwnerBucket, replica: int) -> Share:
-    """The shares of a bucket's owners at one coordinate."""
+def _slice(bucket: OwnerBucket) -> int:
+    """Elements of the shares of a bucket's owners at one coordinate, which lie one after the other."""
     ranks = bucket.owners.ranks
-    workers = len(ranks) // bucket.owners.replicas
-    first, last = ranks[replica * workers], ranks[(replica + 1) * workers - 1]
-    return Share(bucket, bucket.share_of(first)[0], bucket.share_of(last)[1])
+    return min(bucket.share_of(ranks[0])[1] * len(ranks) // bucket.owners.replicas, bucket.numel)
 
 
 def _read(shares: Sequence[Share], values: torch.Tensor) -> int:

@@ -18,18 +18,17 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 from torch import nn
 
+from deepspeed_sdp.agreement import agreed, from_first_rank
 from deepspeed_sdp.checkpoint import FolderLocks, model_folder
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.config import BLOCK, SDPConfig
-from deepspeed_sdp.engine.comm.agreement import agreed
 from deepspeed_sdp.engine.comm.timing import Stopwatch
+from deepspeed_sdp.engine.deepspeed.memory import model_state_bytes
 from deepspeed_sdp.engine.full.evaluation import eval_mode, mean_over_ranks, nothing, sum_of_losses
-from deepspeed_sdp.engine.initialize import engine_class
 from deepspeed_sdp.engine.state.universal import SAFE
-from deepspeed_sdp.engine.zero.memory import model_state_bytes
 from deepspeed_sdp.errors import CheckpointError, ConfigError, OutputError, SDPError
-from deepspeed_sdp.failures import on_first_rank
 from deepspeed_sdp.files import replace_folder
+from deepspeed_sdp.patches import patched
 from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import cut_model, materialize, plan_for
 
@@ -101,7 +100,7 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
             finally:
                 config.use_cache = False
 
-        on_first_rank(write)
+        from_first_rank(write)
 
     def save_checkpoint(
         self,
@@ -118,20 +117,19 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
         """
         folder, tag = Path(save_dir), tag or f"global_step{self.global_steps}"
         self.claim_checkpoints(folder)
-        began = on_first_rank(lambda: _written(lambda: folders.begin(folder, tag).name, folder))
-        staging = folder / str(object_of_first(began, "beginning a checkpoint"))
+        staging = folder / from_first_rank(lambda: _written(lambda: folders.begin(folder, tag).name, folder))
 
         def save() -> bool:
             state, frozen = client_state or {}, exclude_frozen_parameters
             return bool(super(DenseEngine, self).save_checkpoint(str(staging), tag, state, False, frozen))
 
         saved = agreed(lambda: _written(save, folder))
-        on_first_rank(lambda: _written(lambda: _finish(staging, folder / tag, save_latest), folder))
+        from_first_rank(lambda: _written(lambda: _finish(staging, folder / tag, save_latest), folder))
         return saved
 
     def claim_checkpoints(self, folder: str | Path) -> None:
         """As :meth:`SDPEngine.claim_checkpoints`."""
-        on_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
+        from_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
 
     def destroy(self) -> None:
         self._checkpoint_locks.release()
@@ -240,7 +238,7 @@ def initialize_dense(model: nn.Module, config: Mapping[str, Any], seed: int = 0)
     whole = plan_for(model, SDPConfig.parse({"coverage": 1.0, "num_subnetworks": 1}), 1)
     materialize(cut_model(model, whole, 0), get_accelerator().current_device_name(), seed)
     plain = {key: value for key, value in config.items() if key != BLOCK}
-    with engine_class(DenseEngine):
+    with patched(deepspeed, "DeepSpeedEngine", DenseEngine):
         engine, *_ = deepspeed.initialize(model=model, config=plain, model_parameters=model.parameters())
     engine.__dict__["_uses_cache"] = uses_cache
     return engine  # type: ignore[no-any-return]

@@ -12,14 +12,14 @@ from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
+from deepspeed_sdp.engine.deepspeed.memory import model_state_bytes
 from deepspeed_sdp.engine.full.calibration import calibrated, scales_to_try
 from deepspeed_sdp.engine.full.evaluation import evaluate_full
 from deepspeed_sdp.engine.full.full_model import full_state_dict, save_hf, skeleton_to_save
 from deepspeed_sdp.engine.full.gather import Access
-from deepspeed_sdp.engine.full.whole_model import whole_model
+from deepspeed_sdp.engine.full.whole_model import is_too_large, whole_model
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.zero.build import Parts
-from deepspeed_sdp.engine.zero.memory import model_state_bytes
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -116,7 +116,7 @@ class FullModelFace:
 
     @while_alive
     @contextmanager
-    def full_model(self, streamed: bool = False) -> Iterator[torch.nn.Module]:
+    def full_model(self, streamed: bool | None = False) -> Iterator[torch.nn.Module]:
         """Collective, between steps. Inside, the full model in evaluation mode: to evaluate, to generate, to look at.
 
         Its weights are those of now, in part the very ones that are trained: look, do not change them. Afterwards the
@@ -124,10 +124,12 @@ class FullModelFace:
 
         Args:
             streamed: gather one layer at a time in every call, which is then collective, instead of all weights at
-                once on every rank. Such a module can be called, and no more.
+                once on every rank. Such a module can be called, and no more. ``None``: where some rank has no memory
+                for all of them.
         """
         self.optimizer.refresh.settle()
         is_sharded = self._weights is not None
+        streamed = is_too_large(self._subnetwork, self.device) if streamed is None else streamed
         with nullcontext() if self._weights is None else self._weights.paused():
             model = whole_model(self._subnetwork, self._access, is_streamed=streamed, is_sharded=is_sharded)
             with model as full:

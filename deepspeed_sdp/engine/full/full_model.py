@@ -8,10 +8,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.checkpoint import model_folder
 from deepspeed_sdp.engine.full.gather import Access, full_parameters
 from deepspeed_sdp.errors import OutputError
-from deepspeed_sdp.ranks import object_of_first
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
@@ -42,9 +42,7 @@ def full_state_dict(
 def save_hf(subnetwork: Subnetwork, folder: Path, access: Access, dtype: torch.dtype | None = None) -> None:
     """Collective; see :meth:`SDPEngine.save_hf`."""
     weights = full_state_dict(subnetwork, access, dtype)
-    failure = object_of_first(_write(subnetwork, folder, weights) if weights is not None else None, "save_hf")
-    if failure is not None:
-        raise OutputError(failure)
+    from_first_rank(lambda: _write(subnetwork, folder, weights or {}))
 
 
 def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedModel:
@@ -53,13 +51,13 @@ def skeleton_to_save(subnetwork: Subnetwork, dtype: torch.dtype) -> PreTrainedMo
     return model  # type: ignore[no-any-return]
 
 
-def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> str | None:
+def _write(subnetwork: Subnetwork, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     try:
         model = skeleton_to_save(subnetwork, next(iter(weights.values())).dtype)
         with model_folder(folder) as staging:
             model.save_pretrained(staging, state_dict=weights)
     except (OSError, SafetensorError) as error:  # the latter is what a full disk gives
-        return f"save_hf: cannot write {folder}: {getattr(error, 'strerror', None) or error}"
-    except Exception as error:  # the other ranks wait for word of this one, whatever it is
-        return f"save_hf: cannot save the model to {folder}: {type(error).__name__}: {error}"
-    return None
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"save_hf: cannot write {folder}: {reason}") from None
+    except Exception as error:
+        raise OutputError(f"save_hf: cannot save the model to {folder}: {type(error).__name__}: {error}") from None

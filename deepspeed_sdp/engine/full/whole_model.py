@@ -1,14 +1,19 @@
 """The full model as a module to call, between steps: with all its weights on every rank, or one layer at a time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
 from torch import nn
 
 from deepspeed_sdp.engine.full.evaluation import eval_mode, outputs_of
 from deepspeed_sdp.engine.full.gather import Access, full_parameters
+from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Subnetwork
 
 
@@ -65,6 +70,26 @@ class StreamedModel(nn.Module):
     @torch.no_grad()
     def forward(self, **inputs: Any) -> Any:
         return self._call(inputs)
+
+
+def is_too_large(subnetwork: Subnetwork, device: torch.device) -> bool:
+    """Collective. Whether some rank has no memory for the full model's weights, beside what it holds.
+
+    On CPUs the ranks of a host share its memory. A fifth is left to what evaluation takes besides.
+    """
+    if subnetwork.masking == "backward":
+        return False
+    numel = sum(parameter.numel() for parameter in subnetwork.full.skeleton.parameters())
+    nbytes = numel * next(subnetwork.module.parameters()).element_size()
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    free = min(gather_objects(get_accelerator().available_memory(device.index) // sharers, "agreeing on an evaluation"))
+    is_larger = bool(nbytes > 0.8 * free)
+    if dist.get_rank() == 0:
+        how = "streamed, a layer at a time" if is_larger else "gathered"
+        logger.info(
+            f"evaluation: {how}: the full model's weights take {nbytes / 1e9:.2f} GB of {free / 1e9:.2f} GB free"
+        )
+    return is_larger
 
 
 @contextmanager

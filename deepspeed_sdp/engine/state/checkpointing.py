@@ -5,7 +5,7 @@ import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from deepspeed_sdp.checkpoint import (
     FULL_SCALE,
     Checkpoint,
     Entry,
+    Snapshot,
+    Streamed,
     factor_on,
+    header,
+    layout_file,
     open_checkpoint,
-    parameter_of,
     write_checkpoint,
     writes_of,
 )
+from deepspeed_sdp.engine.state.staging import staged
 from deepspeed_sdp.engine.state.training_state import TrainingState
 from deepspeed_sdp.engine.state.universal import open_universal
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY
@@ -44,18 +48,20 @@ def save_checkpoint(
 ) -> None:
     """Collective; see :meth:`SDPEngine.save_checkpoint`."""
     engine.optimizer.refresh.settle()
-    state, sdp = _state_of(engine), engine.sdp_config
+    state, sdp, groups = _state_of(engine), engine.sdp_config, engine._owner_groups
     scalars = state.scalars()
-    entries = state.to_write(sdp.checkpoint_copies)
-    if sdp.checkpoint_async:
-        # What training changes from here on is not saved. One at a time, as what came from others is this rank's alone.
-        for place, entry in enumerate(entries):
-            entries[place] = replace(entry, tensor=entry.tensor.to("cpu", copy=True))
+    layout, rank, worker = state.layout(sdp.checkpoint_copies), dist.get_rank(), groups.subnetwork_index
+    head, nbytes = header(layout, rank)
+    content = chain([memoryview(head)], staged(state.values(sdp.checkpoint_copies), engine.optimizer.device))
+    # What training changes from here on is not saved.
+    is_async = sdp.checkpoint_async
+    tensors = Snapshot(content, len(head) + nbytes) if is_async else Streamed(content)
     write = functools.partial(
         write_checkpoint,
         folder,
         tag or f"global_step{engine.global_steps}",
-        entries,
+        tensors,
+        (layout_file(worker), layout.to_json()) if groups.workers.index(worker) == rank else None,
         _meta(engine, state),
         engine.plan.to_json(),
         copy.deepcopy(
@@ -76,8 +82,8 @@ def save_checkpoint(
         keep_last=sdp.checkpoint_keep_last,
         keep_every=sdp.checkpoint_keep_every,
     )
-    if sdp.checkpoint_async:
-        engine._checkpoint_writer.start(functools.partial(write, group=engine._owner_groups.for_checkpoints().handle))
+    if is_async:
+        engine._checkpoint_writer.start(functools.partial(write, group=groups.for_checkpoints().handle))
     else:
         write()
 
@@ -87,7 +93,7 @@ def load_checkpoint(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Collective; see :meth:`SDPEngine.load_checkpoint`."""
     engine.wait_for_checkpoint()
-    checkpoint = open_universal(folder, tag) or open_checkpoint(folder, tag)
+    checkpoint = open_universal(folder, tag) or open_checkpoint(folder, tag, engine._owner_groups.subnetwork_index)
     if checkpoint is not None and checkpoint.damage and dist.get_rank() == 0:
         what = "; ".join(checkpoint.damage.values())
         logger.warning(
@@ -144,8 +150,9 @@ def _take_full_scale(engine: Any, checkpoint: Checkpoint, entries: Sequence[Entr
         engine.full_scale = scale
         return
     for entry in entries:
-        if parameter_of(entry.name) in writes:
-            entry.tensor.mul_(factor_on(entry.name, scale))
+        for run, values in entry.parts():
+            if run.name in writes:
+                values.mul_(factor_on(entry.kind, scale))
 
 
 def _state_of(engine: Any) -> TrainingState:
@@ -158,6 +165,7 @@ def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
     return {
         **{counter: getattr(engine, counter) for counter in _COUNTERS},
         "world_size": dist.get_world_size(),
+        "workers": engine._owner_groups.workers,
         "zero_stage": engine.zero_optimization_stage(),
         "dtype": str(next(iter(subnetwork.module.parameters())).dtype).removeprefix("torch."),
         "optimizer": type(engine.basic_optimizer).__name__,

@@ -7,13 +7,13 @@ from typing import Any
 
 from deepspeed.utils import logger
 
+from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.checkpointing import load_checkpoint, save_checkpoint
 from deepspeed_sdp.errors import ConfigError, OutputError
-from deepspeed_sdp.failures import on_first_rank
 
 
 class CheckpointFace:
@@ -64,7 +64,7 @@ class CheckpointFace:
         Raises:
             OutputError: another job does, or the folder cannot be written; on every rank.
         """
-        on_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
+        from_first_rank(lambda: self._checkpoint_locks.take(Path(folder)))
 
     def release_checkpoints(self) -> None:
         """Let other jobs save into the folders of this one, which saves no more."""

@@ -1,10 +1,11 @@
-"""This rank's part of the training state, as rectangles of the full model's tensors.
+"""This rank's part of the training state, as runs of the full model's tensors.
 
 Master weights and optimizer state are logical tensors with the full model's shapes, ``master.<parameter>`` and
-``optimizer.<state>.<parameter>``, so that no trace of the layout that wrote them is in a checkpoint. What is not
-trained is ``model.<parameter or buffer>``.
+``optimizer.<state>.<parameter>``. What is not trained is ``model.<parameter or buffer>``. A bucket's flat vector is
+written as it lies in memory; what it is of the full model is said beside it, so that any other layout can read it.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepspeed_sdp.checkpoint import Entry, Region, regions_of_range, without_groups
-from deepspeed_sdp.engine.comm.agreement import agreed
+from deepspeed_sdp.agreement import agreed
+from deepspeed_sdp.checkpoint import Entry, Held, Layout, Run, Section, Writers, cut, whole
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
-from deepspeed_sdp.engine.state.copies import copies_of_others
+from deepspeed_sdp.engine.state.copies import exchange_copies
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Kept
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -26,9 +27,14 @@ from deepspeed_sdp.subnetwork import Fragment, Subnetwork
 
 
 class TrainingState:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        has_state: whether the optimizer has stepped, on any rank; known after :meth:`scalars`.
+    """
 
     def __init__(self, subnetwork: Subnetwork, optimizer: SDPOptimizer, groups: OwnerGroups) -> None:
+        self.has_state = False
         self._subnetwork = subnetwork
         self._optimizer = optimizer
         self._groups = groups
@@ -37,28 +43,86 @@ class TrainingState:
         names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
         self._names = {index: names[id(parameter)] for index, parameter in optimizer.parameters.items()}
 
-    def to_write(self, copies: int = 1) -> list[Entry]:
-        """Collective, if ``copies`` is not 1. What this rank writes.
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def layout(self, copies: int) -> Layout:
+        """Where everything lies in the files of this rank's worker.
+
+        A section per group of the client, with its buckets in the order of :meth:`_buckets`; then one per tensor that
+        is not trained.
 
         Args:
-            copies: how many owners write each element of a logical tensor, each of them once.
+            copies: how many owners write each element, each of them once.
         """
-        entries: list[Entry] = []
-        for bucket in self._optimizer.masters:
-            start, stop = bucket.share_of(self._rank)
-            for kind, value in self._optimizer.tensors_of(bucket).items():
-                entries += self._of_bucket(bucket, kind, value, self._base(bucket), start, stop)
-        entries += self._untrained(is_writing=True)
-        for copy in range(1, copies):
-            found: list[Entry] = []
-            for bucket, (start, stop), values in copies_of_others(
-                self._optimizer, self._groups, copy, self._optimizer.tensors_of
-            ):
-                for kind, value in values.items():
-                    found += self._of_bucket(bucket, kind, value, start, start, stop)
-            found += self._untrained(is_writing=True, copy=copy)
-            entries += [replace(entry, copy=copy) for entry in found]
-        return entries
+        writers: dict[Writers, int] = {}
+
+        def number(owners: Owners, ranks: Sequence[int]) -> int:
+            of_copies = (tuple(owners.next_owner(rank, copy) for rank in ranks) for copy in range(copies))
+            return writers.setdefault(tuple(of_copies), len(writers))
+
+        of_set: dict[int, int] = {}
+        sections = []
+        for group, kinds in self._kinds().items():
+            held = []
+            for bucket in self._buckets(group):
+                if bucket.owner_set not in of_set:
+                    of_set[bucket.owner_set] = number(bucket.owners, bucket.owners.ranks)
+                share = bucket.share_of(bucket.owners.ranks[0])[1]
+                held.append(Held(of_set[bucket.owner_set], tuple(self._runs(bucket)), share))
+            sections.append(Section(kinds, held))
+        for run, value, owners in self._untrained():
+            held = [Held(number(owners, owners.ranks[:1]), (run,), run.numel)]
+            sections.append(Section({"model": value.dtype}, held))
+        return Layout(list(writers), sections)
+
+    def values(self, copies: int) -> Iterator[torch.Tensor]:
+        """Collective, if ``copies`` is not 1. What this rank writes, in the order of :meth:`Layout.tensors`."""
+        for copy in range(copies):
+            for group, kinds in self._kinds().items():
+                for kind in kinds:
+                    for portion in self._portions(group):
+                        own = [self._tensor(bucket, kind, kinds[kind]) for bucket in portion]
+                        if copy == 0 or self._optimizer.stage == 0:
+                            source = [b.owners.next_owner(self._rank, -copy) for b in portion]
+                            for bucket, value, rank in zip(portion, own, source, strict=True):
+                                first = self._shard(bucket)[0]
+                                start, stop = bucket.share_of(rank)
+                                yield value[start - first : stop - first]
+                        else:
+                            yield from exchange_copies(self._groups, self._optimizer.device, portion, own, copy)
+            for _, value, owners in self._untrained():
+                if owners.next_owner(owners.ranks[0], copy) == self._rank:
+                    yield value
+
+    def _kinds(self) -> dict[int, dict[str, torch.dtype]]:
+        """What is kept of the buckets of each of the client's groups; the same on all ranks."""
+        return {
+            group: {
+                "master": torch.float32,
+                **{
+                    f"optimizer.{key}": kept.dtype
+                    for key, kept in sorted(self._optimizer.behaviour.state[group].items())
+                    if kept.by_element and kept.dtype is not None and self.has_state
+                },
+            }
+            for group in sorted(self._optimizer.behaviour.state)
+        }
+
+    def _portions(self, group: int) -> Iterator[list[OwnerBucket]]:
+        """This rank's buckets of one of the client's groups, a portion of the model at a time; as many on all ranks."""
+        for portion in self._optimizer.refresh.portions:
+            yield [bucket for buckets in portion.owned for bucket in buckets if bucket.client_group == group]
+
+    def _buckets(self, group: int) -> Iterator[OwnerBucket]:
+        return (bucket for portion in self._portions(group) for bucket in portion)
+
+    def _tensor(self, bucket: OwnerBucket, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        """One kind of what is kept of this rank's shard ``[shard_numel]``."""
+        master = self._optimizer.masters[bucket].data
+        found = self._optimizer.tensors_of(bucket).get(kind)
+        return torch.zeros_like(master, dtype=dtype) if found is None else found.to(dtype)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     def to_read(self, state_keys: Sequence[str]) -> list[Entry]:
         """What this rank needs; :meth:`take_state` takes it.
@@ -69,20 +133,19 @@ class TrainingState:
         entries: list[Entry] = []
         self._read = {}
         for bucket, master in self._optimizer.masters.items():
-            start = min(bucket.index * bucket.shard_numel, bucket.numel)
-            shard = (start, min(start + bucket.shard_numel, bucket.numel))
-            base = self._base(bucket)
-            entries += self._of_bucket(bucket, "master", master.data, base, *shard)
+            start, stop = self._shard(bucket)
+            runs = tuple(cut(self._runs(bucket), start, stop))
+            entries.append(Entry("master", runs, master.data))
             for key, kept in self._kept(bucket).items() if state_keys else ():
                 if kept.by_element:
                     value = torch.zeros_like(master.data, dtype=kept.dtype)
                     self._read.setdefault(master, {})[key] = value
-                    entries += self._of_bucket(bucket, f"optimizer.{key}", value, base, *shard)
-        return [*entries, *self._untrained(is_writing=False)]
+                    entries.append(Entry(f"optimizer.{key}", runs, value))
+        return [*entries, *(Entry("model", (run,), value) for run, value, _ in self._untrained())]
 
     def state_keys(self) -> list[str]:
         """Names of the optimizer's state tensors, e.g. ``exp_avg``; none before it has any state."""
-        return self._optimizer.behaviour.keys(by_element=True) if any(self._optimizer.state.values()) else []
+        return self._optimizer.behaviour.keys(by_element=True) if self.has_state else []
 
     def scalars(self) -> list[dict[str, Any]]:
         """Collective. The rest of the optimizer's state, e.g. ``step``, which the parameters of a group share.
@@ -94,10 +157,11 @@ class TrainingState:
             CheckpointError: parameters of a group differ in it; on every rank.
         """
         mine = agreed(self._own_scalars)
-        told: list[dict[int, dict[str, Any]]] = gather_objects(mine, "agreeing on what the optimizer counts")
+        outcomes = gather_objects((any(self._optimizer.state.values()), mine), "agreeing on what the optimizer counts")
+        self.has_state = any(has_state for has_state, _ in outcomes)
         # A rank may hold nothing of a group.
         found: dict[int, dict[str, Any]] = {group[GROUP_KEY]: {} for group in self._optimizer.param_groups}
-        for rank, of_rank in enumerate(told):
+        for rank, (_, of_rank) in enumerate(outcomes):
             for group, scalars in of_rank.items():
                 found[group] = found[group] or scalars
                 if found[group] != scalars:
@@ -154,61 +218,39 @@ class TrainingState:
         self._optimizer.store_masters()
         self._optimizer.refresh.send_all()
 
-    def _base(self, bucket: OwnerBucket) -> int:
-        """Where this rank's shard begins in the bucket's flat vector."""
-        return bucket.index * bucket.shard_numel
+    # -- where things lie --------------------------------------------------------------------------------------------
 
-    def _of_bucket(
-        self, bucket: OwnerBucket, prefix: str, values: torch.Tensor, base: int, start: int, stop: int
-    ) -> Iterator[Entry]:
-        """Elements ``[start, stop)`` of the bucket, out of ``values``, which begin at its element ``base``."""
-        first = 0
-        for index, begin, end in bucket.ranges:
-            name, whole = self._names[index], self._region(self._names[index])
-            zero = first - begin  # of the parameter, seen from the bucket's flat vector
-            for region, low, high in regions_of_range(whole, max(start - zero, begin), min(stop - zero, end)):
-                part = values[zero + low - base : zero + high - base]
-                yield from self._entries(prefix, name, region, part.view(region.sizes))
-            first += end - begin
+    def _shard(self, bucket: OwnerBucket) -> tuple[int, int]:
+        """The half-open range of the bucket's flat vector of which this rank has the master weights."""
+        return (0, bucket.numel) if bucket.shards == 1 else bucket.share_of(self._rank)
 
-    def _region(self, name: str) -> Region:
-        """Which rectangle of its full parameter, seen in ``unit_shape``, a parameter of the subnetwork is."""
+    def _runs(self, bucket: OwnerBucket) -> Iterator[Run]:
+        """The bucket's flat vector."""
+        for index, start, stop in bucket.ranges:
+            yield replace(self._run(self._names[index]), start=start, stop=stop)
+
+    def _run(self, name: str) -> Run:
+        """What of its full parameter a parameter of the subnetwork is."""
         fragment: Fragment = self._subnetwork.fragments[name]
-        if fragment.dim is None:
-            sizes = tuple(self._subnetwork.module.get_parameter(name).shape)
-            return Region((0,) * len(sizes), sizes)
-        sizes = self._subnetwork.partitioned[fragment.full_name].fragment_shape(fragment)
-        return Region(tuple(fragment.start if dim == fragment.dim else 0 for dim in range(len(sizes))), sizes)
-
-    def _entries(self, prefix: str, name: str, region: Region, value: torch.Tensor) -> Iterator[Entry]:
-        """``region`` of a parameter of the subnetwork, as rectangles of the full tensor's own shape."""
-        fragment: Fragment = self._subnetwork.fragments[name]
-        logical = f"{prefix}.{fragment.full_name}"
         full = self._subnetwork.partitioned.get(fragment.full_name)
         if full is None:
-            yield Entry(logical, tuple(self._subnetwork.module.get_parameter(name).shape), region, value)
-        elif full.groups == 1:
-            yield Entry(logical, full.shape, region, value)
-        else:
-            for of_group, place in without_groups(region, full.dim, full.unit_shape[full.unit_dim]):
-                yield Entry(logical, full.shape, of_group, value.select(full.dim, place))
+            return whole(fragment.full_name, self._subnetwork.module.get_parameter(name).shape)
+        if fragment.dim is None:
+            return whole(fragment.full_name, full.shape)
+        rows, inner = math.prod(full.unit_shape[: fragment.dim]), math.prod(full.unit_shape[fragment.dim + 1 :])
+        width = (fragment.stop - fragment.start) * inner
+        return Run(full.name, full.shape, rows, fragment.start * inner, width, 0, rows * width)
 
-    def _untrained(self, is_writing: bool, copy: int = 0) -> Iterator[Entry]:
+    def _untrained(self) -> Iterator[tuple[Run, torch.Tensor, Owners]]:
+        """What this rank holds and nobody trains, its elements, and who owns it."""
         subnetwork = self._subnetwork
         for name, parameter in subnetwork.module.named_parameters():
             fragment = subnetwork.fragments[name]
-            if name in subnetwork.views or subnetwork.is_trained(fragment.full_name):
-                continue
-            if not is_writing or self._writer(self._groups.owners(fragment.owner_set), copy) == self._rank:
-                region = self._region(name)
-                yield from self._entries("model", name, region, parameter.data.view(region.sizes))
+            if name not in subnetwork.views and not subnetwork.is_trained(fragment.full_name):
+                yield self._run(name), parameter.data.view(-1), self._groups.owners(fragment.owner_set)
         for name, buffer in subnetwork.persistent_buffers():
-            if not is_writing or self._writer(self._groups.for_weights, copy) == self._rank:
-                region = Region((0,) * buffer.dim(), tuple(buffer.shape))
-                yield Entry(f"model.{name}", tuple(buffer.shape), region, buffer)
-
-    def _writer(self, owners: Owners, copy: int) -> int:
-        return owners.next_owner(owners.ranks[0], copy)
+            if buffer.numel():
+                yield whole(name, buffer.shape), buffer.view(-1), self._groups.for_weights
 
 
 def _described(value: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 Its files are pickles: they are loaded with ``weights_only=True``, which runs nothing that they say.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +13,9 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
 
-from deepspeed_sdp.checkpoint import Checkpoint, Place, TensorFileReader, is_complete
-from deepspeed_sdp.engine.comm.agreement import agree
+from deepspeed_sdp.agreement import agree
+from deepspeed_sdp.checkpoint import Checkpoint, Read, Run, Source, is_complete, whole
 from deepspeed_sdp.errors import CheckpointError
 
 LATEST = "latest_universal"
@@ -132,52 +124,35 @@ def _open(path: Path) -> UniversalCheckpoint:
         "micro_steps": 0,
         "skipped_steps": job["skipped_steps"],
     }
-    return UniversalCheckpoint(path, meta, UniversalReader, job=job, optimizer=optimizer)
+    return UniversalCheckpoint(path, meta, UniversalSource(path, job), job=job, optimizer=optimizer)
 
 
-class UniversalReader(TensorFileReader):
-    """Reads DeepSpeed's files as the logical tensors of SDP's checkpoints."""
+class UniversalSource(Source):
+    """DeepSpeed's files as the logical tensors of SDP's checkpoints."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        job = _load(_job_file(self._folder))
-        shapes = {name: shape for group in job.get("param_shapes") or () for name, shape in group.items()}
-        tensors: dict[str, Any] = {}
-        self._shapes: dict[str, torch.Size] = {}
-
-        def add(name: str, value: torch.Tensor, shape: torch.Size, place: Place) -> None:
-            offsets = torch.Size([0] * len(shape))
-            chunk = ChunkStorageMetadata(offsets, shape)
-            tensors[name] = TensorStorageMetadata(TensorProperties(dtype=value.dtype), shape, [chunk])
-            self._places[MetadataIndex(name, offsets)] = place
-            self._shapes[name] = shape
-
-        for parameter, file in _files(self._folder):
-            if file.stem != "step":
-                value = _value(file)
-                kind = "master" if file.stem == "fp32" else f"optimizer.{file.stem}"
-                shape = torch.Size(shapes.get(parameter, value.shape))
-                add(f"{kind}.{parameter}", value, shape, Place(str(file.relative_to(self._folder)), ""))
+    def __init__(self, path: Path, job: dict[str, Any]) -> None:
+        self._files = {(_kind(file), parameter): file for parameter, file in _files(path) if file.stem != "step"}
+        self._shapes = {name: shape for group in job.get("param_shapes") or () for name, shape in group.items()}
         self._frozen: dict[str, torch.Tensor] = job.get("module") or {}
-        for name, value in self._frozen.items():
-            if f"master.{name}" not in tensors:
-                add(f"model.{name}", value, value.shape, Place(_job_file(self._folder).name, name))
-        return Metadata(tensors)
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            place = self._places[item.storage_index]
-            path = self._folder / place.file
-            value = self._frozen[place.key] if place.key else _value(path)
-            # At stage 3 it is flat, and may be padded.
-            shape = self._shapes[item.storage_index.fqn]
-            stored = value.reshape(-1)[: shape.numel()].view(shape)
-            ranges = zip(item.storage_offsets, item.lengths, strict=True)
-            target = planner.resolve_tensor(item)
-            target.copy_(stored[tuple(slice(start, start + length) for start, length in ranges)])
-            planner.commit_tensor(item, target)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        if (kind, name) in self._files:
+            return tuple(self._shapes[name] if name in self._shapes else self._value(kind, name).shape)
+        is_frozen = kind == "model" and name in self._frozen and ("master", name) not in self._files
+        return tuple(self._frozen[name].shape) if is_frozen else None
+
+    def held(self, kind: str, wanted: Run) -> Iterator[tuple[Run, Read]]:
+        # At stage 3 it is flat, and may be padded.
+        flat = self._value(kind, wanted.name).reshape(-1)
+        if len(flat) >= math.prod(wanted.shape):
+            yield whole(wanted.name, wanted.shape), lambda start, stop: flat[start:stop]
+
+    def _value(self, kind: str, name: str) -> torch.Tensor:
+        return self._frozen[name] if kind == "model" else _value(self._files[kind, name])
+
+
+def _kind(file: Path) -> str:
+    return "master" if file.stem == "fp32" else f"optimizer.{file.stem}"
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:

@@ -85,12 +85,14 @@ def behaviour_of(optimizer: torch.optim.Optimizer, device: torch.device) -> Beha
     known: dict[str, tuple[bool, dict[str, Kept]]] = {}
     of_groups: dict[int, dict[str, Kept]] = {}
     with _undisturbed(optimizer, device):
-        for group in _groups(optimizer):
+        for group in list(optimizer.param_groups):
             options = {k: v for k, v in group.items() if k not in ("params", "param_names", "name", GROUP_KEY)}
             signature = repr(sorted((k, v) for k, v in options.items() if k not in ("lr", "initial_lr")))
+            if (rate := options.get("lr")) is not None:  # a warm-up may begin at 0, where nothing would be seen
+                options["lr"] = torch.full_like(rate, _LR) if isinstance(rate, torch.Tensor) else _LR
             if signature not in known:
                 try:
-                    known[signature] = _try(optimizer, _with_rate(options), initial, device)
+                    known[signature] = _try(optimizer, options, initial, device)
                 except ConfigError:
                     raise
                 except Exception as error:
@@ -115,39 +117,21 @@ def constants(state: Mapping[str, Any]) -> dict[str, Any]:
                 "optimizer: keeps state of parameters on the meta device; takes a callable that makes the optimizer, "
                 'or one in the DeepSpeed config ("optimizer")'
             )
-        is_initial = not float(value) if key == "step" else not isinstance(value, torch.Tensor) or _is_constant(value)
-        if not is_initial:
+        is_tensor = isinstance(value, torch.Tensor)
+        if float(value) if key == "step" else is_tensor and value.numel() and (value != value.reshape(-1)[0]).any():
             raise ConfigError("optimizer: has state already; takes an optimizer that has not stepped")
-        found[key] = value.reshape(-1)[:1] if isinstance(value, torch.Tensor) and value.dim() else value
+        found[key] = value.reshape(-1)[:1] if is_tensor and value.dim() else value
     return found
 
 
 def state_like(initial: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
     """What :func:`constants` returned, as the state of ``parameter``."""
     return {
-        key: value.to(parameter.device).expand(parameter.numel()).reshape(parameter.shape).clone()
+        key: torch.full_like(parameter, float(value), dtype=value.dtype)
         if isinstance(value, torch.Tensor) and value.dim()
-        else value.clone()
-        if isinstance(value, torch.Tensor)
-        else value
+        else copy.deepcopy(value)
         for key, value in initial.items()
     }
-
-
-def _is_constant(value: torch.Tensor) -> bool:
-    return value.numel() == 0 or bool((value == value.reshape(-1)[0]).all())
-
-
-def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return list(optimizer.param_groups)
-
-
-def _with_rate(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A warm-up may begin at 0, where nothing would be seen."""
-    rate = options.get("lr")
-    if rate is None:
-        return dict(options)
-    return {**options, "lr": torch.full_like(rate, _LR) if isinstance(rate, torch.Tensor) else _LR}
 
 
 @contextmanager
@@ -179,36 +163,26 @@ def _try(
     values = (torch.randn(2, _NUMEL, generator=generator) * sizes).to(device)
     gradients = (torch.randn(_STEPS, 2, _NUMEL, generator=generator) * sizes**2).to(device)
 
-    def step(pieces: Sequence[int], shape: tuple[int, ...] = (_NUMEL,), count: int = 1, parts: bool = False) -> _Run:
+    def step(
+        pieces: Sequence[int], shape: tuple[int, ...] = (_NUMEL,), count: int = 1, parts: bool = False
+    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """Parameters made of ``count`` pieces each."""
         joined = [slice(place, place + count) for place in pieces[::count]]
-        return _run(
-            optimizer,
-            options,
-            initial,
-            [values[place].reshape(shape) for place in joined],
-            [[gradient[place].reshape(shape) for place in joined] for gradient in gradients],
-            parts,
-        )
+        of_steps = [[gradient[place].reshape(shape) for place in joined] for gradient in gradients]
+        return _run(optimizer, options, initial, [values[place].reshape(shape) for place in joined], of_steps, parts)
 
-    alone = torch.cat([step([0]).values, step([1]).values])
+    alone = torch.cat([step([0])[0], step([1])[0]])
     if _is_same(alone, values.reshape(-1), values):
         raise ConfigError(f"optimizer: got {name}, whose step() does not update the parameters of its groups; {_TAKES}")
-    together = step([0, 1])
-    whole = step([0, 1], (64, -1), count=2)
-    if not _is_same(alone, together.values, values) or not _is_same(alone, whole.values, values):
+    together, state = step([0, 1])
+    whole, _ = step([0, 1], (64, -1), count=2)
+    if not _is_same(alone, together, values) or not _is_same(alone, whole, values):
         raise ConfigError(
             f"optimizer: got {name}, whose update of an element depends on others; subnetworks and ZeRO step parts of "
             f"weights: {_TAKES}"
         )
-    kept = {key: _kept(name, key, value) for key, value in together.state.items() if value is not None}
-    return _is_same(alone, step([0, 1], parts=True).values, values), kept
-
-
-@dataclass(frozen=True)
-class _Run:
-    values: torch.Tensor
-    state: Mapping[str, Any]
+    kept = {key: _kept(name, key, value) for key, value in state.items() if value is not None}
+    return _is_same(alone, step([0, 1], parts=True)[0], values), kept
 
 
 def _run(
@@ -218,7 +192,7 @@ def _run(
     values: Sequence[torch.Tensor],
     gradients: Sequence[Sequence[torch.Tensor]],
     by_parts: bool,
-) -> _Run:
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
     """The parameters after a step with each of ``gradients``, and the state of the last one."""
     parameters = [nn.Parameter(value.clone()) for value in values]
     optimizer.param_groups = [{**options, "params": parameters}]
@@ -226,15 +200,12 @@ def _run(
     for parameter in parameters if initial else ():
         optimizer.state[parameter].update(state_like(initial, parameter))
     for of_step in gradients:
-        calls = [[place] for place in range(len(parameters))] if by_parts else [range(len(parameters))]
-        for call in calls:
-            for place in call:
-                parameters[place].grad = of_step[place].clone()
-            optimizer.param_groups[0]["params"] = [parameters[place] for place in call]
+        for parameter, gradient in zip(parameters, of_step, strict=True):
+            parameter.grad = gradient.clone()
+        for call in [[p] for p in parameters] if by_parts else [parameters]:
+            optimizer.param_groups[0]["params"] = call
             optimizer.step()
-            for parameter in parameters:
-                parameter.grad = None
-    return _Run(torch.cat([p.detach().reshape(-1) for p in parameters]), optimizer.state[parameters[-1]])
+    return torch.cat([p.detach().reshape(-1) for p in parameters]), optimizer.state[parameters[-1]]
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor, start: torch.Tensor) -> bool:

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.comm.agreement import agreed
-from deepspeed_sdp.engine.comm.description import describe_optimizer
+from deepspeed_sdp.agreement import agreed
+from deepspeed_sdp.engine.comm.description import describe_optimizer, digest
 from deepspeed_sdp.engine.comm.exchange import Exchange
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.comm.stages import Stages
@@ -19,6 +19,7 @@ from deepspeed_sdp.engine.comm.traffic import Traffic
 from deepspeed_sdp.engine.comm.transport import AllToAllTransport, OwnerSetTransport, Transport, resolve_transport
 from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
 from deepspeed_sdp.engine.deepspeed.settings import Settings
+from deepspeed_sdp.engine.deepspeed.tools import ParameterTools
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, behaviour_of
 from deepspeed_sdp.engine.zero.frozen import FrozenParameters
 from deepspeed_sdp.engine.zero.gradients import GradientPath
@@ -42,6 +43,7 @@ class Parts:
         layout: of the subnetwork in buckets.
         optimizer: what DeepSpeed's engine takes for its ZeRO optimizer.
         weights: at stage 3, what gathers and frees them.
+        tools: what DeepSpeed's own tools come to by a parameter.
     """
 
     subnetwork: Subnetwork
@@ -49,6 +51,7 @@ class Parts:
     layout: Layout
     optimizer: SDPOptimizer
     weights: ShardedWeights | None
+    tools: ParameterTools
 
     def close(self) -> None:
         """Take all hooks off the model and let go of parameters, weights (at stage 3) and process groups."""
@@ -56,6 +59,7 @@ class Parts:
             stack.callback(self.groups.destroy)
             if self.weights is not None:
                 stack.callback(self.weights.close)
+            stack.callback(self.tools.close)
             self.optimizer.destroy()
 
 
@@ -148,11 +152,12 @@ def assemble(
             },
             [subnetwork.module.get_parameter(name) for name in subnetwork.frozen],
         ),
+        identity=digest([subnetwork.fragments[name] for name in layout.names]),
         traffic=traffic,
     )
     if weights is not None:
         weights.before_backward = made.launch_before
-    return Parts(subnetwork, groups, layout, made, weights)
+    return Parts(subnetwork, groups, layout, made, weights, ParameterTools(subnetwork, made))
 
 
 def _refresh(

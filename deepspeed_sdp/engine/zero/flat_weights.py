@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from deepspeed_sdp.engine.zero.freed_weight import FreedWeight, nothing_of
+from deepspeed_sdp.engine.zero.freed_weight import give_values, nothing_of, take_values
 
 
 class FlatWeights:
@@ -37,9 +37,7 @@ class FlatWeights:
         """Give the flat tensor's memory back. Parameters stay the objects that they are, without values."""
         self._nothing = self._nothing or tuple(map(nothing_of, self._parameters))
         for parameter, nothing in zip(self._parameters, self._nothing, strict=True):
-            parameter.data = nothing
-            if type(parameter) is nn.Parameter:
-                parameter.__class__ = FreedWeight
+            take_values(parameter, nothing)
         self.flat = self._kept
         self.flat.untyped_storage().resize_(0)
 
@@ -58,6 +56,4 @@ class FlatWeights:
     def show(self) -> None:
         """The flat tensor is filled: let the parameters have their values."""
         for parameter, view in zip(self._parameters, self._views(), strict=True):
-            if isinstance(parameter, FreedWeight):
-                parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-            parameter.data = view
+            give_values(parameter, view)

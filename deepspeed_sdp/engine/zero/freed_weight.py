@@ -51,6 +51,20 @@ class FreedWeight(nn.Parameter):
         return f"Parameter of shape {list(self.shape)}, {self.dtype}, without values: {_WORDS}"
 
 
+def give_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Let a parameter, freed or not, be one with ``values``."""
+    if isinstance(parameter, FreedWeight):
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+    parameter.data = values
+
+
+def take_values(parameter: nn.Parameter, nothing: torch.Tensor) -> None:
+    """Free a parameter; ``nothing`` is :func:`nothing_of` it."""
+    parameter.data = nothing
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = FreedWeight
+
+
 def nothing_of(parameter: torch.Tensor) -> torch.Tensor:
     """NaN in the shape of ``parameter``, in the memory of one element."""
     return torch.full((), torch.nan, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)

@@ -106,13 +106,12 @@ class FrozenParameters:
 
     def _ranges(self, bucket: OwnerBucket) -> Iterator[tuple[int, int]]:
         """In this rank's shard."""
-        base = bucket.index * bucket.shard_numel
-        start = 0
-        for index, numel in zip(bucket.items, bucket.numels, strict=True):
-            low, high = max(start - base, 0), min(start + numel - base, bucket.shard_numel)
-            if index in self._passed_over and low < high:
-                yield low, high
-            start += numel
+        low = -bucket.index * bucket.shard_numel
+        for index, start, stop in bucket.ranges:
+            high = low + stop - start
+            if index in self._passed_over and max(low, 0) < min(high, bucket.shard_numel):
+                yield max(low, 0), min(high, bucket.shard_numel)
+            low = high
 
 
 def _word(is_frozen: bool) -> str:

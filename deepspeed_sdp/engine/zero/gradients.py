@@ -14,14 +14,15 @@ Like DDP's reducer, with one difference: rounds are launched strictly in the tot
 in a circle.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.stages import Pending
+from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
@@ -165,17 +166,16 @@ class GradientPath:
         self._waiting[self._next].clear()
         self._next += 1
         self.is_half_way = True
-        with record_function("deepspeed_sdp::flatten"):
+        with named("flatten gradients"):
             flats = [self._flatten(bucket) for bucket in buckets]
-        with record_function("deepspeed_sdp::reduce"):
-            self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
+        self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
 
     def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
         """The gradients of ``bucket`` as one ``[padded_numel]`` tensor, zeros where the backward pass did not reach."""
         flat = torch.empty(bucket.padded_numel, dtype=self._reduce, device=bucket.device)
-        flat[bucket.numel :].zero_()
-        indices, places, values = [], [], []
-        for place, (index, start, stop) in zip(bucket.split(flat), bucket.ranges, strict=True):
+        indices, places, values, taken = [], [], [], 0
+        for index, start, stop in bucket.ranges:
+            place, taken = flat[taken : taken + stop - start], taken + stop - start
             gradient = self._sums.get(index, self.parameters[index].grad)
             if gradient is None:
                 place.zero_()
@@ -186,6 +186,7 @@ class GradientPath:
             self._unused[index] -= 1
             if not self._unused[index]:
                 self._forget(index)
+        flat[taken:].zero_()
         if values:
             dtype = torch.promote_types(values[0].dtype, torch.float32)
             self._norms += zip(indices, torch._foreach_norm(values, dtype=dtype), strict=True)
@@ -220,11 +221,9 @@ class GradientPath:
 
     def first_nonfinite(self) -> tuple[int, float] | None:
         """The first parameter in backward order whose own gradient is not finite, and its norm."""
-        for index, norm in self._norms:
-            value = float(norm)
-            if value - value != 0.0:
-                return index, value
-        return None
+        norms = torch.stack([norm for _, norm in self._norms]).tolist() if self._norms else []
+        found = zip((index for index, _ in self._norms), norms, strict=True)
+        return next(((index, norm) for index, norm in found if not math.isfinite(norm)), None)
 
     # -- the gradients are used up -----------------------------------------------------------------------------------
 

@@ -31,48 +31,48 @@ class HostCopies:
 
     def fetched(self, portions: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
         """The fp32 tensors of each portion in the host's memory, valid until the next one is asked for."""
-        coming: deque[tuple[_Buffer, list[torch.Tensor]]] = deque()
+        coming: deque[_Buffer] = deque()
         for tensors in portions:
-            coming.append(self._fetch(tensors))
+            self._gradients.rotate()
+            coming.append(self._gradients[0])
+            coming[-1].take(tensors, non_blocking=True)
             if len(coming) == _IN_FLIGHT:
-                yield _arrived(*coming.popleft())
-        while coming:
-            yield _arrived(*coming.popleft())
-
-    def _fetch(self, tensors: Sequence[torch.Tensor]) -> tuple["_Buffer", list[torch.Tensor]]:
-        self._gradients.rotate()
-        buffer = self._gradients[0]
-        pieces = buffer.pieces(tensors)
-        if tensors:
-            torch._foreach_copy_(pieces, list(tensors), non_blocking=True)
-            buffer.mark()
-        return buffer, pieces
+                yield coming.popleft().settled()
+        yield from (buffer.settled() for buffer in coming)
 
     def send(self, weights: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         """Start to copy ``values``, which are the host's, to ``weights``; ``values`` are free to change at once."""
         self._weights.rotate()
         buffer = self._weights[0]
-        pieces = buffer.pieces(values)
+        buffer.take(values)
         if values:
-            torch._foreach_copy_(pieces, list(values))
-            torch._foreach_copy_(list(weights), pieces, non_blocking=True)
+            torch._foreach_copy_(list(weights), buffer.held, non_blocking=True)
             buffer.mark()
 
 
 class _Buffer:
-    """Memory of the host that a copy may be under way to or from."""
+    """Memory of the host that copies may be under way to or from.
+
+    Attributes:
+        held: what was put into it last.
+    """
 
     def __init__(self, numel: int, dtype: torch.dtype, is_pinned: bool) -> None:
         memory = torch.empty(numel, dtype=dtype)
         self._memory = get_accelerator().pin_memory(memory) if is_pinned else memory
+        self.held: list[torch.Tensor] = []
         self._event: Any = None
 
-    def pieces(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Room for tensors of the shapes of ``like``, once nothing is under way any more."""
-        self.wait()
-        numels = [tensor.numel() for tensor in like]
+    def take(self, tensors: Sequence[torch.Tensor], non_blocking: bool = False) -> None:
+        """Copy ``tensors`` into it, once nothing is under way any more."""
+        self.settled()
+        numels = [tensor.numel() for tensor in tensors]
         pieces = torch.split(self._memory[: sum(numels)], numels)
-        return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+        self.held = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        if tensors:
+            torch._foreach_copy_(self.held, list(tensors), non_blocking=non_blocking)
+        if non_blocking:
+            self.mark()
 
     def mark(self) -> None:
         """Copies have been started."""
@@ -81,13 +81,9 @@ class _Buffer:
             self._event = event()
             self._event.record()
 
-    def wait(self) -> None:
-        """Block until they are done."""
+    def settled(self) -> list[torch.Tensor]:
+        """What is held, once nothing is under way any more."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-
-
-def _arrived(buffer: _Buffer, pieces: list[torch.Tensor]) -> list[torch.Tensor]:
-    buffer.wait()
-    return pieces
+        return self.held

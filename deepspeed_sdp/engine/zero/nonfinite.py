@@ -48,17 +48,12 @@ class NonFiniteGradients:
         found = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
         where = "; ".join(f"rank {rank}: {value} in {name}" for rank, name, value in found)
         message = f"step {self._step}: gradients are not finite ({where or 'their average overflows'})"
-        if is_scale_dynamic:
-            # The search for a loss scale is expected to overflow now and then.
-            _log_once(f"{message}; skipped at loss scale {loss_scale:g}")
-            return
-        if self._action == "stop":
+        # The search for a loss scale is expected to overflow now and then.
+        if not is_scale_dynamic and self._action == "stop":
             raise NonFiniteError(f"{message}; weights are those before the step")
-        if self._skipped >= _HOPELESS:
+        if not is_scale_dynamic and self._skipped >= _HOPELESS:
             raise NonFiniteError(f"{message}; so were the {_HOPELESS - 1} steps before")
-        _log_once(f"{message}; skipped on all ranks")
-
-
-def _log_once(message: str) -> None:
-    if dist.get_rank() == 0:
-        logger.warning(message)
+        if dist.get_rank() == 0:
+            logger.warning(
+                f"{message}; skipped {f'at loss scale {loss_scale:g}' if is_scale_dynamic else 'on all ranks'}"
+            )

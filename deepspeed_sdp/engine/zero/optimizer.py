@@ -1,31 +1,21 @@
 """The ZeRO optimizer over owner sets, for every stage: DeepSpeed's engine sees a ``ZeROOptimizer``.
 
 A client's optimizer steps the fp32 master copy of this rank's shards (:mod:`deepspeed_sdp.engine.zero.owner_bucket`).
-What differs between the stages is what is sharded and when gradients are reduced:
-
-====== ============================== ===================================== =========================================
-stage  state                          gradients                             weights
-====== ============================== ===================================== =========================================
-0      whole on every owner           reduced once per step                 whole
-1      sharded over the owners        reduced once per step                 whole, gathered after the step
-2      sharded                        reduced after every micro-batch       whole, gathered after the step
-3      sharded                        reduced after every micro-batch       sharded, gathered where they are used
-====== ============================== ===================================== =========================================
+docs/architecture.md says what differs between the stages.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from torch import nn
-from torch.profiler import record_function
 
 from deepspeed_sdp.engine.comm.mesh import Group
+from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_reduce_bytes
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Behaviour, constants, state_like
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
@@ -33,9 +23,9 @@ from deepspeed_sdp.engine.zero.frozen import FrozenParameters
 from deepspeed_sdp.engine.zero.gradients import GradientPath
 from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
+from deepspeed_sdp.engine.zero.own_state import own_state, take_own_state
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.zero.refresh import WeightRefresh
-from deepspeed_sdp.errors import ConfigError
 
 
 class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
@@ -57,6 +47,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             from it, where the state is offloaded.
         nonfinite: what is done about NaN and Inf.
         frozen: which parameters a step passes over.
+        identity: differs where the parameters in the buckets do.
         traffic: counts bytes sent.
     """
 
@@ -76,6 +67,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         host_copies: Callable[[int], HostCopies] | None,
         nonfinite: NonFiniteGradients,
         frozen: FrozenParameters,
+        identity: str,
         traffic: Traffic,
     ) -> None:
         super().__init__()
@@ -95,6 +87,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.device = device
         self.refresh = refresh
+        self.identity = identity
         self.gradients = gradients
         self._buckets = gradients.buckets
         self._nonfinite = nonfinite
@@ -111,18 +104,19 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self._hooks = self._hook_gradients()
 
     def _replace_parameters(self) -> None:
-        by_group: dict[int, list[nn.Parameter]] = {}
-        for bucket, master in self._masters.items():
-            by_group.setdefault(bucket.client_group, []).append(master)
         state = self.optimizer.state
         # What constructors make of it is the same for all parameters of a group.
         self._initial = {
             group[GROUP_KEY]: next((constants(state[p]) for p in group["params"] if state.get(p)), {})
             for group in self.optimizer.param_groups
         }
-        for group in self.optimizer.param_groups:
-            group["params"] = by_group.get(group[GROUP_KEY], [])
+        self._give(self._buckets)
         self.reset_state()
+
+    def _give(self, part: Sequence[OwnerBucket]) -> None:
+        """Let the optimizer's groups have the master shards of ``part``."""
+        for group in self.optimizer.param_groups:
+            group["params"] = [self._masters[b] for b in part if b.client_group == group[GROUP_KEY]]
 
     def reset_state(self) -> None:
         """The basic optimizer has not stepped yet."""
@@ -141,7 +135,9 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
                 # DeepSpeed's own order of calls: it finds the end of a backward pass that it did not start itself.
                 must_count = self.should_refresh_expected_hook_count()
                 self.reenter_backward_if_needed()
-                self._on_gradient(index)
+                self.gradients.add(index)
+                if self._is_reducing:
+                    self.gradients.ready(index)
                 expected = count_used_parameters_in_backward(trainable) if must_count else self._max_expected_hooks_seen
                 self.update_hook_state_and_maybe_run_epilogue(expected)
 
@@ -151,11 +147,6 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             parameter.register_post_accumulate_grad_hook(hook(index))  # type: ignore[no-untyped-call]
             for index, parameter in self.gradients.parameters.items()
         ]
-
-    def _on_gradient(self, index: int) -> None:
-        self.gradients.add(index)
-        if self._is_reducing:
-            self.gradients.ready(index)
 
     @property
     def _is_reducing(self) -> bool:
@@ -171,10 +162,6 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         """Finish the reduction of the current backward pass. Afterwards this rank holds its shard of the averages."""
         self.gradients.finish()
         self._epilogue_ran_this_backward = True
-
-    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """DeepSpeed's name for the same at stages 2 and 3."""
-        self.reduce_gradients()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Nothing is deferred to the boundary."""
@@ -221,7 +208,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         assert closure is None, "a closure cannot be combined with ZeRO"
         self.check_backward()
         self.refresh.settle()
-        norm, scale = self._scaled_global_norm(), float(self.loss_scale)
+        with named("norm"):
+            norm, scale = self._scaled_global_norm(), float(self.loss_scale)
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm / scale if not self.overflow else norm
         try:
@@ -229,7 +217,9 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
                 self._nonfinite.handle(self.gradients.first_nonfinite(), scale, self.dynamic_loss_scale)
             else:
                 self._nonfinite.reset()
-                self._apply(self._combined_scale(norm, scale))
+                # DeepSpeed's formula of clipping.
+                clip = (norm / scale + 1e-6) / self.clip_grad if self.clip_grad > 0.0 else 0.0
+                self._apply(scale * max(clip, 1.0))
         finally:
             self.zero_grad()
             self._traffic.end_step()
@@ -258,29 +248,28 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             self._frozen.agree()
         return math.sqrt(of_all)
 
-    def _combined_scale(self, norm: float, scale: float) -> float:
-        """What the averages are divided by: the loss scale, and what clipping asks for (DeepSpeed's formula)."""
-        clip = (norm / scale + 1e-6) / self.clip_grad if self.clip_grad > 0.0 else 0.0
-        return scale * max(clip, 1.0)
-
     @torch.no_grad()
     def _apply(self, divisor: float) -> None:
         """Step part by part; the weights of a portion travel while the next one is stepped."""
         gradients: Iterable[list[torch.Tensor]] = (self._divided(part, divisor) for part in self._parts)
         if self._host is not None:
             gradients = self._host.fetched(gradients)
-        for index, (part, of_part) in enumerate(zip(self._parts, gradients, strict=True)):
-            if part:
-                self._step_part(part, of_part)
-            self.refresh.issue(index)
+        try:
+            for index, (part, of_part) in enumerate(zip(self._parts, gradients, strict=True)):
+                if part:
+                    self._step_part(part, of_part)
+                self.refresh.issue(index)
+        finally:
+            self._give(self._buckets)
 
     def _divided(self, part: Sequence[OwnerBucket], divisor: float) -> list[torch.Tensor]:
         """Takes the averages of ``part``, in fp32."""
-        taken = [self.gradients.averages.pop(bucket, None) for bucket in part]
-        gradients = [
-            torch.zeros(bucket.shard_numel, device=self.device) if average is None else average.float()
-            for bucket, average in zip(part, taken, strict=True)
-        ]
+        gradients = []
+        for bucket in part:
+            average = self.gradients.averages.pop(bucket, None)
+            gradients.append(
+                torch.zeros(bucket.shard_numel, device=self.device) if average is None else average.float()
+            )
         if gradients and divisor != 1.0:
             torch._foreach_div_(gradients, divisor)
         return gradients
@@ -289,7 +278,8 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         masters = [self._masters[bucket] for bucket in part]
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient
-        with self._frozen.kept(part, self.tensors_of), self._only(part), record_function("deepspeed_sdp::step"):
+        self._give(part)  # it looks at all parameters of its groups in every call
+        with self._frozen.kept(part, self.tensors_of), named("optimizer"):
             self.optimizer.step()
         self._share_counts(part)
         gradients.clear()
@@ -297,22 +287,10 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             master.grad = None
         self._store(part)
 
-    @contextmanager
-    def _only(self, part: Sequence[OwnerBucket]) -> Iterator[None]:
-        """The optimizer, which looks at all parameters of its groups in every call, has those of ``part`` alone."""
-        whole = [group["params"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["params"] = [self._masters[b] for b in part if b.client_group == group[GROUP_KEY]]
-        try:
-            yield
-        finally:
-            for group, params in zip(self.optimizer.param_groups, whole, strict=True):
-                group["params"] = params
-
     @torch.no_grad()
-    def store_masters(self) -> None:
-        """Write all master weights back into this rank's shards of the weights."""
-        for part in self._parts:
+    def store_masters(self, buckets: Iterable[OwnerBucket] | None = None) -> None:
+        """Write the master weights of ``buckets``, or all, back into this rank's shards of the weights."""
+        for part in self._parts if buckets is None else [[bucket] for bucket in buckets]:
             self._store(part)
 
     def _store(self, part: Sequence[OwnerBucket]) -> None:
@@ -385,21 +363,17 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.custom_loss_scaler = True
         self.external_loss_scale = loss_scale
 
-    def state_dict(self) -> NoReturn:
-        """Not available.
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank holds, for :meth:`load_state_dict` on this rank in the same layout; no copies."""
+        return own_state(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Collective. Go on from what :meth:`state_dict` gave, to the bit.
 
         Raises:
-            ConfigError: always.
+            CheckpointError: it is of another rank or layout; on every rank.
         """
-        raise ConfigError("optimizer.state_dict: not available with SDP in this version")
-
-    def load_state_dict(self, state_dict: Any) -> NoReturn:
-        """Not available.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("optimizer.load_state_dict: not available with SDP in this version")
+        take_own_state(self, state_dict)
 
     def fail(self, error: BaseException) -> None:
         """A pass ended early: other ranks may be gone, and nothing is waited for any more."""

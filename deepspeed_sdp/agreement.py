@@ -1,4 +1,4 @@
-"""All ranks must start from the same job. They say so to each other before anything is built."""
+"""What all ranks do or none: where one of them fails, all raise; and where they must have the same, they compare it."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from deepspeed_sdp.errors import ConfigError, SDPError
 from deepspeed_sdp.ranks import object_of, reduce_numbers
@@ -16,13 +17,17 @@ T = TypeVar("T")
 _PURPOSE = "agreeing on the job"
 
 
-def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
+def agree(describe: Callable[[], Mapping[str, Any]], group: ProcessGroup | None = None) -> None:
     """Collective. Compare what ``describe`` returns over all ranks, key by key: causes should stand before effects.
 
     Ranks compare digests; only where these differ do two of them say what they have.
 
+    Args:
+        group: of all ranks; default: the package's own.
+
     Raises:
-        SDPError: ``describe`` raised one on some rank; every rank raises it, so that none waits for the others.
+        SDPError: ``describe`` raised one on some rank; every rank raises it, so that none waits for the others. Of
+            any other error, the rank that has it raises that, and the others a ConfigError.
         ConfigError: ranks differ; the message names the rank, the key and both values.
     """
     error: Exception | None = None
@@ -34,20 +39,19 @@ def agree(describe: Callable[[], Mapping[str, Any]]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     said = _words(sorted(mine.items()) if error is None else _message(error))
     has_failed = error is not None
-    lowest = _lowest([rank if has_failed else world, has_failed, *said, *(-word for word in said)])
+    lowest = _lowest([rank if has_failed else world, has_failed, *said, *(-word for word in said)], group)
     first_failed, have_all_failed, words = lowest[0], bool(lowest[1]), lowest[2:]
     are_alike = words[: len(said)] == [-word for word in words[len(said) :]]
     if first_failed < world:
-        message = _message(error) if error is not None else None
         is_everywhere = have_all_failed and are_alike
-        message = message if is_everywhere else object_of(first_failed, message, _PURPOSE)
-        if error is not None and (is_everywhere or not isinstance(error, SDPError)):
-            raise error
-        raise ConfigError(f"rank {first_failed}: {message}")
+        told = error and _told(error, rank)
+        told = told if is_everywhere else object_of(first_failed, told, _PURPOSE, group)
+        assert told is not None
+        raise error if error is not None and (is_everywhere or not isinstance(error, SDPError)) else told
     if not are_alike:
-        expected: dict[str, str] = object_of(0, mine, _PURPOSE)
-        [other] = _lowest([world if mine == expected else rank])
-        values: dict[str, str] = object_of(other, mine, _PURPOSE)
+        expected: dict[str, str] = object_of(0, mine, _PURPOSE, group)
+        [other] = _lowest([world if mine == expected else rank], group)
+        values: dict[str, str] = object_of(other, mine, _PURPOSE, group)
         key = next(k for k in [*expected, *values] if expected.get(k) != values.get(k))
         raise ConfigError(
             f"ranks disagree on {key}: rank 0 has {expected.get(key, 'nothing')}, rank {other} has "
@@ -61,12 +65,16 @@ def _words(value: Any) -> list[int]:
     return [int.from_bytes(digest[i : i + 7], "little") for i in range(0, 28, 7)]
 
 
-def _lowest(numbers: list[int]) -> list[int]:
-    told = reduce_numbers(torch.tensor(numbers, dtype=torch.int64), _PURPOSE, dist.ReduceOp.MIN)
+def _lowest(numbers: list[int], group: ProcessGroup | None) -> list[int]:
+    told = reduce_numbers(torch.tensor(numbers, dtype=torch.int64), _PURPOSE, dist.ReduceOp.MIN, group)
     return [int(number) for number in told]
 
 
-def agreed(make: Callable[[], T], describe: Callable[[T], Mapping[str, Any]] = lambda _: {}) -> T:
+def agreed(
+    make: Callable[[], T],
+    describe: Callable[[T], Mapping[str, Any]] = lambda _: {},
+    group: ProcessGroup | None = None,
+) -> T:
     """Collective. What ``make`` returns; where it raises on one rank, all raise, and ``describe`` of it is compared.
 
     Raises:
@@ -78,7 +86,7 @@ def agreed(make: Callable[[], T], describe: Callable[[T], Mapping[str, Any]] = l
         made.append(make())
         return describe(made[0])
 
-    agree(work)
+    agree(work, group)
     return made[0]
 
 
@@ -88,21 +96,26 @@ def from_first_rank(make: Callable[[], T]) -> T:
     Raises:
         SDPError: what ``make`` raised on rank 0, on every rank; any other error as a ConfigError on the others.
     """
-    sent: list[Any] = [None, None]
+    made: T | None = None
+    error: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            sent = [make(), None]
+            made = make()
         except Exception as raised:  # the other ranks wait for word of it, whatever it is
-            sent = [None, raised]
-    made, error = sent
-    is_foreign = error is not None and not isinstance(error, SDPError)
-    carried = (made, ConfigError(f"rank 0: {_message(error)}") if is_foreign else error)
-    carried = object_of(0, carried, "what rank 0 computes")
-    if dist.get_rank() != 0:
-        made, error = carried
-    if error is not None:
-        raise error
-    return made  # type: ignore[no-any-return]
+            error = raised
+    told = error if error is None or isinstance(error, SDPError) else _told(error, 0)
+    carried: tuple[T, Exception | None] = object_of(0, (made, told), "what rank 0 computes")
+    if error is not None or carried[1] is not None:
+        raise error or carried[1]  # type: ignore[misc]
+    return carried[0]
+
+
+def _told(error: Exception, rank: int) -> SDPError:
+    """What the other ranks raise for an error of ``rank``."""
+    kind = type(error) if isinstance(error, SDPError) else ConfigError
+    told = kind(f"rank {rank}: {_message(error)}")
+    told.is_of_another_rank = not isinstance(error, SDPError)
+    return told
 
 
 def _message(error: Exception) -> str:
