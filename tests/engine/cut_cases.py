@@ -1,8 +1,7 @@
 """Training with weights that are cut, on ranks."""
 
-from deepspeed_sdp.engine.zero.memory import gradient_peak
-
 import deepspeed_sdp
+from deepspeed_sdp.engine.deepspeed.memory import gradient_peak
 from tests.engine.cases import build_model, ds_config, run_steps
 
 

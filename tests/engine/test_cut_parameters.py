@@ -18,7 +18,8 @@ CUTS = (500, 1000)
 
 
 def row(name, *, sdp=HALF, stage=1, bucket=500, model=None, slow=False, **ds):
-    values = {"sdp": sdp, "model": model or {}, "ds": {"stage": stage, "bucket": bucket, **ds}}
+    ds = {"stage": stage, "bucket": bucket, **ds}
+    values = {"family": "llama", "model": model or {}, "sdp": sdp, "ds": ds}
     return pytest.param(values, id=name, marks=pytest.mark.slow if slow else [])
 
 

@@ -52,12 +52,6 @@ class OwnerBucket(ABC):
         self.padded_numel = padded_numel(self.numel, owners, is_sharded)
         self.shard_numel = self.padded_numel // self.shards
 
-    def split(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The piece ``[numel]`` of every parameter in a flat tensor ``[padded_numel]``."""
-        return torch.split(flat.narrow(0, 0, self.numel), list(self.numels))
-
-    # -- weights -----------------------------------------------------------------------------------------------------
-
     def share_of(self, rank: int) -> tuple[int, int]:
         """The half-open range of the flat vector that owner ``rank`` sends to those who hold a copy.
 
