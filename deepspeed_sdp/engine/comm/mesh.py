@@ -202,7 +202,7 @@ class OwnerGroups(Mesh):
     """The mesh's process groups. Collective: every rank makes all of them.
 
     Attributes:
-        rank: this one.
+        rank, subnetwork_index: this one, and what it trains.
         world: of all ranks. None of these groups is the default group, which is the user's.
         for_gradients, for_weights: the owners of what all workers own; two, so that one waits for nothing of the other.
     """
@@ -210,6 +210,7 @@ class OwnerGroups(Mesh):
     def __init__(self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int]) -> None:
         super().__init__(owner_sets, workers)
         self.rank = dist.get_rank()
+        self.subnetwork_index = self.workers[self.rank]
         self._groups = {purpose: _make(family, purpose) for purpose, family in self.families().items()}
         world = self._groups.get("all ranks") or self._groups["gradients"]
         assert world is not None
