@@ -2,11 +2,13 @@
 
 import ast
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from deepspeed_sdp import ranks
 from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.errors import StateError
 from deepspeed_sdp.ranks import control_group, gather_objects, meet, new_group, object_of_first
@@ -114,3 +116,20 @@ def test_the_limit_is_the_jobs_where_the_user_made_the_store():
         assert time_limit() == limit == control_group()._get_backend(torch.device("cpu")).options._timeout
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("can_split", "family", "splits"), [(True, 2, 1), (True, 1, 0), (False, 2, 0)])
+def test_disjoint_groups_are_one_split_where_the_world_can_be_split(monkeypatch, can_split, family, splits):
+    """Of NCCL's bound communicator every new group would be a split, in which all ranks take part."""
+    made = []
+    backend = SimpleNamespace(supports_splitting=can_split)
+    world = SimpleNamespace(bound_device_id=torch.device("cuda", 0), _get_backend=lambda device: backend)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(ranks, "time_limit", lambda: timedelta(seconds=70))
+    monkeypatch.setattr(ranks, "split_group", lambda **named: made.append(named["split_ranks"]) or "split")
+    monkeypatch.setattr(ranks, "new_group", lambda ranks, purpose: tuple(ranks))
+    groups = [[0, 1], [2, 3]][2 - family :]
+    assert ranks.new_groups(groups, "a test") == ("split" if splits else (2, 3))
+    assert made == [groups] * splits

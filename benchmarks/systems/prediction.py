@@ -37,7 +37,7 @@ def predict(contender: Contender, workload: Workload, plan: Any) -> dict[str, fl
     ranks, rank = dist.get_world_size(), dist.get_rank()
     with torch.device("meta"):
         total = sum(p.numel() for p in LlamaForCausalLM(workload.config()).parameters())
-    worker = rank % plan.num_subnetworks if plan else 0
+    worker = rank * plan.num_subnetworks // ranks if plan else 0
     parted = plan.total_numel if plan else 0
     owned = plan.owned_numel(worker) if plan else 0
     held = total - parted + owned

@@ -152,12 +152,18 @@ def run_rank(threads, seed, rank, case):
 
     buckets, others = build(owned), build(copies)
     device = torch.device("cpu")
-    stages = Stages(device, groups.replicas)
+    stages, traffic = Stages(device, groups.replicas), Traffic()
 
     def transport_on(everyone):
         if case["all_to_all"]:
-            return AllToAllTransport(everyone, device, torch.float64, stages, Traffic(), threads)
-        return OwnerSetTransport(stages, Traffic(), threads)
+            return AllToAllTransport(everyone, device, torch.float64, stages, traffic, threads)
+        return OwnerSetTransport(stages, traffic, threads)
+
+    def check_sent(sent, times):
+        """A rank sends no more than in one ring of all owners."""
+        rings = [b.padded_numel * 8 * (len(b.owners.ranks) - 1) / len(b.owners.ranks) for b in sent]
+        assert sum(traffic.current.values()) == pytest.approx(times * sum(rings), abs=3 * len(rings))
+        traffic.end_step()
 
     rounds = [[bucket for bucket in buckets if bucket.round == r] for r in range(len(segmentation.numels))]
     mine = {item.parameter: weights[item.parameter] for item in owned}
@@ -171,6 +177,10 @@ def run_rank(threads, seed, rank, case):
         path.add(item.parameter)
         path.ready(item.parameter)
     path.finish()
+    is_summed_by_gloo = threads.backend == "gloo" and not case["all_to_all"]
+    if stage == 0 or not is_summed_by_gloo or groups.replicas == 1:
+        check_sent(buckets, 2 if stage == 0 or is_summed_by_gloo else 1)
+    traffic.end_step()
     for bucket, average in path.averages.items():
         ranks = bucket.owners.ranks
         whole = torch.cat(
@@ -191,9 +201,10 @@ def run_rank(threads, seed, rank, case):
     for round_ in range(len(rounds)):
         if stage > 0:
             of_weights.gather([bucket for bucket in rounds[round_] if bucket in sent_on], "weight_gather").finish()
+    check_sent(sent_on, 1)
     for bucket in sent_on:
         assert torch.equal(bucket.read(0, bucket.numel), expected_of(bucket)), "gather"
-    moves = Exchange(groups.for_weights, stage > 0, device, torch.float64, stages, Traffic(), threads)
+    moves = Exchange(groups.for_weights, stage > 0, device, torch.float64, stages, traffic, threads)
     moves.start(moves.route(sorted((*buckets, *others), key=lambda bucket: bucket.key))).finish()
     for bucket in (*buckets, *others):
         assert torch.equal(bucket.read(0, bucket.numel), expected_of(bucket)), "all"

@@ -202,7 +202,7 @@ class OwnerGroups(Mesh):
     """The mesh's process groups. Collective: every rank makes all of them.
 
     Attributes:
-        rank: this one.
+        rank, subnetwork_index: this one, and what it trains.
         world: of all ranks. None of these groups is the default group, which is the user's.
         for_gradients, for_weights: the owners of what all workers own; two, so that one waits for nothing of the other.
     """

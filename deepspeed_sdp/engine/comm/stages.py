@@ -107,7 +107,8 @@ class Stages:
     """
 
     def __init__(self, device: torch.device, replicas: int) -> None:
-        self._module: Any = torch.get_device_module(device) if device.type != "cpu" and replicas > 1 else None
+        has_streams = device.type not in ("cpu", "meta")
+        self._module: Any = torch.get_device_module(device) if has_streams and replicas > 1 else None
         self._stream: Any = self._module.Stream(device) if self._module is not None else None
 
     @contextmanager
