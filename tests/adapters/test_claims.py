@@ -197,7 +197,7 @@ def test_trying_leaves_the_random_numbers_alone(monkeypatch):
     # torch.manual_seed seeds accelerators too, which no fork_rng of the CPU brings back.
     for seed_all in ("cuda.manual_seed_all", "xpu.manual_seed_all"):
         monkeypatch.setattr(f"torch.{seed_all}", lambda seed: pytest.fail("an accelerator was seeded"))
-    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_passed", {})
     torch.default_generator.manual_seed(3)
     plan(model)
     first = torch.rand(2)
