@@ -89,6 +89,11 @@ class Schedule:
         """The last gradients are reduced: nothing stays."""
         yield from self._free_all()
 
+    def forget(self, parts: Collection[int]) -> None:
+        """Outside of the passes, weights of ``parts`` were gathered, and are freed: a pass gathers them again."""
+        self._held.difference_update(parts)
+        self._pending.difference_update(parts)
+
     def _outlasts_forward(self, part: int) -> bool:
         return part in self._stays or part >= self._count - 2
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from deepspeed_sdp.engine.zero.freed_weight import FreedWeight, give_values, nothing_of, take_values
@@ -23,7 +24,7 @@ from deepspeed_sdp.errors import ConfigError, StateError
 from deepspeed_sdp.patches import Undo, patch
 from deepspeed_sdp.subnetwork import Subnetwork
 
-_ATTRIBUTES = ("ds_id", "_z3_optimizer", "__getstate__")
+_ATTRIBUTES = ("ds_id", "ds_status", "_z3_optimizer", "__getstate__")
 
 
 class _Piece(NamedTuple):
@@ -60,6 +61,8 @@ class ParameterTools:
         for number, index in enumerate(in_order):
             parameter: Any = optimizer.parameters[index]
             parameter.ds_id, parameter._z3_optimizer = number, self
+            # DeepSpeed's ZeRO-3, once in a process, leaves a linear layer there that asks for it.
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
             # Whoever pickles the module gets its parameters as they were.
             parameter.__getstate__ = functools.partial(_without_tools, vars(parameter))
         self._undo = _gathering()

@@ -162,6 +162,7 @@ class ShardedWeights:
         """Collective, between steps: the weights of ``parts`` are in memory inside, and views of them last."""
         wanted = [self._parts[index] for index in parts]
         for part in wanted:
+            part.wait()  # a pass may have issued it
             part.unshard(self._transport, is_kept=False)
         try:
             for part in wanted:
@@ -170,6 +171,7 @@ class ShardedWeights:
         finally:
             for part in wanted:
                 part.reshard()
+            self._schedule.forget(parts)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
