@@ -46,7 +46,7 @@ def test_a_recipe_on_any_number_of_ranks(dry_run, arguments, ranks):
 
 def test_a_script_s_options_on_any_number_of_ranks(dry_run):
     out = dry_run("train", *DEMO, "--steps", "10", "--world_size", "8")
-    assert "ranks        8, each 1 micro-batches of 8 sequences of 256 tokens" in out
+    assert "ranks        8; micro-batches on each: 1, of 8 x 256 tokens" in out
     assert "4 subnetworks, coverage 0.5" in out
     assert f"length       10 steps, {10 * 8 * 8 * 256:,} tokens" in out
 
