@@ -41,10 +41,10 @@ def main() -> None:
     folder = [tempfile.mkdtemp(prefix="checkpoints-")]
     dist.broadcast_object_list(folder)
     rows = [row for stage in args.stages for row in run(args, stage, Path(folder[0]))]
-    report(args, rows, table)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
+    report(args, rows, table)
 
 
 def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:

@@ -39,7 +39,7 @@ class EngineStep:
         self._exchanges = exchanges(job, model, plan, layout) if is_backward else []
         self.ledger = Ledger()
         self._width = job.dtype.itemsize
-        self._average_width = torch.promote_types(job.accumulate_dtype, job.reduce_dtype).itemsize
+        self._average_width = job.accumulate_dtype.itemsize
         self._weights = {weight.local: weight for weight in model.trained}
         self._is_eager = job.stage < 3
         self._gradients: dict[str, int] = {}

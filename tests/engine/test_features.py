@@ -191,8 +191,10 @@ def test_fp16_at_full_coverage_is_deepspeeds(ranks4, stage):
 @pytest.mark.parametrize("transport", ["owner_sets", "all_to_all"])
 def test_bf16_gradients_are_reduced_in_fp32_unless_the_job_says_otherwise(ranks4, transport):
     norms, sent = {}, {}
+    # Averages are kept as they come.
+    kept = {"bf16": True, "data_types": {"grad_accum_dtype": "fp32"}}
     for dtype, asked in (("bf16", {"communication_data_type": "bf16"}), ("fp32", {})):
-        sdp, ds = {"coverage": 1.0, "transport": transport}, {"stage": 2, "bf16": True, **asked}
+        sdp, ds = {"coverage": 1.0, "transport": transport}, {"stage": 2, **kept, **asked}
         results = ranks4.run("tests.engine.cases:train", timeout=60, sdp=sdp, steps=1, ds=ds)
         assert_owners_equal(results)
         norms[dtype] = results[0]["norms"][0]
@@ -204,7 +206,7 @@ def test_bf16_gradients_are_reduced_in_fp32_unless_the_job_says_otherwise(ranks4
         timeout=60,
         sdp={"coverage": 1.0},
         steps=1,
-        ds={"stage": 0, "bf16": True, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"},
+        ds={"stage": 0, **kept, "communication_data_type": "fp32"},
     )[0]["norms"][0]
     assert norms["fp32"] == pytest.approx(exact, rel=1e-6)
     assert norms["bf16"] != pytest.approx(exact, rel=1e-6)

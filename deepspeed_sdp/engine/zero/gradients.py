@@ -196,7 +196,8 @@ class GradientPath:
     def _take(self) -> None:
         buckets, pending = self._in_flight.popleft()
         self._is_patient = True
-        dtype = torch.promote_types(self._accumulate, self._reduce)
+        # Kept in the dtype in which micro-batches are summed, as by DeepSpeed: fp32 in transit costs no memory at rest.
+        dtype = self._accumulate
         for bucket, shard in zip(buckets, pending.finish(), strict=True):
             before = self.averages.get(bucket)
             if before is not None:
