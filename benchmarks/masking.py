@@ -61,9 +61,9 @@ def main() -> None:
     start()
     corpus = load(args)
     rows = [row for stage in args.stages for row in run_stage(args, corpus, stage)]
-    report(args, rows, table)
     if args.plot and dist.get_rank() == 0:
         plot(rows, args.plot)
+    report(args, rows, table)
 
 
 def load(args: argparse.Namespace) -> Corpus:
