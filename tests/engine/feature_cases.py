@@ -2,13 +2,15 @@
 
 import io
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import logger
 
 import deepspeed_sdp
@@ -194,13 +196,24 @@ def around_the_engine(stage, steps=3, **values):
 def unusual_passes(how, stage, tied, **values):
     """One step of two backward passes: the norm, or the error.
 
-    ``how``: "retain" (twice through one graph), "no_grad" and "evaluate" (in between), or "two_forwards" (one sum).
+    ``how``: "retain" (twice through one graph), "no_grad" and "evaluate" (in between), "gathered" (DeepSpeed's tool
+    around each), "weights" (of each layer around the backward pass), or "two_forwards" (one sum).
     """
     engine, *_ = start(stage=stage, model={"tie_word_embeddings": tied}, **values)
     first, second = (step[dist.get_rank()][0] for step in token_batches(2, dist.get_world_size()))
+    gathered = partial(GatheredParameters, [p for p in engine.module.parameters() if hasattr(p, "ds_id")])
     try:
-        loss = engine(input_ids=first, labels=first).loss
-        if how == "retain":
+        with gathered() if how == "gathered" else nullcontext():
+            loss = engine(input_ids=first, labels=first).loss
+        if how == "gathered":
+            with gathered():
+                engine.backward(loss)
+        elif how == "weights":
+            with ExitStack() as stack:
+                for layer in (None, 0, 1, 2):
+                    stack.enter_context(engine.gathered_weights(layer))
+                engine.backward(loss)
+        elif how == "retain":
             engine.backward(loss, retain_graph=True)
             engine.backward(loss)
         elif how == "two_forwards":

@@ -229,7 +229,7 @@ def test_a_forward_pass_around_the_engine(ranks4, stage):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("how", ["retain", "no_grad", "evaluate"])
+@pytest.mark.parametrize("how", ["retain", "no_grad", "gathered", "evaluate", "weights"])
 def test_unusual_passes_at_stage_3_are_those_of_stage_1(ranks4, how, tied):
     norms = {
         stage: ranks4.run(f"{CASES}:unusual_passes", timeout=60, how=how, stage=stage, tied=tied) for stage in (1, 3)

@@ -257,7 +257,7 @@ class _Gathered:
         # In the order that all owners share.
         self._parameters = sorted(dict.fromkeys(parameters), key=lambda parameter: parameter.ds_id)
         self._modifier = modifier_rank
-        self._filled: list[Any] = []
+        self._filled: list[tuple[Any, int]] = []
         if fwd_module is not None:
             raise ConfigError("GatheredParameters: fwd_module: got a module; takes None with SDP")
         for parameter in self._parameters if modifier_rank is not None else ():
@@ -270,7 +270,7 @@ class _Gathered:
                 )
 
     def enter(self) -> None:
-        self._filled = [parameter for parameter in self._parameters if parameter._z3_optimizer.gather(parameter)]
+        self._filled = [(p, p.data_ptr()) for p in self._parameters if p._z3_optimizer.gather(p)]
 
     def exit(self, has_failed: bool) -> None:
         try:
@@ -278,8 +278,10 @@ class _Gathered:
                 for parameter in self._parameters:
                     parameter._z3_optimizer.spread(parameter, self._modifier)
         finally:
-            for parameter in self._filled:
-                take_values(parameter, nothing_of(parameter))
+            for parameter, address in self._filled:
+                # A pass inside has freed it, or needs what it has put there.
+                if not isinstance(parameter, FreedWeight) and parameter.data_ptr() == address:
+                    take_values(parameter, nothing_of(parameter))
 
 
 _patches = ExitStack()

@@ -49,6 +49,7 @@ class FlatWeights:
                 from who holds a view of it.
         """
         if is_kept:
+            self.flat = self._kept
             self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
         else:
             self.flat = torch.empty_like(self._kept)
