@@ -42,7 +42,7 @@ class Held:
     runs: tuple[Run, ...]
     share: int
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of all shards."""
         return sum(run.numel for run in self.runs)
@@ -239,9 +239,11 @@ def check_cover(layouts: Iterable[Layout]) -> dict[str, tuple[int, ...]]:
         for section in layout.sections:
             kinds = tuple(section.kinds.items())
             for bucket in section.buckets:
-                what = (owners[bucket.owners], bucket.share)
+                base = 0
                 for run in bucket.runs:
+                    what = (owners[bucket.owners], bucket.share, bucket.numel, base)
                     described.setdefault(run.name, {})[run, kinds, what] = None
+                    base += run.numel
     for name, found in described.items():
         by_kind: dict[str, list[Run]] = defaultdict(list)
         for run, kinds, _ in found:

@@ -27,13 +27,18 @@ T = TypeVar("T")
 
 class _Scaler(Schema):
     name: Annotated[str, Field(alias="class")]
-    state: dict[str, Any]
+    state: dict[str, bool | int | float | str | None]
+
+
+class _Scalar(Schema):
+    value: bool | int | float
+    dtype: str | None
 
 
 class _State(Schema):
     client_state: dict[Any, Any]
     optimizer_groups: list[dict[str, Any]]
-    optimizer_scalars: list[dict[str, Any]] | dict[str, Any]
+    optimizer_scalars: list[dict[str, _Scalar]] | dict[str, _Scalar]
     lr_scheduler: dict[str, Any] | None
     loss_scaler: _Scaler
 

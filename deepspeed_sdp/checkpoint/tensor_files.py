@@ -36,7 +36,19 @@ def tensor_file(rank: int) -> str:
 
 
 def header(layout: Layout, rank: int) -> tuple[bytes, int]:
-    """What a rank's file begins with, and the bytes of the tensors that follow it."""
+    """What a rank's file begins with, and the bytes of the tensors that follow it.
+
+    Raises:
+        CheckpointError: a tensor of any rank has a dtype that files do not hold.
+    """
+    for section in layout.sections:
+        for kind, dtype in section.kinds.items():
+            if dtype not in _DTYPES:
+                name = section.buckets[0].runs[0].name
+                takes = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+                raise CheckpointError(
+                    f"checkpoint: {kind}.{name} is {str(dtype).removeprefix('torch.')}; takes {takes}"
+                )
     tensors: dict[str, Any] = {}
     end = 0
     for copy, section, kind, dtype, numel in layout.tensors(rank):

@@ -120,6 +120,7 @@ CHANGES = {
     "other_place": (_both(lambda layout: _run(layout).__setitem__(2, 1)), "has shape"),
     "gap": (_both(lambda layout: layout["sections"][0]["buckets"].pop()), "runs: some are in no bucket"),
     "differ": (_layout(lambda layout: layout["sections"][0]["buckets"][0].__setitem__(3, 10**6)), "overlap, or lack"),
+    "other_order": (_layout(lambda layout: layout["runs"].insert(0, layout["runs"].pop(1))), "overlap, or lack"),
     "beyond": (_both(lambda layout: _run(layout).__setitem__(5, 10**9)), f"the parts of {UP.removeprefix('master.')}"),
     "huge_shape": (
         _both(lambda layout: layout["tensors"].update({UP[7:]: [10**15, 16]})),

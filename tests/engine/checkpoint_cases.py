@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 import deepspeed_sdp
 from deepspeed_sdp.checkpoint import file_writer
+from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.tensor_files import TensorFiles
 from deepspeed_sdp.engine import initialize_dense
 from tests.engine.cases import build_model, ds_config, face, run_steps
+from tests.support.tiny_checkpoint import change_manifest
 
 HALF = {"coverage": 0.5}
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
@@ -109,6 +111,43 @@ def load_error(folder, sdp, ds, tag=None, **values):
         message = f"{type(error).__name__}: {error}"
     engine.destroy()
     return message
+
+
+def change_pickled(checkpoint, name, manifest, *path, value):
+    """Let a file say something else at a place; its checksum holds."""
+    found = content = torch.load(checkpoint / name, weights_only=True)
+    for key in path[:-1]:
+        found = found[key]
+    before, found[path[-1]] = found[path[-1]], value
+    torch.save(content, checkpoint / name)
+    described = folders.describe_file(checkpoint / name)
+    change_manifest(checkpoint, lambda body: body["files"].update({name: described}), manifest)
+    return before
+
+
+def refused_states(folder, changes):
+    """What is said of a checkpoint with each of ``changes``: a file, the places in it, what stands there."""
+    engine = start(HALF, {"stage": 1})
+    run_steps(engine, 1)
+    engine.save_checkpoint(folder)
+    messages = []
+    for name, manifest, path, value in changes:
+        checkpoint = Path(folder) / "global_step1"
+        if dist.get_rank() == 0:
+            before = change_pickled(checkpoint, name, manifest, *path, value=value)
+        dist.barrier()
+        try:
+            engine.load_checkpoint(folder)
+            messages.append(None)
+        except deepspeed_sdp.SDPError as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            change_pickled(checkpoint, name, manifest, *path, value=before)
+    dist.barrier()
+    engine.load_checkpoint(folder)
+    engine.destroy()
+    return messages
 
 
 def save_what_json_cannot_hold(folder):

@@ -247,6 +247,24 @@ def test_hostile_files_are_refused(ranks4, tmp_path):
         assert all("tag: got" in m for m in ranks4.run(f"{CASES}:load_error", timeout=60, **{**values, "tag": tag}))
 
 
+def test_pickled_state_that_no_job_writes_is_one_error_on_all_ranks(ranks4, tmp_path):
+    state, of_rank = ("state.pt", folders.MANIFEST), ("rank-00002.pt", "rank-00002.json")
+    changes = {
+        "optimizer_scalars": (*state, ("optimizer_scalars", 0, "step"), -1),
+        "has 1 parameter groups": (*state, ("optimizer_scalars",), []),
+        "optimizer_groups.lr: got 'x'": (*state, ("optimizer_groups", 0, "lr"), "x"),
+        "optimizer_groups.betas": (*state, ("optimizer_groups", 0, "betas"), ()),
+        "loss_scaler.cur_scale: got None": (*state, ("loss_scaler", "state", "cur_scale"), None),
+        "WarmupLR does not take its state": (*state, ("lr_scheduler",), {}),
+        "random numbers are refused": (*of_rank, ("random", "numpy"), None),
+    }
+    for messages in ranks4.run(f"{CASES}:refused_states", folder=str(tmp_path), changes=list(changes.values())):
+        for expected, message in zip(changes, messages, strict=True):
+            assert message.startswith("CheckpointError: ")
+            assert expected in message
+            assert "\n" not in message
+
+
 def test_another_model_is_refused_in_words(ranks4, tmp_path):
     values = {"folder": str(tmp_path), "sdp": HALF, "ds": {"stage": 1}}
     ranks4.run(f"{CASES}:save_and_go_on", timeout=60, steps=1, more=0, **values)

@@ -17,6 +17,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
+from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import (
     FULL_SCALE,
     Checkpoint,
@@ -40,6 +41,8 @@ from deepspeed_sdp.subnetwork import Subnetwork
 # Options of a group that say how a step is computed, on this device and by this implementation.
 _OF_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
+_NUMBERS = (int, float, torch.Tensor)
+
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -51,7 +54,7 @@ def save_checkpoint(
     state, sdp, groups = _state_of(engine), engine.sdp_config, engine._owner_groups
     scalars = state.scalars()
     layout, rank, worker = state.layout(sdp.checkpoint_copies), dist.get_rank(), groups.subnetwork_index
-    head, nbytes = header(layout, rank)
+    head, nbytes = agreed(lambda: header(layout, rank))
     content = chain([memoryview(head)], staged(state.values(sdp.checkpoint_copies), engine.optimizer.device))
     # What training changes from here on is not saved.
     is_async = sdp.checkpoint_async
@@ -114,8 +117,15 @@ def load_checkpoint(
         found = saved["optimizer_scalars"]
         # DeepSpeed's universal format, and older checkpoints: of all groups alike.
         scalars = [found] * len(saved["optimizer_groups"]) if isinstance(found, dict) else found
-        _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"])
+        _check_optimizer(engine, checkpoint.meta["optimizer"], saved["optimizer_groups"], len(scalars))
         state.check(keys, scalars)
+        for group, options in zip(engine.optimizer.param_groups, saved["optimizer_groups"], strict=True):
+            _check_options(group, options, "optimizer_groups")
+        _check_options(vars(engine.optimizer.loss_scaler), saved["loss_scaler"]["state"], "loss_scaler")
+    has_random = with_optimizer and checkpoint.meta["world_size"] == dist.get_world_size()
+    random_state = agreed(lambda: _checked_random(checkpoint)) if has_random else None
+    if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
+        _load_scheduler(engine.lr_scheduler, saved["lr_scheduler"])
     entries = state.to_read(keys)
     checkpoint.read(entries)
     _take_full_scale(engine, checkpoint, entries)
@@ -128,12 +138,8 @@ def load_checkpoint(
             vars(scaler).update(saved["loss_scaler"]["state"])
         for counter in _COUNTERS:
             setattr(engine, counter, checkpoint.meta[counter])
-        if checkpoint.meta["world_size"] == dist.get_world_size():
-            own = checkpoint.rank_state(dist.get_rank())
-            if own is not None:
-                _set_random_state(own["random"])
-    if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
-        engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        if random_state is not None:
+            _set_random_state(random_state)
     state.spread()
     return str(checkpoint.path), saved["client_state"]
 
@@ -190,7 +196,7 @@ def _group_options(engine: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, Any]]) -> None:
+def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, Any]], scalars: int) -> None:
     name = type(engine.basic_optimizer).__name__
     if saved_name is not None and _method(name) != _method(saved_name):
         raise CheckpointError(
@@ -198,11 +204,36 @@ def _check_optimizer(engine: Any, saved_name: str | None, saved: list[dict[str, 
             "the weights alone)"
         )
     groups = engine.optimizer.param_groups
-    if len(groups) != len(saved):
+    if not len(groups) == len(saved) == scalars:
         raise CheckpointError(
             f"checkpoint: has {len(saved)} parameter groups; the optimizer has {len(groups)} (load_optimizer_states="
             "False loads the weights alone)"
         )
+
+
+def _check_options(held: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:
+    """Whether numbers, and tuples of numbers, come where there are some."""
+    for key, value in saved.items():
+        mine = held.get(key)
+        if isinstance(mine, _NUMBERS):
+            is_like = isinstance(value, _NUMBERS)
+        elif isinstance(mine, tuple | list) and mine and all(isinstance(number, _NUMBERS) for number in mine):
+            is_like = isinstance(value, tuple | list) and len(value) == len(mine)
+            is_like = is_like and all(isinstance(number, _NUMBERS) for number in value)
+        else:
+            is_like = True
+        if not is_like and key not in _OF_IMPLEMENTATION:
+            raise CheckpointError(f"checkpoint: {name}.{key}: got {value!r:.80}; takes something like {mine!r}")
+
+
+def _load_scheduler(scheduler: Any, saved: dict[str, Any]) -> None:
+    try:
+        scheduler.load_state_dict(saved)
+    except Exception as error:  # schedulers raise almost anything for the state of another one
+        raise CheckpointError(
+            f"checkpoint: lr_scheduler: {type(scheduler).__name__} does not take its state ({type(error).__name__}: "
+            f"{error}); load_lr_scheduler_states=False loads the rest"
+        ) from None
 
 
 def _method(name: str) -> str:
@@ -234,6 +265,27 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "device": on_device,
     }
+
+
+def _checked_random(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Random numbers of this rank, ``None`` where they are lost.
+
+    Raises:
+        CheckpointError: they are not what generators take.
+    """
+    own = checkpoint.rank_state(dist.get_rank())
+    if own is None:
+        return None
+    before = _random_state()
+    try:
+        _set_random_state(own["random"])
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"checkpoint: {checkpoint.path}: random numbers are refused: {what}") from None
+    finally:
+        _set_random_state(before)
+    saved: dict[str, Any] = own["random"]
+    return saved
 
 
 def _set_random_state(saved: dict[str, Any]) -> None:
