@@ -41,10 +41,10 @@ def header(layout: Layout, rank: int) -> tuple[bytes, int]:
     Raises:
         CheckpointError: a tensor of any rank has a dtype that files do not hold.
     """
-    for section in layout.sections:
-        for kind, dtype in section.kinds.items():
+    for held in layout.sections:
+        for kind, dtype in held.kinds.items():
             if dtype not in _DTYPES:
-                name = section.buckets[0].runs[0].name
+                name = held.buckets[0].runs[0].name
                 takes = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
                 raise CheckpointError(
                     f"checkpoint: {kind}.{name} is {str(dtype).removeprefix('torch.')}; takes {takes}"
