@@ -84,7 +84,7 @@ class Job:
     @property
     def portion_numel(self) -> int:
         """Elements of the full model that are stepped and sent together."""
-        return self.gather_bucket or default_bucket_numel(self.backend, self.world_size)
+        return self.gather_bucket or self.round_numel
 
     def transport(self, payload: Literal["gradients", "weights"]) -> str:
         """``"owner_sets"`` or ``"all_to_all"``, as ``engine/comm/transport.py`` resolves it."""

@@ -73,7 +73,8 @@ class Settings:
             # Sums of many ranks lose the small ones in 16 bits, which DeepSpeed would take by default.
             reduce=engine._config.communication_data_type or torch.float32,
             round_numel=reduce_bucket_numel(engine),
-            portion_numel=_asked_numel(engine, "allgather_bucket_size"),
+            # Gradients are needed in fp32 a portion at a time: whoever asks for small rounds has little memory.
+            portion_numel=_asked_numel(engine, "allgather_bucket_size", reduce_bucket_numel(engine)),
             prefetch=1 if zero.prefetch_bucket_size else 0,
             state=_place(zero.offload_optimizer, engine.device),
             weights=_place(zero.offload_param, engine.device),
@@ -89,14 +90,14 @@ class Settings:
 
 def reduce_bucket_numel(engine: DeepSpeedEngine) -> int:
     """Elements of the full model in a bucket of gradients, of an engine of this package."""
-    return _asked_numel(engine, "reduce_bucket_size")
+    return _asked_numel(engine, "reduce_bucket_size", default_bucket_numel(dist.get_backend(), dist.get_world_size()))
 
 
-def _asked_numel(engine: DeepSpeedEngine, key: str) -> int:
-    """What the job itself says of ``zero_optimization.<key>``, else the package's default."""
+def _asked_numel(engine: DeepSpeedEngine, key: str, default: int) -> int:
+    """What the job itself says of ``zero_optimization.<key>``, else ``default``."""
     zero = engine._config._param_dict.get("zero_optimization", {})
     asked = zero.get(key, "auto") if isinstance(zero, dict) else "auto"
-    return default_bucket_numel(dist.get_backend(), dist.get_world_size()) if asked == "auto" else int(asked)
+    return default if asked == "auto" else int(asked)
 
 
 def _place(offload: Any, device: torch.device) -> Place:
