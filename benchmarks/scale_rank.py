@@ -137,7 +137,7 @@ def _start(model: nn.Module, job: Any, stage: int, clock: Clock, traffic: Traffi
         subnetwork, _ = agreed(lambda: initialize._cut(model, job, None, client))
     del held
     with clock.phase("groups"):
-        groups = initialize.OwnerGroups(job.plan.owner_sets, job.workers)
+        groups = initialize.OwnerGroups(job.plan.owner_sets, job.workers, job.ranks_per_node)
     settings = Settings(
         sdp=job.sdp,
         stage=stage,

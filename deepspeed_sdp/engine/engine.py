@@ -244,7 +244,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
 
 
 def _from_first(value: torch.Tensor, owners: Owners) -> None:
-    for group in filter(None, (owners.inner, owners.outer)):
+    for group in owners.levels:
         with group.waiting("the initial weights") as process_group:
             dist.broadcast(value, src=group.ranks[0], group=process_group)
 

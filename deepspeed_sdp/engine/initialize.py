@@ -116,7 +116,7 @@ def initialize(
         SDPEngine,
         sdp_config=job.sdp,
         subnetwork=subnetwork,
-        groups=OwnerGroups(job.plan.owner_sets, job.workers),
+        groups=OwnerGroups(job.plan.owner_sets, job.workers, job.ranks_per_node),
         client=client_map,
         agreed_weights=on_meta,
     )
@@ -163,15 +163,16 @@ def _agree_on_job(
 
     agree(describe)
     if job.sdp.enabled:
-        job.plan, job.workers = from_first_rank(lambda: _plan(job))
+        job.plan, job.workers, job.ranks_per_node = from_first_rank(lambda: _plan(job))
         agree(lambda: {"plan_hash": job.plan.hash, "subnetwork_of_ranks": job.workers})
     return job
 
 
-def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...]]:
+def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...], int]:
     plan = plan_for(job.model, job.sdp, dist.get_world_size(), dist.get_backend())
     check_copies(job.sdp, plan)
-    return plan, place_workers(plan, dist.get_world_size(), _ranks_per_node(), job.sdp.rank_order)
+    ranks_per_node = _ranks_per_node()
+    return plan, place_workers(plan, dist.get_world_size(), ranks_per_node, job.sdp.rank_order), ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ class _Job:
     adapter: Adapter
     plan: SubnetworkPlan
     workers: tuple[int, ...]
+    ranks_per_node: int
 
 
 def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:

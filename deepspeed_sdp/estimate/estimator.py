@@ -175,7 +175,7 @@ class Estimator:
             ledger = EngineStep(job, model, plan, layout, self.is_tied).run(moments)
             sent = sdp_traffic(job, model, plan, layout, self.is_tied)
             elements = float(sum(bucket.shard for bucket in layout.buckets))
-            groups = communicators(plan, job.world_size, worker)
+            groups = communicators(plan, job, self.cluster.per_node, worker)
         step_flops = job.tokens * (flops.max + _recomputed(job, flops, self.full))
         return Estimate(
             job,

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from deepspeed_sdp.engine.comm.mesh import Mesh
 from deepspeed_sdp.estimate.buckets import Layout
 from deepspeed_sdp.estimate.exchange import exchanges
 from deepspeed_sdp.estimate.job import Job
 from deepspeed_sdp.estimate.worker_model import WorkerModel
-from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.plan import SubnetworkPlan, place_workers
 from deepspeed_sdp.subnetwork import SHARED
 
 
@@ -62,14 +63,8 @@ def deepspeed_traffic(job: Job, numels: Sequence[int]) -> dict[str, float]:
     return {"gradients": gradients, "weight_gather": ring * job.dtype.itemsize * gathers}
 
 
-def communicators(plan: SubnetworkPlan, world_size: int, worker: int) -> int:
-    """Communicators of a rank that trains subnetwork ``worker``, beside the default one (``engine/comm``).
-
-    Two of all workers, and one per owner set that is neither alone nor all of them; where several ranks train a
-    subnetwork, one of all ranks and two of those besides.
-    """
-    workers = plan.num_subnetworks
-    sets = sum(worker in owners and 1 < len(owners) < workers for owners in plan.owner_sets)
-    if world_size == workers:
-        return sets + 2
-    return sets + 3 + 2 * (workers > 1)
+def communicators(plan: SubnetworkPlan, job: Job, ranks_per_node: int, worker: int) -> int:
+    """Communicators of a rank that trains subnetwork ``worker``, beside the default one."""
+    assert job.sdp is not None
+    workers = place_workers(plan, job.world_size, ranks_per_node, job.sdp.rank_order)
+    return len(Mesh(plan.owner_sets, workers, ranks_per_node).groups_of(workers.index(worker)))

@@ -1,14 +1,18 @@
 """What the ranks run. Every function is called on all ranks at once."""
 
+import importlib
 import os
 import random
 import time
+from contextlib import nullcontext
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.engine.comm import mesh
 from deepspeed_sdp.engine.full.gather import layers_name
 from tests.support.models import tiny_model, token_batches
 
@@ -162,13 +166,19 @@ def one_rank_overflows(stage, bf16, bad_step, bad_rank):
     return result
 
 
-def train_on_nodes(ranks_per_node, **kwargs):
-    """``train`` on nodes of ``ranks_per_node`` ranks, as the launcher would number them."""
+def on_nodes(on_rank, ranks_per_node, has_short_rings=False, **kwargs):
+    """``module:function`` on nodes of ``ranks_per_node`` ranks, as the launcher would number them.
+
+    With ``has_short_rings`` few replicas are cut into levels like many.
+    """
+    module, function = on_rank.split(":")
     before = os.environ["LOCAL_WORLD_SIZE"]
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     try:
-        return train(**kwargs)
+        with mock.patch.multiple(mesh, _LAUNCH=0, _NODES=1) if has_short_rings else nullcontext():
+            return getattr(importlib.import_module(module), function)(**kwargs)
     finally:
+        mesh._rings.cache_clear()
         os.environ["LOCAL_WORLD_SIZE"] = before
 
 

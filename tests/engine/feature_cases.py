@@ -250,6 +250,7 @@ def failed_backward():
             errors.append(str(error))
         hook.remove()
     dist.barrier()
+    engine.destroy()
     return errors
 
 

@@ -35,6 +35,11 @@ class Threads:
         self.lock, self.meetings = threading.Lock(), {}
         monkeypatch.setattr(mesh.dist, "get_rank", lambda: self.own.rank)
         monkeypatch.setattr(mesh, "_make", self.make)
+        # Rings of two nodes, one in the other, already at the few ranks of a test.
+        monkeypatch.setattr(mesh, "_NODES", 1)
+        monkeypatch.setattr(mesh, "_LAUNCH", 0)
+        mesh._rings.cache_clear()
+        monkeypatch.setattr(mesh, "_rings", mesh._rings.__wrapped__)
         for name, together in (
             ("all_reduce", self.all_reduce),
             ("all_to_all_single", self.all_to_all),
@@ -118,7 +123,7 @@ def run_rank(threads, seed, rank, case):
     """Averaged shards, gathered weights and exchanged weights of one rank, against what they must be."""
     threads.own.rank, threads.own.counts, threads.own.draw = rank, Counter(), random.Random(seed * 1000 + rank)
     shared, stage, workers = random.Random(seed + 1), case["stage"], case["workers"]
-    groups = OwnerGroups(case["sets"], workers)
+    groups = OwnerGroups(case["sets"], workers, case["ranks_per_node"])
     items = [
         Item((i, 0), shared.randrange(len(case["sets"])), 0, shared.randint(1, 400), i, shared.random() < 0.5)
         for i in range(case["parameters"])

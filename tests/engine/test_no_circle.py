@@ -33,6 +33,11 @@ class Recorder:
         self.draw = random.Random()
         monkeypatch.setattr(mesh.dist, "get_rank", lambda: self.rank)
         monkeypatch.setattr(mesh, "_make", self.make)
+        # Rings of two nodes, one in the other, already at the few ranks of a test.
+        monkeypatch.setattr(mesh, "_NODES", 1)
+        monkeypatch.setattr(mesh, "_LAUNCH", 0)
+        mesh._rings.cache_clear()
+        monkeypatch.setattr(mesh, "_rings", mesh._rings.__wrapped__)
         for name in COLLECTIVES:
             monkeypatch.setattr(transport.dist, name, self.collective(name))
         assert exchange.dist is transport.dist
@@ -107,7 +112,7 @@ def play(events, *, issuing_blocks):
 
 def random_case(seed):
     draw = random.Random(seed)
-    replicas = draw.choice([1, 2, 2, 3, 4])
+    replicas = draw.choice([1, 2, 3, 4, 4, 8])
     workers = draw.choice([w for w in (1, 2, 3, 4, 6) if w * replicas <= 16])
     stage = draw.randrange(4)
     sets = [tuple(range(workers))]
@@ -118,6 +123,7 @@ def random_case(seed):
         "workers": draw.choice(
             [[r // replicas for r in range(workers * replicas)], [r % workers for r in range(workers * replicas)]]
         ),
+        "ranks_per_node": draw.choice([None, 1, 2]),
         "stage": stage,
         "all_to_all": stage > 0 and draw.random() < 0.5,
         "backend": draw.choice(["gloo", "nccl"]),
@@ -131,7 +137,7 @@ def random_case(seed):
 def run_rank(recorder, seed, rank, case):
     """Two steps of one rank: gradients, then weights; at stage 3 gathers and reductions part by part."""
     shared, own, stage = random.Random(seed + 1), recorder.draw, case["stage"]
-    groups = OwnerGroups(case["sets"], case["workers"])
+    groups = OwnerGroups(case["sets"], case["workers"], case["ranks_per_node"])
     items = [
         Item((i, 0), shared.randrange(len(case["sets"])), 0, shared.randint(1, 40), i)
         for i in range(case["parameters"])

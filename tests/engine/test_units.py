@@ -68,7 +68,7 @@ def test_a_dropped_layer_takes_no_memory(ranks4):
 @pytest.mark.parametrize("order", ["owners_within_node", "owners_across_nodes"])
 def test_rank_orders_train_like_the_simulation(order, ranks4):
     values = {"sdp": {"num_subnetworks": 2, "owners_per_unit": 1, "rank_order": order}, "ds": {"stage": 1}}
-    results = ranks4.run("tests.engine.cases:train_on_nodes", ranks_per_node=2, **values)
+    results = ranks4.run("tests.engine.cases:on_nodes", on_rank="tests.engine.cases:train", ranks_per_node=2, **values)
     expected = {"owners_within_node": [0, 1, 0, 1], "owners_across_nodes": [0, 0, 1, 1]}[order]
     assert results[0]["workers"] == expected
     assert_like(results, simulate(results[0], **values))

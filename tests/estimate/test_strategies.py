@@ -79,6 +79,8 @@ def test_communicators_take_room_where_nccl_makes_them(estimator):
     assert one.communicators == one.to_json()["communicators"] == len(one.plan.owner_sets) // 2 + 2
     assert estimate(sdp=sdp(coverage=0.125)).communicators == 2
     assert estimate(world_size=16).communicators == one.communicators + 3
+    # Of a worker's eight ranks in each of eight nodes.
+    assert estimate(world_size=512).communicators == one.communicators + 5
     assert estimate(sdp=None).communicators == 0
     assert one.fits
     tight = Cluster(find_gpu("h100", memory_gb=one.peak / 1e9 + 0.001), reserved=0)

@@ -13,6 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from deepspeed_sdp.engine.deepspeed import tools
 from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks, start_communication
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +138,11 @@ class RankPool:
         self.processes, self.connections = [], []
 
 
+def check_nothing_is_left():
+    """An engine that a case leaves alive would show in the next one: it hooks into DeepSpeed."""
+    assert not tools._users, f"left {tools._users} engine(s) that nobody destroyed"
+
+
 def serve(connection):
     import torch
 
@@ -151,7 +157,9 @@ def serve(connection):
             return
         try:
             module, function = case.split(":")
-            connection.send_bytes(pickle.dumps((True, getattr(importlib.import_module(module), function)(**kwargs))))
+            result = pickle.dumps((True, getattr(importlib.import_module(module), function)(**kwargs)))
+            check_nothing_is_left()
+            connection.send_bytes(result)
         except BaseException:
             connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
 

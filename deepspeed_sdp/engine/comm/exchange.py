@@ -11,7 +11,7 @@ from deepspeed_sdp.engine.comm.mesh import Group, Owners
 from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic
-from deepspeed_sdp.engine.comm.transport import start_all_gather
+from deepspeed_sdp.engine.comm.transport import gather_inside, start_all_gather
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 
 KIND = "weight_refresh"
@@ -58,8 +58,8 @@ class Exchange:
 
     Every owner of a bucket sends an equal share of it, so none sends more than the others, and every rank receives each
     element that it lacks once: at ZeRO 0 what it does not own, at ZeRO 1 and 2, where a step updates one shard, all
-    other shards too. One message for each call, whatever the number of buckets; with replicas two: at their coordinate
-    workers receive a slice, and an all-gather inside brings the others.
+    other shards too. One message for each call, whatever the number of buckets; with replicas some more: at their
+    coordinate workers receive a slice, and an all-gather inside, level by level, brings the others.
 
     Args:
         everyone: all ranks, with groups on which all issue what runs on them in the same order.
@@ -113,11 +113,11 @@ class Exchange:
     def _flow(self, route: Route) -> Flow:
         """Outside, then inside."""
         arriving = self._all_gather(route) if route.all_gather_numel else self._all_to_all(route)
-        if self._everyone.inner is None:
+        if not self._everyone.inner:
             return arriving
         yield from arriving.works
         arriving.take()
-        return self._spread(route, self._everyone.inner)
+        return (yield from self._spread(route))
 
     def _all_gather(self, route: Route) -> Arriving:
         numel, workers = route.all_gather_numel, len(route.received)
@@ -146,19 +146,21 @@ class Exchange:
             works = [self._timed(work, group)]
         return _arriving(works, route.received, torch.split(received, expected), send, received)
 
-    def _spread(self, route: Route, inner: Group) -> Arriving:
+    def _spread(self, route: Route) -> Flow:
         """This rank's slices to the other replicas, whose slices it lacks. The last ones may be shorter, or empty."""
-        replicas, sizes = len(inner.ranks), [_slice(bucket) for bucket in route.inside]
+        replicas, replica = self._everyone.replicas, self._everyone.replica
+        sizes = [_slice(bucket) for bucket in route.inside]
         send = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
         own = []
         for bucket, size, values in zip(route.inside, sizes, torch.split(send, sizes), strict=True):
-            start, stop = (min(place * size, bucket.numel) for place in (inner.place, inner.place + 1))
+            start, stop = (min(place * size, bucket.numel) for place in (replica, replica + 1))
             values[: stop - start] = bucket.read(start, stop)
             own.append((start, stop))
-        received = torch.empty(replicas * len(send), dtype=self._dtype, device=self._device)
         self._count(len(send) * (replicas - 1))
+        arriving = yield from gather_inside(send, self._everyone.inner, self._timed)
 
         def write() -> list[torch.Tensor]:
+            (received,) = arriving.take()
             by_bucket = torch.split(received.view(replicas, -1), sizes, dim=1)
             for bucket, (start, stop), slices in zip(route.inside, own, by_bucket, strict=True):
                 values = slices.reshape(-1)
@@ -166,8 +168,7 @@ class Exchange:
                 bucket.write(stop, values[stop : bucket.numel])
             return []
 
-        works = [self._timed(start_all_gather(received, send, inner), inner)]
-        return Arriving(works, write, _nbytes(send) + _nbytes(received))
+        return arriving._replace(take=write)
 
     def _timed(self, work: Any, group: Group) -> TimedWork:
         return self._stopwatch.timed(work, "refreshing weights", group)

@@ -1,15 +1,20 @@
 """Who talks to whom: the replicas of one worker inside, owner sets outside.
 
-Ranks are a table of workers and *replica coordinates*: where the world is ``N * R``, rank ``(w, i)`` is the ``i``-th
-that trains subnetwork ``w``. What an owner set of ``K`` workers owns is cut into ``R`` slices, one for each coordinate,
-and each slice into ``K`` shards. Collectives go over the ``R`` replicas of a worker, which placement puts side by side,
-and over the ``K`` owners at one coordinate, never over all ``K * R``.
+Ranks are a table of workers and *replica coordinates*: where the world is ``N * R``, each worker has a rank at each of
+``R`` coordinates. What an owner set of ``K`` workers owns is cut into ``R`` slices, one for each coordinate, and each
+slice into ``K`` shards. Collectives go over the ``R`` replicas of a worker, which placement puts side by side, and over
+the ``K`` owners at one coordinate, never over all ``K * R``.
+
+Many replicas are a table themselves: *levels*, those of a few nodes first, then groups of nodes, so that no ring is
+long. The digits of a coordinate say where in each level a replica stands.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import groupby
 
+import numpy as np
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -24,24 +29,32 @@ class Mesh:
     Args:
         owner_sets: workers of every owner set.
         workers: the subnetwork of every rank, ``[world size]``.
+        ranks_per_node: a node is so many consecutive ranks; ``None``: there is one node.
 
     Raises:
         ValueError: not every worker has as many ranks, or replicas have their workers in another order.
 
     Attributes:
+        levels: ranks of a ring of each level, the innermost first; their product is ``replicas``.
         replicas: ``R``.
     """
 
-    def __init__(self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int]) -> None:
+    def __init__(
+        self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int], ranks_per_node: int | None = None
+    ) -> None:
         self.owner_sets = tuple(map(tuple, owner_sets))
         self.workers = tuple(workers)
-        # By worker, in the order of their first ranks.
-        self._ranks: dict[int, list[int]] = {}
-        self._replica = []
+        ascending: dict[int, list[int]] = {}
         for rank, worker in enumerate(self.workers):
-            of_worker = self._ranks.setdefault(worker, [])
-            self._replica.append(len(of_worker))
-            of_worker.append(rank)
+            ascending.setdefault(worker, []).append(rank)
+        if len({len(ranks) for ranks in ascending.values()}) > 1:
+            raise ValueError(f"workers of the ranks: got {self.workers}; takes as many ranks of each")
+        self.levels = _levels(list(ascending.values()), ranks_per_node or len(self.workers))
+        # The first digit of a coordinate, which cuts first, is that of neighbours.
+        order = np.arange(len(ascending[self.workers[0]])).reshape(self.levels[::-1]).T.ravel().tolist()
+        # By worker, in the order of their first ranks; then by coordinate.
+        self._ranks = {worker: [ranks[i] for i in order] for worker, ranks in ascending.items()}
+        self._replica = {rank: replica for ranks in self._ranks.values() for replica, rank in enumerate(ranks)}
         self._place = {worker: place for place, worker in enumerate(self._ranks)}
         self._rails = list(zip(*self._ranks.values(), strict=True))
         self.replicas = len(self._rails)
@@ -53,7 +66,7 @@ class Mesh:
         return self._replica[rank]
 
     def inner(self, rank: int) -> tuple[int, ...]:
-        """The ``R`` ranks that train the subnetwork of ``rank``, ascending."""
+        """The ``R`` ranks that train the subnetwork of ``rank``, by coordinate."""
         return tuple(self._ranks[self.workers[rank]])
 
     def rail(self, replica: int) -> tuple[int, ...]:
@@ -82,8 +95,11 @@ class Mesh:
         if self.replicas == 1:
             families = {"gradients": [everyone], "weights": [everyone]}
         else:
-            inside = [tuple(ranks) for ranks in self._ranks.values()]
-            families = {"all ranks": [everyone], "gradients inside": inside, "weights inside": inside}
+            families = {"all ranks": [everyone]}
+            for level, size in enumerate(self.levels):
+                tables = [np.moveaxis(np.reshape(ranks, self.levels), level, -1) for ranks in self._ranks.values()]
+                rings = [tuple(ring) for table in tables for ring in table.reshape(-1, size).tolist()]
+                families |= {f"{purpose} inside {level}": rings for purpose in ("gradients", "weights")}
             if len(self._ranks) > 1:
                 families |= {"gradients": self._rails, "weights": self._rails}
         for index, workers in enumerate(self.owner_sets):
@@ -94,6 +110,40 @@ class Mesh:
     def groups_of(self, rank: int) -> list[tuple[int, ...]]:
         """The process groups that ``rank`` is in: a communicator each."""
         return [ranks for family in self.families().values() for ranks in family if rank in ranks]
+
+
+# Nodes of a first ring, if they divide that way: more make it long, and fewer leave more for single ranks of a node.
+_NODES = 4
+# What the launch of one more ring costs, in steps from node to node.
+_LAUNCH = 5
+
+
+def _levels(replicas: Sequence[Sequence[int]], ranks_per_node: int) -> tuple[int, ...]:
+    """How the replicas of a worker, ascending for each, are cut into rings: a first one over some nodes, then others.
+
+    Those have one rank of a node each, and what is left for them goes through its network card alone; so a node is
+    no ring by itself, behind which all else would have to pass a second time.
+    """
+    number = len(replicas[0])
+    per_node = {
+        len(list(of_node)) for ranks in replicas for _, of_node in groupby(ranks, key=lambda r: r // ranks_per_node)
+    }
+    inside = per_node.pop() if len(per_node) == 1 else number
+    if number % inside:
+        return (number,)
+    nodes = number // inside
+    if inside == 1:
+        return _rings(nodes)
+    first = min((n for n in range(2, 9) if nodes % n == 0), key=lambda n: abs(n - _NODES), default=nodes)
+    return (inside * first, *(size for size in _rings(nodes // first) if size > 1))
+
+
+@cache
+def _rings(nodes: int) -> tuple[int, ...]:
+    """Factors of ``nodes`` whose rings one after the other take the fewest steps and launches."""
+    cut = ((size, *_rings(nodes // size)) for size in range(2, nodes // 2 + 1) if nodes % size == 0)
+    # At equal cost the fewest rings, and of those the longest first.
+    return min(((nodes,), *cut), key=lambda sizes: (sum(sizes) + (_LAUNCH - 1) * len(sizes), len(sizes), -sizes[0]))
 
 
 class Group:
@@ -156,8 +206,10 @@ class Owners:
         replica: its coordinate.
 
     Attributes:
-        inner: the replicas of its worker; ``None`` where it has one alone, or is no owner.
+        inner: the replicas of its worker, level by level; nothing where it has one alone, or is no owner.
         outer: the owners at its coordinate; ``None`` where there is one alone, or it is none of them.
+        levels: all of them, the innermost first. Whoever is cut goes through them in this order, whoever is gathered
+            in the other.
     """
 
     def __init__(
@@ -166,13 +218,14 @@ class Owners:
         rank: int,
         replicas: int = 1,
         replica: int = 0,
-        inner: Group | None = None,
+        inner: Sequence[Group] = (),
         outer: Group | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.rank = rank
         self.replicas, self.replica = replicas, replica
-        self.inner, self.outer = inner, outer
+        self.inner, self.outer = tuple(inner), outer
+        self.levels = self.inner if outer is None else (*self.inner, outer)
 
     @cached_property
     def _index(self) -> dict[int, int]:
@@ -207,8 +260,10 @@ class OwnerGroups(Mesh):
         for_gradients, for_weights: the owners of what all workers own; two, so that one waits for nothing of the other.
     """
 
-    def __init__(self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int]) -> None:
-        super().__init__(owner_sets, workers)
+    def __init__(
+        self, owner_sets: Sequence[Sequence[int]], workers: Sequence[int], ranks_per_node: int | None = None
+    ) -> None:
+        super().__init__(owner_sets, workers, ranks_per_node)
         self.rank = dist.get_rank()
         self.subnetwork_index = self.workers[self.rank]
         self._groups = {purpose: _make(family, purpose) for purpose, family in self.families().items()}
@@ -229,7 +284,8 @@ class OwnerGroups(Mesh):
         replicas, replica = self.replicas, self.replica(self.rank)
         if self.rank not in ranks:
             return Owners(ranks, self.rank, replicas, replica)
-        inner = self._groups.get(f"{family} inside")
+        levels = (self._groups.get(f"{family} inside {level}") for level in range(len(self.levels)))
+        inner = [group for group in levels if group is not None]
         # At R = 1 there is a group of all ranks even if there is only one.
         found = self._groups.get(outer) if len(ranks) > replicas else None
         return Owners(ranks, self.rank, replicas, replica, inner, found)

@@ -45,6 +45,17 @@ def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: Group) ->
     return getattr(dist, _ALL_GATHER)(output, shard, group=group.handle, async_op=True)
 
 
+def gather_inside(part: torch.Tensor, groups: Sequence[Group], timed: Callable[[Any, Group], TimedWork]) -> Flow:
+    """The ``part`` ``[n]`` of every replica, by coordinate: ``[replicas * n]``, through at least one of ``groups``."""
+    for group in reversed(groups):
+        whole = torch.empty(len(group.ranks) * len(part), dtype=part.dtype, device=part.device)
+        work = timed(start_all_gather(whole, part, group), group)
+        if group is not groups[0]:
+            yield work
+        nbytes, part = _nbytes(part) + _nbytes(whole), whole
+    return Arriving([work], lambda: [part], nbytes)
+
+
 class Transport(Protocol):
     """Collective over the world: every rank calls it for the same rounds in the same order, with its own buckets."""
 
@@ -61,9 +72,10 @@ class Transport(Protocol):
 class OwnerSetTransport:
     """Collectives per bucket: all-reduce (ZeRO 0), or reduce-scatter and all-gather.
 
-    With replicas one inside, among those of a worker, and one outside, among the owners at one coordinate, of the slice
-    that the inner one leaves (or gathers). gloo has no reduce-scatter of its own (torch builds it from an all-reduce),
-    so it is an all-reduce there, and counted as one; inside, where all have the same, an all-to-all and a local sum.
+    With replicas one inside for each level, among those of a worker, and one outside, among the owners at one
+    coordinate, of the slice that the inner ones leave (or gather). gloo has no reduce-scatter of its own (torch builds
+    it from an all-reduce), so it is an all-reduce there, and counted as one; inside, where all have the same, an
+    all-to-all and a local sum.
     """
 
     def __init__(self, stages: Stages, traffic: Traffic, stopwatch: Stopwatch) -> None:
@@ -82,9 +94,9 @@ class OwnerSetTransport:
     def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
         """Inside, then of the slice outside."""
         _divide(flat, bucket)
-        groups = [group for group in (bucket.owners.inner, bucket.owners.outer) if group is not None]
-        work, take = self._scatter_in(groups[0], bucket, flat)
-        for group in groups[1:]:
+        first, *others = bucket.owners.levels
+        work, take = self._scatter_in(first, bucket, flat)
+        for group in others:
             yield work
             work, take = self._scatter_in(group, bucket, take())
         return Arriving([work], lambda: [take()], _nbytes(flat))
@@ -114,16 +126,20 @@ class OwnerSetTransport:
     def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
         """Scattered inside, all-reduced outside, and gathered inside."""
         _divide(flat, bucket)
-        inner, outer = bucket.owners.inner, bucket.owners.outer
-        if inner is None or outer is None:
-            works = [self._sum_in(group, bucket, flat) for group in (inner, outer) if group is not None]
-        else:
-            work, take = self._scatter_in(inner, bucket, flat)
+        *inside, last = bucket.owners.levels or (None,)
+        if last is None:
+            return Arriving([], lambda: [flat], _nbytes(flat))
+        parts = [flat]
+        for group in inside:
+            work, take = self._scatter_in(group, bucket, parts[-1])
             yield work
-            part = take()
-            yield self._sum_in(outer, bucket, part)
-            works = [self._gather_in(inner, bucket, flat, part, "gradient_all_gather", _AVERAGING)]
-        return Arriving(works, lambda: [flat], _nbytes(flat))
+            parts.append(take())
+        work = self._sum_in(last, bucket, parts[-1])
+        for group in reversed(inside):
+            yield work
+            part = parts.pop()
+            work = self._gather_in(group, bucket, parts[-1], part, "gradient_all_gather", _AVERAGING)
+        return Arriving([work], lambda: [flat], _nbytes(flat))
 
     @named("gather weights")
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
@@ -135,13 +151,17 @@ class OwnerSetTransport:
         if bucket.shards == 1 and bucket.shard.data_ptr() != bucket.flat.data_ptr():
             bucket.flat.copy_(part)
         works: list[TimedWork] = []
-        slices, owners = bucket.flat.view(bucket.owners.replicas, -1), bucket.owners
-        for group, whole in ((owners.outer, slices[owners.replica]), (owners.inner, bucket.flat)):
-            if group is not None and bucket.shards > 1:
-                if works:
-                    yield works.pop()
-                works.append(self._gather_in(group, bucket, whole, part, kind, _GATHERING))
-                part = whole
+        groups = bucket.owners.levels if bucket.shards > 1 else ()
+        # What each level gathers is this rank's part of what the next one does.
+        wholes = [bucket.flat]
+        for group in groups[:-1]:
+            wholes.append(wholes[-1].view(len(group.ranks), -1)[group.place])
+        for group in reversed(groups):
+            if works:
+                yield works.pop()
+            whole = wholes.pop()
+            works.append(self._gather_in(group, bucket, whole, part, kind, _GATHERING))
+            part = whole
         return Arriving(works, list)
 
     def _gather_in(
@@ -158,9 +178,9 @@ class AllToAllTransport:
     """All buckets of a round in one ``all_to_all_single``; a rank without a bucket in it takes part with nothing.
 
     With replicas it goes over the workers at one coordinate, and what it brings is one slice of each bucket: before it
-    another one averages the slices inside, or after it an all-gather inside brings the others. Every shard is summed by
-    the ranks that keep it, in the order of the ranks and in fp32 at least: the result depends on nothing but the
-    gradients.
+    others average the slices inside, level by level, or after it all-gathers inside bring the others. Every shard is
+    summed by the ranks that keep it, in the order of the ranks and in fp32 at least: the result depends on nothing but
+    the gradients.
 
     Args:
         everyone: all ranks.
@@ -193,18 +213,20 @@ class AllToAllTransport:
         return self._stages.start([self._reduce(buckets, grads)], can_wait=True, nbytes=nbytes, held=grads)
 
     def _reduce(self, buckets: Sequence[OwnerBucket], slices: Sequence[torch.Tensor]) -> Flow:
-        if self._inner is not None and not buckets:
-            # Outside it comes after the rounds before, like that of those who have something.
-            yield None
-        elif self._inner is not None:
-            sizes = [flat.numel() // self._replicas for flat in slices]
-            send = torch.cat([flat.view(self._replicas, -1) for flat in slices], dim=1)
+        for group in self._inner:
+            if not buckets:
+                # Outside it comes after the rounds before, like that of those who have something.
+                yield None
+                continue
+            ranks = len(group.ranks)
+            sizes = [flat.numel() // ranks for flat in slices]
+            send = torch.cat([flat.view(ranks, -1) for flat in slices], dim=1)
             slices = ()
             received = torch.empty_like(send)
-            work = dist.all_to_all_single(received, send, group=self._inner.handle, async_op=True)
-            yield self._stopwatch.timed(work, _AVERAGING, self._inner)
+            work = dist.all_to_all_single(received, send, group=group.handle, async_op=True)
+            yield self._stopwatch.timed(work, _AVERAGING, group)
             slices = torch.split(_mean(received.unbind(0)).to(send.dtype), sizes)
-            del send
+            del send, received
         pieces: list[list[torch.Tensor]] = [[] for _ in self._place_of]
         for bucket, flat in zip(buckets, slices, strict=True):
             for rank, piece in zip(bucket.owners.peers, torch.split(flat, bucket.shard_numel), strict=True):
@@ -256,22 +278,23 @@ class AllToAllTransport:
                         piece.copy_(shard)
             return []
 
-        if self._inner is None or not buckets:
+        if not self._inner or not buckets:
             return Arriving(works, fill, 2 * _nbytes(received))
         yield from works
         fill()
         slices = [bucket.flat.view(self._replicas, -1) for bucket in buckets]
-        mine = torch.cat([of_bucket[self._replica] for of_bucket in slices])
-        gathered = torch.empty(self._replicas * len(mine), dtype=mine.dtype, device=mine.device)
-        work = self._stopwatch.timed(start_all_gather(gathered, mine, self._inner), _GATHERING, self._inner)
+        gathered = torch.cat([of_bucket[self._replica] for of_bucket in slices])
+        flow = gather_inside(gathered, self._inner, lambda work, group: self._stopwatch.timed(work, _GATHERING, group))
+        arriving = yield from flow
 
         def spread() -> list[torch.Tensor]:
+            (gathered,) = arriving.take()
             of_buckets = torch.split(gathered.view(self._replicas, -1), [s.shape[1] for s in slices], dim=1)
             for whole, of_bucket in zip(slices, of_buckets, strict=True):
                 whole.copy_(of_bucket)
             return []
 
-        return Arriving([work], spread, _nbytes(gathered) + _nbytes(mine))
+        return arriving._replace(take=spread)
 
     def _exchange(
         self, what: str, pieces: Sequence[Sequence[torch.Tensor]], whole: torch.Tensor | None = None

@@ -196,10 +196,9 @@ class ParameterTools:
 
     def _sum(self, bucket: OwnerBucket, flat: torch.Tensor, is_whole: bool = False) -> torch.Tensor:
         """Over the owners, of whom one has other values than zero for each element."""
-        for group in (bucket.owners.outer, bucket.owners.inner) if bucket.shards > 1 or is_whole else ():
-            if group is not None:
-                with group.waiting("a parameter of all owners") as process_group:
-                    dist.all_reduce(flat, group=process_group)
+        for group in bucket.owners.levels if bucket.shards > 1 or is_whole else ():
+            with group.waiting("a parameter of all owners") as process_group:
+                dist.all_reduce(flat, group=process_group)
         return flat
 
     def _local(self, parameter: nn.Parameter, values: Mapping[OwnerBucket, torch.Tensor]) -> torch.Tensor:

@@ -136,7 +136,7 @@ def _gather_parameter(
 def _all_gather(piece: torch.Tensor, access: Access) -> torch.Tensor:
     """``piece`` of every rank, by replica and then by worker."""
     everyone = access.groups.for_weights
-    for group in filter(None, (everyone.outer, everyone.inner)):
+    for group in reversed(everyone.levels):
         whole = torch.empty(len(group.ranks) * len(piece), dtype=piece.dtype, device=piece.device)
         nbytes = whole.numel() * whole.element_size()
         access.traffic.add("full_gather", all_gather_bytes(nbytes, len(group.ranks)))
