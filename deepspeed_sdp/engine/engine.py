@@ -1,6 +1,6 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -57,10 +57,16 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _checkpoint_writer=BackgroundWriter(),
             _checkpoint_locks=FolderLocks(),
         )
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+            # One that a callable made is compared here for the first time.
+            agree(lambda: describe_scheduler(self.lr_scheduler))
+        except BaseException:
+            # Whoever is refused gets a plain module back. DeepSpeed's part asks for what it may not have made yet.
+            with suppress(AttributeError):
+                self.destroy()
+            raise
         del self._client
-        # One that a callable made is compared here for the first time.
-        agree(lambda: describe_scheduler(self.lr_scheduler))
 
     # -- time -------------------------------------------------------------------------------------------------------
 
