@@ -16,13 +16,13 @@ from deepspeed_sdp.options import OptionParser
 from deepspeed_sdp.report.saved_activations import saved_activations
 from deepspeed_sdp.subnetwork import cut_model, plan_for
 
-BLOCKS = {"masking": "backward", "granularity": "block"}
+BLOCKS = {"masking": "backward", "granularity": "layer"}
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "forward": {"output_scaling": "none"},
     "backward, neurons": {"masking": "backward"},
     "backward, frozen block": BLOCKS,
-    "recomputed": {**BLOCKS, "recompute_frozen": True},
+    "recomputed": {**BLOCKS, "backward": {"recompute_frozen": True}},
 }
 
 
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, block: dict[str, Any] | None) -> dict[str,
     layer = 1
     if block is not None:
         sdp = SDPConfig.parse({"coverage": 0.5, **block})
-        unit = sdp.effective_block_unit
+        unit = sdp.block_unit
         cut_model(
             model,
             plan_for(model, sdp, 4),
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, block: dict[str, Any] | None) -> dict[str,
             masking=sdp.masking,
             output_scaling=sdp.output_scaling if sdp.masking == "forward" else "none",
             block_unit=unit,
-            recompute_frozen=sdp.recompute_frozen,
+            recompute_frozen=sdp.backward.recompute_frozen,
         )
         if unit:
             layers = model.model.layers

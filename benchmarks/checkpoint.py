@@ -27,9 +27,9 @@ HALF = {"coverage": 0.5}
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "deepspeed, dense": None,
     "coverage 1/2": HALF,
-    "coverage 1/2, 2 copies": {**HALF, "checkpoint_copies": 2},
-    "coverage 1/2, async": {**HALF, "checkpoint_async": True},
-    "coverage 1/2, async, 2 copies": {**HALF, "checkpoint_async": True, "checkpoint_copies": 2},
+    "coverage 1/2, 2 copies": {**HALF, "checkpoint": {"copies": 2}},
+    "coverage 1/2, async": {**HALF, "checkpoint": {"async": True}},
+    "coverage 1/2, async, 2 copies": {**HALF, "checkpoint": {"async": True, "copies": 2}},
 }
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
                 "engine": name,
                 **{key: statistics.median(values) for key, values in measured[name].items()},
                 "written": written,
-                "copied": largest(own if sdp.get("checkpoint_async") else 0),
+                "copied": largest(own if sdp.get("checkpoint", {}).get("async") else 0),
                 "index": max(index, default=None),
                 "state": largest(state["weights"] + state["optimizer"]) if state else None,
             }
@@ -89,7 +89,8 @@ def one(args: argparse.Namespace, engine: Any, folder: Path, measured: dict[str,
     if hasattr(engine, "wait_for_checkpoint"):
         engine.wait_for_checkpoint()
     waited = largest(time.perf_counter() - began)
-    is_async = getattr(getattr(engine, "sdp_config", None), "checkpoint_async", False)
+    sdp = getattr(engine, "sdp_config", None)
+    is_async = sdp is not None and sdp.checkpoint.is_async
     measured["until saved"].append(measured["stall"][-1] + (waited if is_async else 0.0))
     measured["slowdown"].append(beside / alone)
     measured["load"].append(timed(lambda: engine.load_checkpoint(str(folder), tag="t")))

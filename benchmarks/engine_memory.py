@@ -23,10 +23,10 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "coverage 1": {"coverage": 1.0},
     "coverage 3/4": {"coverage": 0.75},
     "coverage 1/2": {"coverage": 0.5},
-    "coverage 1/2, blocks": {"coverage": 0.5, "granularity": "block"},
+    "coverage 1/2, blocks": {"coverage": 0.5, "granularity": "layer"},
     "coverage 1/4": {"coverage": 0.25},
     "backward 1/2": {"coverage": 0.5, "masking": "backward"},
-    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "block"},
+    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "layer"},
     "backward 1/4": {"coverage": 0.25, "masking": "backward"},
 }
 

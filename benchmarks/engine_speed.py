@@ -25,10 +25,10 @@ from deepspeed_sdp.engine import gradient_peak, model_state_bytes
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "deepspeed": None,
     "coverage 1": {"coverage": 1.0},
-    "coverage 1/2, all_to_all": {"coverage": 0.5, "transport": "all_to_all"},
-    "coverage 1/2, owner_sets": {"coverage": 0.5, "transport": "owner_sets"},
+    "coverage 1/2, all_to_all": {"coverage": 0.5, "comm": {"transport": "all_to_all"}},
+    "coverage 1/2, owner_sets": {"coverage": 0.5, "comm": {"transport": "owner_sets"}},
     "backward 1/2": {"coverage": 0.5, "masking": "backward"},
-    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "block"},
+    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "layer"},
 }
 
 

@@ -35,7 +35,7 @@ def make_parser(description: str | None, *, hidden_size: int, layers: int, vocab
 
 def is_possible(stage: int, sdp: dict[str, Any] | None) -> bool:
     """Whether the engine takes this block at this ZeRO stage."""
-    impossible = {0: ("transport", "all_to_all"), 3: ("masking", "backward")}.get(stage)
+    impossible = {0: ("comm", {"transport": "all_to_all"}), 3: ("masking", "backward")}.get(stage)
     return impossible not in (sdp or {}).items()
 
 

@@ -24,9 +24,9 @@ from tests.support.ranks import RankPool
 CONTENDERS = {
     "deepspeed": None,
     "forward 1/2": {"coverage": 0.5},
-    "forward 1/2, blocks": {"coverage": 0.5, "granularity": "block"},
+    "forward 1/2, blocks": {"coverage": 0.5, "granularity": "layer"},
     "backward 1/2": {"coverage": 0.5, "masking": "backward"},
-    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "block"},
+    "backward 1/2, blocks": {"coverage": 0.5, "masking": "backward", "granularity": "layer"},
 }
 
 

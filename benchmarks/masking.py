@@ -29,14 +29,14 @@ from deepspeed_sdp.data import Corpus, CorpusSpec, PackedDataset, RankSampler, p
 from deepspeed_sdp.engine import gradient_peak, model_state_bytes
 from deepspeed_sdp.report.saved_activations import saved_activations
 
-BLOCKS = {"granularity": "block"}
+BLOCKS = {"granularity": "layer"}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "dense": {"coverage": 1.0},
     "forward, neurons": {},
     "forward, blocks": BLOCKS,
     "backward, neurons": {"masking": "backward"},
     "backward, blocks": {"masking": "backward", **BLOCKS},
-    "backward, blocks, recomputed": {"masking": "backward", **BLOCKS, "recompute_frozen": True},
+    "backward, blocks, recomputed": {"masking": "backward", **BLOCKS, "backward": {"recompute_frozen": True}},
 }
 MEMORY = ("weights", "optimizer", "gradient_peak", "activations")
 
@@ -210,7 +210,7 @@ def plot(rows: Rows, path: Path) -> None:
     left.set_xlabel("MB per rank")
     left.legend(frameon=False, fontsize=8)
     for row in rows:
-        if not CONTENDERS[row["contender"]].get("recompute_frozen"):
+        if not CONTENDERS[row["contender"]].get("backward"):
             right.plot(
                 [point["flops"] / 1e12 for point in row["losses"]],
                 [point["loss"] for point in row["losses"]],

@@ -18,7 +18,7 @@ SIZES: dict[str, tuple[int, int, int, int, float, float]] = {
     "500m": (8, 2048, 256, 8, 1e9, 6e-4),
     "1b": (8, 2048, 256, 4, 1e9, 4e-4),
 }
-METHODS = [(masking, granularity) for masking in ("forward", "backward") for granularity in ("neuron", "block")]
+METHODS = [(masking, granularity) for masking in ("forward", "backward") for granularity in ("neuron", "layer")]
 COVERAGES = [Fraction(eighths, 8) for eighths in (2, 3, 4, 5, 6)]
 
 

@@ -42,7 +42,6 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 
     import deepspeed_sdp
     from deepspeed_sdp.agreement import from_first_rank
-    from deepspeed_sdp.config import SDPConfig
     from deepspeed_sdp.data import load_corpus
     from deepspeed_sdp.engine import check_job, reduce_bucket_numel, start_communication
     from deepspeed_sdp.estimate.flops import flops_per_token
@@ -70,17 +69,14 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     corpus = load_corpus(cache)
     # On the meta device: only the subnetwork is ever given memory.
     model = meta_model(full_config(args, corpus))
-    block = sdp.model_dump(exclude_unset=True)
-    if sdp.plan_file is None:
-        block.setdefault("seq_length", args.seq_length)
-    sdp = SDPConfig.parse(block)
+    sdp = sdp.at_length(args.seq_length)
     plan = from_first_rank(lambda: plan_for(model, sdp, dist.get_world_size(), dist.get_backend()))
     flops = flops_per_token(model, args.seq_length, sdp, plan)
     config = dense_config(args)
     facts = make_facts(model, sdp, plan, flops)
     about = facts.describe()
     say(about)
-    engine, *_ = deepspeed_sdp.initialize(args=args, config=config, model=model, sdp_config=block)
+    engine, *_ = deepspeed_sdp.initialize(args=args, config=config, model=model, sdp_config=sdp)
     facts = dataclasses.replace(facts, tokens_per_step=engine.train_batch_size() * args.seq_length)
     report = RunReport(facts=facts, unigram_val_loss=corpus.unigram_val_loss, run=about)
     settings = LoopSettings(

@@ -45,7 +45,7 @@ def test_plan_as_json(capsys, tmp_path):
 
 
 def test_plan_as_text_names_units_and_sizes(capsys):
-    code, out, _ = run(capsys, "--model", "llama-15m", "--num_subnetworks", "4", "--granularity", "block")
+    code, out, _ = run(capsys, "--model", "llama-15m", "--num_subnetworks", "4", "--granularity", "layer")
     assert code == 0
     assert "layer 6" in out
     assert "MB" in out
@@ -83,14 +83,16 @@ def test_fractions_are_coverages(capsys):
 
 
 def test_a_block_is_a_start_and_options_override_it(capsys, tmp_path):
-    (tmp_path / "sdp.json").write_text(json.dumps({"num_subnetworks": 4, "coverage": 0.25, "design": "cyclic"}))
+    (tmp_path / "sdp.json").write_text(
+        json.dumps({"num_subnetworks": 4, "coverage": 0.25, "plan": {"design": "cyclic"}})
+    )
     wrapped = {"subnetwork_data_parallel": {"num_subnetworks": 4}}
     (tmp_path / "wrapped.json").write_text(json.dumps(wrapped))
     of_wrapped = ("--model", "llama-15m", "--sdp_config", str(tmp_path / "wrapped.json"), "--json")
     assert json.loads(run(capsys, *of_wrapped)[1])["num_subnetworks"] == 4
     arguments = ("--model", "llama-15m", "--sdp_config", str(tmp_path / "sdp.json"), "--json")
     assert json.loads(run(capsys, *arguments)[1])["owners_per_unit"] == 1
-    assert json.loads(run(capsys, *arguments, "--owners_per_unit", "3")[1])["owners_per_unit"] == 3
+    assert json.loads(run(capsys, *arguments, "--coverage", "3/4")[1])["owners_per_unit"] == 3
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_a_plan_file_that_does_not_fit_is_refused(capsys, tmp_path, change):
     run(capsys, "--model", "llama-15m", "--num_subnetworks", "4", "--out", str(plan))
     if change == "damaged":
         plan.write_text(plan.read_text()[:-20])
-    (tmp_path / "sdp.json").write_text(json.dumps({"plan_file": str(plan)}))
+    (tmp_path / "sdp.json").write_text(json.dumps({"plan": {"file": str(plan)}}))
     model = "llama-134m" if change == "another" else "llama-15m"
     workers = "6" if change == "other workers" else "4"
     code, _, err = run(
@@ -155,7 +157,7 @@ def test_workers_are_by_default_those_of_a_job(capsys):
 def test_a_plan_file_for_more_than_64_workers_takes_the_key(capsys, tmp_path):
     big, plan = ("--model", "llama-134m", "--coverage", "1/2"), tmp_path / "plan.json"
     assert run(capsys, *big, "--num_subnetworks", "128", "--out", str(plan))[0] == 0
-    (tmp_path / "sdp.json").write_text(json.dumps({"plan_file": str(plan)}))
+    (tmp_path / "sdp.json").write_text(json.dumps({"plan": {"file": str(plan)}}))
     of_file = ("--model", "llama-134m", "--sdp_config", str(tmp_path / "sdp.json"))
     code, _, err = run(capsys, *of_file, "--gpus", "128")
     assert code == 1

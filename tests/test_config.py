@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import reduce
 
 import pytest
 from hypothesis import given
@@ -13,10 +14,10 @@ from deepspeed_sdp.config import BLOCK, default_subnetworks, read_json, split_bl
 
 def test_defaults():
     config = SDPConfig.parse({})
-    assert (config.masking, config.granularity, config.design) == ("forward", "neuron", "auto")
+    assert (config.masking, config.granularity, config.plan.design) == ("forward", "neuron", "auto")
     assert config.partition == ("mlp", "attention")
     assert config.output_scaling == "inverse_sqrt_coverage"
-    assert (config.max_owner_sets, config.chunk_multiple, config.seed) == (None, 64, 0)
+    assert (config.plan.max_owner_sets, config.plan.chunk_multiple, config.plan.seed) == (None, 64, 0)
     assert config.subnetworks(8) == 8
     assert config.owners(8) == 4
 
@@ -38,8 +39,6 @@ def test_defaults():
         ("coverage", "0.5"),
         ("coverage", True),
         ("coverage", float("nan")),
-        ("owners_per_unit", 0),
-        ("owners_per_unit", 1.5),
         ("partition", []),
         ("partition", "mlp"),
         ("partition", ["mlp", "norm"]),
@@ -47,44 +46,68 @@ def test_defaults():
         ("shared_modules", [1]),
         ("output_scaling", None),
         ("output_scaling", 2),
-        ("design", "best"),
-        ("max_owner_sets", 0),
-        ("chunk_multiple", 0),
-        ("seed", -1),
-        ("seed", 0.5),
-        ("resample_interval", -1),
-        ("sync_interval", 0),
+        ("plan.design", "best"),
+        ("plan.max_owner_sets", 0),
+        ("plan.chunk_multiple", 0),
+        ("plan.seed", -1),
+        ("plan.seed", 0.5),
+        ("share_ends", -1),
+        ("checkpoint.async", 1),
+        ("checkpoint.copies", 0),
+        ("checkpoint.on_error", "go on"),
+        ("backward.overlap_refresh", None),
+        ("comm.transport", "ring"),
+        ("comm", 3),
+        ("plan", [1]),
     ],
 )
 def test_impossible_values_are_named(key, value):
     with pytest.raises(ConfigError) as error:
-        SDPConfig.parse({key: value})
+        SDPConfig.parse(reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value))
     assert f"{BLOCK}.{key}" in str(error.value)
     assert "got " in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("resample_interval", 5), ("sync_interval", 4)],
-)
-def test_features_that_do_not_exist_yet_are_refused(key, value):
-    with pytest.raises(
-        ConfigError, match=rf"{BLOCK}\.{key}: got {re.escape(json.dumps(value))}; takes .* not available yet"
-    ):
-        SDPConfig.parse({key: value})
+    assert "unknown key" not in str(error.value)
 
 
 def test_all_mistakes_are_said_at_once():
     with pytest.raises(ConfigError) as error:
-        SDPConfig.parse({"coverge": 0.5, "seed": -1})
+        SDPConfig.parse({"coverge": 0.5, "plan": {"seed": -1}})
     first, second = str(error.value).splitlines()
     assert "seed" in first + second
     assert "did you mean 'coverage'?" in first + second
 
 
-def test_coverage_and_owners_contradict():
-    with pytest.raises(ConfigError, match=r"got both coverage=0\.5 and owners_per_unit=2; takes one of the two"):
-        SDPConfig.parse({"coverage": 0.5, "owners_per_unit": 2})
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"transport": "auto"}, "did you mean 'comm.transport'?"),
+        ({"checkpoint_async": True}, "did you mean 'checkpoint.async'?"),
+        ({"keep_last": 3}, "did you mean 'checkpoint.keep_last'?"),
+        ({"comm": {"transprt": 3}}, "comm.transprt: unknown key, got 3; did you mean 'comm.transport'?"),
+        ({"plan": {"fil": 3}}, "takes design, seed, chunk_multiple"),
+        ({"checkpoint": {"is_async": True}}, "did you mean 'checkpoint.async'? takes async, copies"),
+        ({"owners_per_unit": 3}, 'takes "coverage"'),
+        ({"block_unit": "layer"}, 'takes "granularity"'),
+        ({"schedule": {}}, "not available yet"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_the_right_one(block, message):
+    with pytest.raises(ConfigError) as error:
+        SDPConfig.parse(block)
+    assert message in str(error.value)
+
+
+def test_what_is_written_is_read_again():
+    block = {"checkpoint": {"async": True}, "plan": {"worker_capacity": [1, 2]}, "coverage": "1/2"}
+    config = SDPConfig.parse(block)
+    assert SDPConfig.parse(config.written()) == config
+    assert config.checkpoint.is_async
+
+
+def test_a_job_says_its_length_where_the_block_does_not():
+    assert SDPConfig.parse({}).at_length(77).plan.seq_length == 77
+    assert SDPConfig.parse({"plan": {"seq_length": 5}}).at_length(77).plan.seq_length == 5
+    assert SDPConfig.parse({"plan": {"file": "p.json"}}).at_length(77).plan.seq_length == 2048
 
 
 @given(st.integers(1, 64), st.data())
@@ -94,7 +117,7 @@ def test_every_fraction_typed_as_a_person_would_gives_its_owners(n, data):
         coverage = round(k / n, digits)
         if abs(coverage - k / n) <= 1e-3 * coverage:
             assert SDPConfig.parse({"coverage": coverage}).owners(n) == k
-    assert SDPConfig.parse({"owners_per_unit": k}).owners(n) == k
+    assert SDPConfig.parse({"coverage": f"{k}/{n}"}).owners(n) == k
 
 
 @given(st.integers(1, 32), st.floats(0.001, 1))
@@ -144,7 +167,7 @@ def test_a_block_is_a_block_however_it_is_given(tmp_path):
 
 
 def test_one_rank_owns_every_unit():
-    for block in ({}, {"coverage": 0.25}, {"owners_per_unit": 2}, {"coverage": {"mlp": 0.5, "attention": 0.75}}):
+    for block in ({}, {"coverage": 0.25}, {"coverage": 0.5}, {"coverage": {"mlp": 0.5, "attention": 0.75}}):
         assert SDPConfig.parse(block).of_one_rank().owners(1) == 1
     with pytest.raises(
         ConfigError, match=r"got 4 with a world size of 1; .*deepspeed --num_accelerators 4, or torchrun"
@@ -173,7 +196,7 @@ def test_the_bound_on_owner_sets_goes_by_the_backend():
     config = SDPConfig.parse({})
     assert [config.owner_sets_bound(n, "nccl") for n in (1, 8, 9, 16, 32, 512)] == [16, 16, 18, 32, 64, 64]
     assert [config.owner_sets_bound(n, "gloo") for n in (1, 8, 512)] == [64] * 3
-    assert SDPConfig.parse({"max_owner_sets": 40}).owner_sets_bound(8, "nccl") == 40
+    assert SDPConfig.parse({"plan": {"max_owner_sets": 40}}).owner_sets_bound(8, "nccl") == 40
 
 
 def test_int_coverage_is_full_coverage():
@@ -190,14 +213,20 @@ def test_the_number_of_subnetworks_divides_the_world():
 
 def test_where_the_block_stands(tmp_path):
     path = tmp_path / "sdp.json"
-    path.write_text(json.dumps({"seed": 4}))
+    path.write_text(json.dumps({"plan": {"seed": 4}}))
     wrapped = tmp_path / "wrapped.json"
-    wrapped.write_text(json.dumps({BLOCK: {"seed": 4}}))
-    for ds, sdp in [({BLOCK: {"seed": 4}}, None), ({}, {"seed": 4}), ({}, path), ({}, str(path)), ({}, wrapped)]:
-        assert split_block(ds, sdp).seed == 4
+    wrapped.write_text(json.dumps({BLOCK: {"plan": {"seed": 4}}}))
+    for ds, sdp in [
+        ({BLOCK: {"plan": {"seed": 4}}}, None),
+        ({}, {"plan": {"seed": 4}}),
+        ({}, path),
+        ({}, str(path)),
+        ({}, wrapped),
+    ]:
+        assert split_block(ds, sdp).plan.seed == 4
     with pytest.raises(ConfigError, match="no SDP block"):
         split_block({}, None)
-    for second in ({}, {"seed": 4}, path):
+    for second in ({}, {"plan": {"seed": 4}}, path):
         with pytest.raises(ConfigError, match="two SDP blocks"):
             split_block({BLOCK: {}}, second)
     for block in ([], "x", 3):
@@ -231,20 +260,19 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"block_unit": "layer"}, 'block_unit: got "layer" with granularity "neuron"'),
-        ({"granularity": "block", "partition": ["mlp"]}, r"partition: got \['mlp'\] with whole layers as units"),
-        ({"plan_file": "p.json", "coverage": 0.5}, "plan_file: got 'p.json' with coverage"),
+        ({"granularity": "layer", "partition": ["mlp"]}, r"partition: got \['mlp'\] with whole layers as units"),
+        ({"plan": {"file": "p.json"}, "coverage": 0.5}, "plan.file: got 'p.json' with coverage"),
         (
-            {"plan_file": "p", "worker_capacity": [1, 2], "max_owner_sets": 3},
-            "with max_owner_sets, worker_capacity",
+            {"plan": {"file": "p", "worker_capacity": [1, 2], "max_owner_sets": 3}},
+            "with plan.max_owner_sets, plan.worker_capacity",
         ),
         (
             {"coverage": {"mlp": 0.5, "moe": 0.5}},
             r'coverage: got .*; takes a number above 0 and up to 1, as 0\.5 or "1/2", or one for each',
         ),
-        ({"owners_per_unit": 0}, r"owners_per_unit: got 0; takes a whole number from 1 on"),
-        ({"worker_capacity": [1, 0]}, r"worker_capacity\.1: got 0"),
-        ({"rank_order": "random"}, "rank_order: got"),
+        ({"coverage": "0/4"}, r'coverage: got "?0.*"?; takes a number above 0'),
+        ({"plan": {"worker_capacity": [1, 0]}}, r"worker_capacity\.1: got 0"),
+        ({"plan": {"rank_order": "random"}}, "rank_order: got"),
     ],
 )
 def test_units_and_workers_that_contradict(block, message):
@@ -260,10 +288,13 @@ def test_owners_of_each_kind():
     with pytest.raises(ConfigError, match=r"coverage: got .*; takes a number for mlp and attention"):
         SDPConfig.parse({"coverage": {"mlp": 0.5}}).owners(4)
     with pytest.raises(ConfigError, match="takes one number"):
-        SDPConfig.parse({"granularity": "block", "coverage": {"mlp": 0.5, "attention": 0.5}}).owners(4)
+        SDPConfig.parse({"granularity": "layer", "coverage": {"mlp": 0.5, "attention": 0.5}}).owners(4)
 
 
 def test_capacity_has_a_number_for_every_worker():
-    assert SDPConfig.parse({"worker_capacity": [1, 0.5]}).capacity(2) == (1, 0.5)
+    assert SDPConfig.parse({"plan": {"worker_capacity": [1, 0.5]}}).capacity(2) == (
+        1,
+        0.5,
+    )
     with pytest.raises(ConfigError, match=r"worker_capacity: got 2 numbers; takes one for each of the 4 subnetworks"):
-        SDPConfig.parse({"worker_capacity": [1, 0.5]}).capacity(4)
+        SDPConfig.parse({"plan": {"worker_capacity": [1, 0.5]}}).capacity(4)

@@ -75,7 +75,7 @@ def memory_of(model: nn.Module, sdp: SDPConfig, num_workers: int, ids: torch.Ten
             0,
             masking=sdp.masking,
             output_scaling=sdp.output_scaling if sdp.masking == "forward" else "none",
-            block_unit=sdp.effective_block_unit,
+            block_unit=sdp.block_unit,
         )
     with saved_activations(model) as activations:
         model(input_ids=ids, labels=ids, use_cache=False)

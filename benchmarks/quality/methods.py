@@ -46,7 +46,7 @@ class Row:
 
 
 DENSE = Method()
-BLOCK: Mapping[str, Any] = {"granularity": "block"}
+BLOCK: Mapping[str, Any] = {"granularity": "layer"}
 UNITS = ("neurons", "blocks")
 MASKINGS: Mapping[str, Mapping[str, Any]] = {"forward": {}, "backward": {"masking": "backward"}}
 COVERAGES = {"1/2": 0.5, "3/4": 0.75, "1/4": 0.25}
@@ -57,7 +57,7 @@ NEURON = Method({"coverage": 0.5})
 def _block(masking: str, units: str, coverage: str) -> dict[str, Any]:
     """Keys of the SDP block. Four layers of two owners each leave workers apart, so at 1/4 blocks are branches."""
     keys = {"coverage": COVERAGES[coverage], **MASKINGS[masking], **(BLOCK if units == "blocks" else {})}
-    return {**keys, "block_unit": "branch"} if (units, coverage) == ("blocks", "1/4") else keys
+    return {**keys, "granularity": "branch"} if (units, coverage) == ("blocks", "1/4") else keys
 
 
 _NEURON, _BLOCK = "forward, neurons, 1/2", "forward, blocks, 1/2"
@@ -106,7 +106,12 @@ def _more() -> list[Row]:
 def _product() -> list[Row]:
     """Everything with everything; without the rows that the defaults of the others are."""
     rows = []
-    designs = {"balanced": {}, "cyclic": {"design": "cyclic"}, "random": {"design": "random"}, "same split": {}}
+    designs = {
+        "balanced": {},
+        "cyclic": {"plan": {"design": "cyclic"}},
+        "random": {"plan": {"design": "random"}},
+        "same split": {},
+    }
     for (masking, units, coverage), (scaling, value), (design, keys), resampled in itertools.product(
         itertools.product(MASKINGS, UNITS, COVERAGES), SCALINGS.items(), designs.items(), ("static", "resampled")
     ):
@@ -158,7 +163,7 @@ def _defaults() -> list[Row]:
             _BLOCK,
             no_scaling=with_sdp(block, output_scaling="none"),
             scaling_by_inverse_coverage=with_sdp(block, output_scaling="inverse_coverage"),
-            branches_as_units=with_sdp(block, block_unit="branch"),
+            branches_as_units=with_sdp(block, granularity="branch"),
             resampled_every_step=Method(block.sdp, resample_interval=1),
         ),
     ]

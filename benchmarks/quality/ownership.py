@@ -87,7 +87,7 @@ def ownership_of(model: nn.Module, plan: SubnetworkPlan, sdp: SDPConfig, shuffle
     parts: dict[str, Part] = {}
     blocks: dict[str, OwnedBlock] = {}
     counts: dict[str, Tensor | float] = {}
-    is_block = sdp.effective_block_unit is not None
+    is_block = sdp.block_unit is not None
     modules = {m.space.name: m for m in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))}
     for planned in plan.spaces:
         space = planned.space
@@ -133,6 +133,6 @@ def flops_per_token(plan: SubnetworkPlan) -> float:
     return plan.shared_flops + sum(plan.owned_flops(w) for w in workers) / len(workers)
 
 
-def parse_sdp(block: Mapping[str, Any]) -> SDPConfig:
-    """The block as a user writes it."""
-    return SDPConfig.parse(block)
+def parse_sdp(block: Mapping[str, Any], **plan: int) -> SDPConfig:
+    """The block as a user writes it, with more keys of its block ``"plan"``."""
+    return SDPConfig.parse({**block, "plan": {**block.get("plan", {}), **plan}})

@@ -136,7 +136,7 @@ class Results:
 @cache
 def _memory(size_name: str, block: str, same_split: bool, share: float) -> Memory:
     size = SIZES[size_name]
-    sdp = parse_sdp({**json.loads(block), "seq_length": size.length})
+    sdp = parse_sdp(json.loads(block), seq_length=size.length)
     ids = torch.zeros(size.sequences, size.length, dtype=torch.long)
     return memory_of(size.build(0, share), sdp, size.workers, ids, same_split)
 

@@ -157,7 +157,7 @@ class _Owners:
 
     def __init__(self, model: nn.Module, method: Method, phase: Phase, size: Size, seed: int) -> None:
         self.model, self.method, self.size, self.seed = model, method, size, seed
-        self.sdp: SDPConfig = parse_sdp({**method.sdp, **phase.sdp, "seed": seed, "seq_length": size.length})
+        self.sdp: SDPConfig = parse_sdp({**method.sdp, **phase.sdp}, seed=seed, seq_length=size.length)
         self.plan: SubnetworkPlan = make_plan(model, self.sdp, size.workers, same_split=method.same_split)
         self.is_dense = self.plan.owners_per_unit == size.workers
         layers = size.layers

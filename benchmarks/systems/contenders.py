@@ -66,13 +66,13 @@ SUBNETWORKS = [
     *[
         sdp(masking, granularity, coverage, stage, is_core=stage == 1 and coverage == "1/2")
         for masking in ("forward", "backward")
-        for granularity in ("neuron", "block")
+        for granularity in ("neuron", "layer")
         for coverage in COVERAGES
         for stage in (0, 1, 2)
     ],
     # The nearest relative of ZeRO-3; backward masking is refused there.
     sdp("forward", "neuron", "1/2", 3),
-    *[sdp("forward", granularity, "1/2", 1, is_checkpointing=True) for granularity in ("neuron", "block")],
+    *[sdp("forward", granularity, "1/2", 1, is_checkpointing=True) for granularity in ("neuron", "layer")],
     sdp("backward", "neuron", "1/2", 1, is_checkpointing=True),
 ]
 CONTENDERS = {contender.name: contender for contender in (*BASELINES, *SUBNETWORKS)}

@@ -9,9 +9,9 @@ from tables import Results, Row, measured, seconds
 COLOURS = {"1/4": "tab:green", "1/2": "tab:blue", "3/4": "tab:purple", "1": "black"}
 MARKERS = {
     ("forward", "neuron"): "o",
-    ("forward", "block"): "s",
+    ("forward", "layer"): "s",
     ("backward", "neuron"): "^",
-    ("backward", "block"): "v",
+    ("backward", "layer"): "v",
 }
 
 

@@ -189,7 +189,7 @@ class _Claims:
         if other is not None:
             raise self.fail(
                 f"{parameter} is in {other} and in {space}; takes every parameter in one place, and branches with "
-                'norms of their own. Where branches share one, take granularity "neuron", or block_unit "layer"'
+                'norms of their own. Where branches share one, take granularity "neuron" or "layer"'
             )
         self.claimed[parameter] = space
 

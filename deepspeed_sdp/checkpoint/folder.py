@@ -39,7 +39,7 @@ from deepspeed_sdp.files import (
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = 2
+FORMAT = 3
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class _File(Schema):
 
 
 class _Manifest(Schema):
-    format: Literal[2]
+    format: Literal[3]
     tag: str
     mark: Hash
     ranks: Annotated[int, Field(ge=1, le=1 << 24)]

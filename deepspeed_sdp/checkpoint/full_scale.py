@@ -50,7 +50,7 @@ def writes_of(checkpoint: Path, meta: Mapping[str, Any], config: Any) -> frozens
         config: of the full model.
     """
     block = meta["subnetwork_data_parallel"]
-    unit: Any = (block.get("block_unit") or "layer") if block["granularity"] == "block" else None
+    unit = None if block["granularity"] == "neuron" else block["granularity"]
     return cut_model(meta_model(config, META), read_plan(checkpoint), 0, block_unit=unit).writes
 
 

@@ -21,18 +21,22 @@ _Word = Annotated[str, StringConstraints(pattern=r"^\w[\w.+-]{0,199}$")]
 _MODULES = re.compile(r"layer|expert|block|depth|stage")
 
 
+class _Copies(Schema):
+    model_config = ConfigDict(extra="allow")
+
+    copies: Annotated[int, Field(ge=1, le=1 << 20)]
+
+
 class _Block(Schema):
     """What of the SDP block counts later."""
 
     model_config = ConfigDict(extra="allow")
 
     masking: Literal["forward", "backward"]
-    granularity: Literal["neuron", "block"]
+    granularity: Literal["neuron", "branch", "layer"]
     output_scaling: Literal["none", "inverse_sqrt_coverage", "inverse_coverage"]
     coverage: Any
-    owners_per_unit: Any
-    checkpoint_copies: Annotated[int, Field(ge=1, le=1 << 20)]
-    block_unit: Literal["layer", "branch"] | None = None
+    checkpoint: _Copies
 
 
 class _Versions(Schema):

@@ -37,15 +37,14 @@ def carve(
             '--subnetwork: got a checkpoint of masking "backward"; takes "forward": there the parts were never models '
             "of their own"
         )
-    if block["granularity"] == "block":
-        return _carve_layers(plan, block, config, worker, weights)
-    return _carve_units(plan, block, config, worker, weights)
+    carve = _carve_units if block["granularity"] == "neuron" else _carve_layers
+    return carve(plan, block, config, worker, weights)
 
 
 def _carve_layers(
     plan: SubnetworkPlan, block: dict[str, Any], config: Any, worker: int, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    if block["block_unit"] == "branch":
+    if block["granularity"] == "branch":
         raise CheckpointError("--subnetwork: a config has no words for layers that lack a branch")
     if block["output_scaling"] != "none" and plan.coverage != 1.0:
         raise CheckpointError(

@@ -63,10 +63,8 @@ def summarize(checkpoint: Path, verify: bool = False) -> dict[str, Any]:
             "dtype": meta["dtype"],
             "optimizer": meta["optimizer"],
             "plan": meta["plan_hash"][:12],
-            **{
-                key: block[key]
-                for key in ("masking", "granularity", "coverage", "owners_per_unit", "checkpoint_copies")
-            },
+            **{key: block[key] for key in ("masking", "granularity", "coverage")},
+            "copies": block["checkpoint"]["copies"],
             **meta["versions"],
         },
     }

@@ -43,7 +43,7 @@ def add_commands(commands: "Commands") -> None:
     add("--zero", type=listed(int), metavar="S,S,...", help="ZeRO stages to compare (default: 0,1,2,3)")
     add("--coverage", type=listed(coverage), metavar="C,C,...", help="coverages (default: 1/4 to 3/4 in eighths)")
     add("--masking", choices=("forward", "backward"), help="one kind of masking")
-    add("--granularity", choices=("neuron", "block"), help="one kind of unit")
+    add("--granularity", choices=("neuron", "branch", "layer"), help="one kind of unit (default: neuron and layer)")
     add("--gpu", default="h100", metavar="NAME", help="of the package's table (default: h100)")
     add("--gpu_memory_gb", type=float, metavar="GB", help="instead of the table's")
     add("--gpu_tflops", type=float, metavar="T", help="dense, instead of the table's")

@@ -12,11 +12,11 @@ from deepspeed_sdp.presets import model_path, preset_names
 if TYPE_CHECKING:
     from deepspeed_sdp.cli.options import Commands
 
-# Options that are keys of the SDP block.
-_BLOCK_OPTIONS = (
-    "masking", "num_subnetworks", "coverage", "owners_per_unit", "granularity", "block_unit", "partition",
-    "shared_modules", "design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length", "seed",
+# Options that are keys of the SDP block, and of its block "plan".
+_OPTIONS = (
+    "masking", "num_subnetworks", "coverage", "granularity", "partition", "shared_modules", "share_ends",
 )  # fmt: skip
+_PLAN_OPTIONS = ("design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length", "seed")
 
 
 def add_commands(commands: "Commands") -> None:
@@ -41,14 +41,11 @@ def add_commands(commands: "Commands") -> None:
         metavar="C",
         help="K/N, e.g. 0.5, 1/2 or mlp=0.5,attention=0.75 (default: 0.5)",
     )
-    plan.add_argument(
-        "--owners_per_unit", type=per_kind(int), metavar="K", help="K instead of coverage, e.g. 4 or mlp=4,attention=6"
-    )
     plan.add_argument("--masking", choices=("forward", "backward"), help="of units not owned (default: forward)")
-    plan.add_argument("--granularity", choices=("neuron", "block"), help="what a unit is (default: neuron)")
-    plan.add_argument("--block_unit", choices=("layer", "branch"), help="at block granularity (default: layer)")
+    plan.add_argument("--granularity", choices=("neuron", "branch", "layer"), help="what a unit is (default: neuron)")
     plan.add_argument("--partition", type=listed(str), metavar="KINDS", help="mlp, attention or mlp,attention")
     plan.add_argument("--shared_modules", nargs="+", metavar="PATTERN", help="modules that all workers own")
+    plan.add_argument("--share_ends", type=int, metavar="L", help="first and last layers that all workers own")
     plan.add_argument("--design", choices=("auto", "cyclic", "random"), help="how owner sets are chosen")
     plan.add_argument("--worker_capacity", type=listed(float), metavar="C,C,...", help="relative speeds of the workers")
     plan.add_argument(
@@ -58,7 +55,7 @@ def add_commands(commands: "Commands") -> None:
     plan.add_argument("--seq_length", type=int, metavar="T", help="for the balance of FLOPs (default: 2048)")
     plan.add_argument("--seed", type=int, help="of searched and random designs (default: 0)")
     plan.add_argument("--json", action="store_true", help="print the summary as JSON")
-    plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for the SDP block's plan_file")
+    plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for plan.file of the SDP block")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw workers by layers, and the loads")
     plan.set_defaults(run=_plan)
 
@@ -68,10 +65,10 @@ def _plan(args: argparse.Namespace) -> None:
     from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
     block = read_block(args.sdp_config, "--sdp_config") if args.sdp_config else {}
-    if args.coverage is not None or args.owners_per_unit is not None:
-        block.pop("coverage", None)
-        block.pop("owners_per_unit", None)
-    block.update({key: getattr(args, key) for key in _BLOCK_OPTIONS if getattr(args, key) is not None})
+    block |= {key: getattr(args, key) for key in _OPTIONS if getattr(args, key) is not None}
+    said = {key: getattr(args, key) for key in _PLAN_OPTIONS if getattr(args, key) is not None}
+    if said:
+        block["plan"] = {**block.get("plan", {}), **said}
     config = SDPConfig.parse(block)
     model = meta_model(read_model_config(model_path(args.model, "--model"), "--model"), "--model")
     plan = plan_for(model, config, args.gpus or config.num_subnetworks or 8)

@@ -126,7 +126,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
 
     def _check_owners(self, step: int) -> None:
         """Before the update, which at stages 1 and 2 replaces what is not of one's own shard."""
-        interval = self.sdp_config.consistency_check_interval
+        interval = self.sdp_config.comm.consistency_check_interval
         # At stage 3 there is one copy of every weight.
         if interval and step % interval == 0 and self.zero_optimization_stage() < 3:
             self.optimizer.refresh.settle()

@@ -172,7 +172,7 @@ def _plan(job: "_Job") -> tuple[SubnetworkPlan, tuple[int, ...], int]:
     plan = plan_for(job.model, job.sdp, dist.get_world_size(), dist.get_backend())
     check_copies(job.sdp, plan)
     ranks_per_node = _ranks_per_node()
-    return plan, place_workers(plan, dist.get_world_size(), ranks_per_node, job.sdp.rank_order), ranks_per_node
+    return plan, place_workers(plan, dist.get_world_size(), ranks_per_node, job.sdp.plan.rank_order), ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,9 @@ def check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
         ConfigError: it has not.
     """
     fewest = min(map(len, plan.owner_sets))
-    if sdp.checkpoint_copies > fewest:
+    if sdp.checkpoint.copies > fewest:
         raise ConfigError(
-            f"{BLOCK}.checkpoint_copies: got {sdp.checkpoint_copies} with {fewest} owners per unit; takes 1 to {fewest}"
+            f"{BLOCK}.checkpoint.copies: got {sdp.checkpoint.copies} with {fewest} owners per unit; takes 1 to {fewest}"
         )
 
 
@@ -250,7 +250,7 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
     model_config: Any = getattr(model, "config", None)
     return {
         "deepspeed_config": job.ds_config,
-        "subnetwork_data_parallel": job.sdp.model_dump(),
+        "subnetwork_data_parallel": job.sdp.written(),
         "model": type(model).__name__,
         "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
         "model_on_meta_device": model is not None and is_meta(model),
@@ -261,13 +261,13 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
 
 def _described_units(job: _Job) -> dict[str, Any]:
     """What the plan is made of besides the configuration: rank 0's plan is all ranks' then."""
-    block = job.sdp.effective_block_unit
+    block = job.sdp.block_unit
     units = unit_spaces(job.model, job.sdp, job.adapter)
     described: dict[str, Any] = {
-        "adapter": claims_digest(job.model, job.adapter, job.sdp.partition, block, job.sdp.seq_length),
+        "adapter": claims_digest(job.model, job.adapter, job.sdp.partition, block, job.sdp.plan.seq_length),
         "units": f"{len(units)} spaces ({digest(units)})",
     }
-    if job.sdp.rank_order.startswith("owners"):
+    if job.sdp.plan.rank_order.startswith("owners"):
         described["ranks_per_node"] = _ranks_per_node()
     return described
 
@@ -295,12 +295,12 @@ def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> 
         job.workers[dist.get_rank()],
         masking=job.sdp.masking,
         output_scaling=job.sdp.output_scaling,
-        block_unit=job.sdp.effective_block_unit,
-        recompute_frozen=job.sdp.recompute_frozen,
+        block_unit=job.sdp.block_unit,
+        recompute_frozen=job.sdp.backward.recompute_frozen,
         client=client_map,
     )
     if on_meta:
-        materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.seed, client_map)
+        materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.plan.seed, client_map)
     return subnetwork, _translate_client(optimizer, subnetwork, client_map)
 
 

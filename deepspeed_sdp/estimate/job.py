@@ -88,7 +88,7 @@ class Job:
 
     def transport(self, payload: Literal["gradients", "weights"]) -> str:
         """``"owner_sets"`` or ``"all_to_all"``, as ``engine/comm/transport.py`` resolves it."""
-        asked = self.sdp.transport if self.sdp else "auto"
+        asked = self.sdp.comm.transport if self.sdp else "auto"
         if asked != "auto":
             return asked
         scatters = self.stage > 0 and (payload == "gradients" or self.stage == 3)

@@ -50,7 +50,7 @@ class EngineStep:
         )
         # Portions on their way: index, bytes that live until it has arrived, what the engine counts of them.
         self._under_way: deque[tuple[int, int, int]] = deque()
-        self._is_lazy = bool(self._exchanges) and job.sdp is not None and job.sdp.overlap_refresh
+        self._is_lazy = bool(self._exchanges) and job.sdp is not None and job.sdp.backward.overlap_refresh
         self._hold_state()
 
     def _hold_state(self) -> None:

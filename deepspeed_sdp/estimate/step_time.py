@@ -62,7 +62,7 @@ def step_time(job: Job, cluster: Cluster, flops: float, state_elements: float, s
     room *= 1.0 if job.stage == 3 else 2 / 3
     hidden = min(during * cluster.overlap, room)
     beside = update
-    if job.sdp is not None and job.sdp.overlap_refresh:
+    if job.sdp is not None and job.sdp.backward.overlap_refresh:
         # What is under way goes on beside the next step's first forward pass.
         beside += cluster.overlap * compute / job.accumulation / 3
     return StepTime(compute, update, communication, during - hidden + max(0.0, after - beside))

@@ -56,7 +56,7 @@ def strategies(
     block: dict[str, Any] | None = None,
     stages: Sequence[int] = STAGES,
     maskings: Sequence[str] = ("forward", "backward"),
-    granularities: Sequence[str] = ("neuron", "block"),
+    granularities: Sequence[str] = ("neuron", "layer"),
     coverages: Sequence[float] | None = None,
 ) -> Iterator[Job]:
     """``job`` without SDP at every stage, then with it: masking, granularity, coverage, stage.
@@ -86,9 +86,8 @@ def strategies(
                         "granularity": granularity,
                         "coverage": coverage,
                         "num_subnetworks": num_subnetworks,
-                        "seq_length": job.seq_length,
                     }
-                )
+                ).at_length(job.seq_length)
                 sdp.owners(num_subnetworks)
                 for stage in stages:
                     if not (masking == "backward" and stage == 3):

@@ -66,5 +66,5 @@ def deepspeed_traffic(job: Job, numels: Sequence[int]) -> dict[str, float]:
 def communicators(plan: SubnetworkPlan, job: Job, ranks_per_node: int, worker: int) -> int:
     """Communicators of a rank that trains subnetwork ``worker``, beside the default one."""
     assert job.sdp is not None
-    workers = place_workers(plan, job.world_size, ranks_per_node, job.sdp.rank_order)
+    workers = place_workers(plan, job.world_size, ranks_per_node, job.sdp.plan.rank_order)
     return len(Mesh(plan.owner_sets, workers, ranks_per_node).groups_of(workers.index(worker)))

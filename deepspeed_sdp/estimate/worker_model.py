@@ -170,8 +170,8 @@ def _cut(module: nn.Module, sdp: SDPConfig, plan: SubnetworkPlan, worker: int) -
         worker,
         masking=sdp.masking,
         output_scaling=sdp.output_scaling if is_forward else "none",
-        block_unit=sdp.effective_block_unit,
-        recompute_frozen=sdp.recompute_frozen,
+        block_unit=sdp.block_unit,
+        recompute_frozen=sdp.backward.recompute_frozen,
     )
 
 

@@ -160,7 +160,7 @@ def save_checkpoint(trainer: Trainer, original: Original, *args: Any, **kwargs: 
     meet("a checkpoint of Trainer")
     if trainer.args.should_save:
         step = trainer.state.global_step
-        _remove_old_checkpoints(trainer, under_way=step if engine.sdp_config.checkpoint_async else None)
+        _remove_old_checkpoints(trainer, under_way=step if engine.sdp_config.checkpoint.is_async else None)
         _saved_steps(trainer).add(step)
 
 

@@ -35,8 +35,8 @@ def place_workers(plan: SubnetworkPlan, world_size: int, ranks_per_node: int, or
         return tuple(rank % workers for rank in range(world_size))
     if world_size % ranks_per_node:
         raise PlanError(
-            f"rank_order: got {order!r} with {world_size} ranks on nodes of {ranks_per_node}; takes nodes of equal "
-            'size, or "round_robin"'
+            f"plan.rank_order: got {order!r} with {world_size} ranks on nodes of {ranks_per_node}; takes nodes of "
+            'equal size, or "round_robin"'
         )
     replicas, nodes = world_size // workers, world_size // ranks_per_node
     shared = _shared_numel(plan)

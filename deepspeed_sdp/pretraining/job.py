@@ -61,7 +61,7 @@ def make_plan_of(
     """
     seq_length = recipe.about.seq_length
     config = model_config(recipe.model_file, seq_length, tokenizer_folder, "pretraining.model")
-    sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0, "seq_length": seq_length})
+    sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0}).at_length(seq_length)
     return plan_for(meta_model(config, "pretraining.model"), sdp, world_size, backend)
 
 
@@ -149,7 +149,7 @@ def build_engine(job: Job) -> Any:
         model: Any = job.model
         model.gradient_checkpointing_enable()
     if not recipe.sdp.enabled:
-        return initialize_dense(job.model, config, recipe.sdp.seed)
+        return initialize_dense(job.model, config, recipe.sdp.plan.seed)
     engine, *_ = initialize(model=job.model, config=config)
     return engine
 

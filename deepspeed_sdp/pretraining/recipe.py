@@ -146,9 +146,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     sdp_block = data.get(BLOCK)
     if sdp_block is None:
         raise ConfigError(f'--recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
-    if isinstance(sdp_block, dict) and "plan_file" not in sdp_block:
-        sdp_block.setdefault("seq_length", about.seq_length)
-    return Recipe(Path(path), about, data, SDPConfig.parse(sdp_block))
+    return Recipe(Path(path), about, data, SDPConfig.parse(sdp_block).at_length(about.seq_length))
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:

@@ -21,15 +21,15 @@ def plan_for(model: nn.Module, sdp: SDPSource, world_size: int, backend: str = "
     """The plan of ``model`` (real or meta) under ``sdp`` on ``world_size`` ranks; a pure function.
 
     A world of one owns every unit: there coverage 1 is taken, whatever the block says. ``backend``: of the job's
-    collectives, by which the default of ``max_owner_sets`` goes.
+    collectives, by which the default of ``plan.max_owner_sets`` goes.
 
     Raises:
         ConfigError, ModelError, PlanError: the block does not fit the world size, the model or each other.
     """
     sdp = SDPConfig.of(sdp)
     adapter = find_adapter(model)
-    check_claims(model, adapter, sdp.partition, sdp.effective_block_unit)
-    try_adapter(model, adapter, sdp.partition, sdp.effective_block_unit, sdp.masking)
+    check_claims(model, adapter, sdp.partition, sdp.block_unit)
+    try_adapter(model, adapter, sdp.partition, sdp.block_unit, sdp.masking)
     spaces = unit_spaces(model, sdp, adapter)
     shared = shared_flops(model, sdp, spaces)
     if sdp.masking == "backward":
@@ -37,7 +37,7 @@ def plan_for(model: nn.Module, sdp: SDPSource, world_size: int, backend: str = "
         full = sum(space.num_units * space.unit_flops for space in spaces)
         spaces = [replace(space, unit_flops=weight_gradient_flops(space.unit_numel)) for space in spaces]
         shared += full - sum(space.num_units * space.unit_flops for space in spaces)
-    if sdp.plan_file is not None:
+    if sdp.plan.file is not None:
         return read_plan(sdp, spaces, world_size)
     num_subnetworks = sdp.subnetworks(world_size)
     if world_size == 1:
@@ -46,42 +46,42 @@ def plan_for(model: nn.Module, sdp: SDPSource, world_size: int, backend: str = "
         spaces,
         num_subnetworks,
         owners_per_unit=sdp.owners(num_subnetworks),
-        design=sdp.design,
+        design=sdp.plan.design,
         max_owner_sets=sdp.owner_sets_bound(num_subnetworks, backend),
-        chunk_multiple=sdp.chunk_multiple,
-        seed=sdp.seed,
+        chunk_multiple=sdp.plan.chunk_multiple,
+        seed=sdp.plan.seed,
         shared_flops=shared,
         worker_capacity=sdp.capacity(num_subnetworks),
     )
 
 
 def read_plan(sdp: SDPConfig, spaces: Sequence[UnitSpace], world_size: int) -> SubnetworkPlan:
-    """The plan of ``sdp.plan_file``.
+    """The plan of ``sdp.plan.file``.
 
     Raises:
         ConfigError: it was made for another model or number of workers.
         PlanError: the file cannot be read, or holds no valid plan.
     """
-    key = "subnetwork_data_parallel.plan_file"
+    key = "subnetwork_data_parallel.plan.file"
     try:
-        plan = SubnetworkPlan.read(Path(str(sdp.plan_file)))
+        plan = SubnetworkPlan.read(Path(str(sdp.plan.file)))
     except PlanError as error:
         raise PlanError(f"{key}: {error}") from None
     planned = [space.space for space in plan.spaces]
     if [_identity(space) for space in planned] != [_identity(space) for space in spaces]:
         mine, theirs = _first_difference(spaces, planned)
         raise ConfigError(
-            f"{key}: {sdp.plan_file} is of another model or granularity: it has {theirs}, the model {mine}"
+            f"{key}: {sdp.plan.file} is of another model or granularity: it has {theirs}, the model {mine}"
         )
     workers = sdp.num_subnetworks or plan.num_subnetworks
     if workers != plan.num_subnetworks or world_size % workers:
         raise ConfigError(
-            f"{key}: {sdp.plan_file} is for {plan.num_subnetworks} workers; got num_subnetworks {workers} and a world "
+            f"{key}: {sdp.plan.file} is for {plan.num_subnetworks} workers; got num_subnetworks {workers} and a world "
             f"size of {world_size}; takes a multiple of {plan.num_subnetworks} ranks"
         )
     if sdp.num_subnetworks is None and workers > MOST_UNASKED_SUBNETWORKS:
         raise ConfigError(
-            f"{key}: {sdp.plan_file} is for {workers} workers; takes num_subnetworks {workers} beside it, as every "
+            f"{key}: {sdp.plan.file} is for {workers} workers; takes num_subnetworks {workers} beside it, as every "
             f"plan for more than {MOST_UNASKED_SUBNETWORKS}"
         )
     return plan
@@ -102,18 +102,19 @@ def _identity(space: UnitSpace) -> tuple[object, ...]:
 
 
 def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[UnitSpace]:
-    """The unit spaces of ``model`` that are partitioned: all but those that ``shared_modules`` names.
+    """The unit spaces of ``model`` that are partitioned: all but those that all workers own.
 
-    A pattern (``fnmatch``) shares a module and everything in it, e.g. ``"model.layers.0"`` or ``"*.self_attn"``.
+    A pattern of ``shared_modules`` (``fnmatch``) shares a module and everything in it, e.g. ``"model.layers.0"`` or
+    ``"*.self_attn"``; ``share_ends`` shares whole layers.
 
     Raises:
         ConfigError: a pattern matches no module, or only a part of a unit, or nothing is left to partition.
     """
-    block_unit = sdp.effective_block_unit
+    block_unit = sdp.block_unit
     if block_unit:
-        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition, sdp.seq_length)]
+        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition, sdp.plan.seq_length)]
     else:
-        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition, sdp.seq_length)]
+        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition, sdp.plan.seq_length)]
     names = [name for name, _ in model.named_modules() if name]
     units = [space.name for space in spaces]
     for pattern in sdp.shared_modules:
@@ -130,15 +131,28 @@ def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[Unit
                     f"subnetwork_data_parallel.shared_modules: got {pattern!r}, which matches {name}, a part of a "
                     f"unit; takes patterns of whole units such as {unit!r}"
                 )
-    left = [space for space in spaces if not any(_shares(pattern, space.name) for pattern in sdp.shared_modules)]
+    patterns = (*sdp.shared_modules, *_ends(model, sdp.share_ends, adapter))
+    left = [space for space in spaces if not any(_shares(pattern, space.name) for pattern in patterns)]
     if not left:
         raise ConfigError("subnetwork_data_parallel.shared_modules: shares every unit; takes fewer patterns")
     return left
 
 
+def _ends(model: nn.Module, number: int, adapter: Adapter) -> list[str]:
+    """Names of the first ``number`` layers, and of the last."""
+    layers = adapter.layers(model)
+    if 2 * number >= len(layers):
+        raise ConfigError(
+            f"subnetwork_data_parallel.share_ends: got {number} with {len(layers)} layers, of which none would be "
+            f"left; takes up to {(len(layers) - 1) // 2}"
+        )
+    ends = {id(layer) for layer in (*layers[:number], *layers[len(layers) - number :])}
+    return [name for name, module in model.named_modules() if id(module) in ends]
+
+
 def shared_flops(model: nn.Module, sdp: SDPConfig, spaces: Sequence[UnitSpace]) -> float:
     """Training FLOPs per token that every worker computes whatever it owns: the output head and shared modules."""
-    every = find_adapter(model).partitioned_modules(model, ("mlp", "attention"), sdp.seq_length)
+    every = find_adapter(model).partitioned_modules(model, ("mlp", "attention"), sdp.plan.seq_length)
     partitioned = sum(space.num_units * space.unit_flops for space in spaces)
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     head_flops = matmul_flops(sum(p.numel() for p in head.parameters())) if head is not None else 0.0

@@ -31,8 +31,8 @@ from tests.support.adapters import (
 from tests.support.models import FAMILIES, OTHERS, tiny_config, tiny_model
 
 NEURONS = {}
-LAYERS = {"granularity": "block"}
-BRANCHES = {"granularity": "block", "block_unit": "branch"}
+LAYERS = {"granularity": "layer"}
+BRANCHES = {"granularity": "branch"}
 BACKWARD = {"masking": "backward"}
 
 

@@ -28,7 +28,7 @@ from tests.support.models import tiny_model, token_batches
 
 STEPS, CLIP = 4, 1.0
 HALF, MOST = {"coverage": 0.5}, {"coverage": 0.75}  # of 4 workers: teams, and a worker with several chunks
-BLOCK, BRANCH = {"granularity": "block"}, {"granularity": "block", "block_unit": "branch"}
+BLOCK, BRANCH = {"granularity": "layer"}, {"granularity": "branch"}
 BACKWARD = {"masking": "backward"}
 
 
@@ -50,7 +50,7 @@ def reference(model, plan, sdp, batches, clip=CLIP):
     power = SCALES[sdp.output_scaling] if sdp.masking == "forward" else 0.0
     return oracle.train(
         model,
-        oracle.unit_owners_of(plan, blocks=sdp.effective_block_unit is not None),
+        oracle.unit_owners_of(plan, blocks=sdp.block_unit is not None),
         plan.num_subnetworks,
         batches,
         adamw(model),
@@ -68,7 +68,7 @@ def reference(model, plan, sdp, batches, clip=CLIP):
         {**HALF, "output_scaling": "none"},
         {**MOST, **BLOCK, "output_scaling": "inverse_coverage"},
         {**HALF, "partition": ["mlp"]},
-        {**HALF, "design": "cyclic"},
+        {**HALF, "plan": {"design": "cyclic"}},
         {"coverage": 0.25, "shared_modules": ["model.layers.0"]},
     ],
     ids=lambda block: "-".join(f"{value}" for value in block.values()),

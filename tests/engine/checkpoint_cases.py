@@ -252,7 +252,7 @@ def save_errors(folder, sdp, ds):
 
 def save_once(folder, is_async):
     """The message of a save that is refused, and what the job does after it."""
-    engine = start({**HALF, "checkpoint_async": is_async}, {"stage": 1})
+    engine = start({**HALF, "checkpoint": {"async": is_async}}, {"stage": 1})
     run_steps(engine, 1)
     message = None
     try:
@@ -267,7 +267,7 @@ def save_once(folder, is_async):
 
 def save_with_a_writer_that_is_killed(folder):
     """On rank 2, at the second save: the message, what is in the folder then, and losses before and after a third."""
-    engine = start({**HALF, "checkpoint_async": True}, {"stage": 1})
+    engine = start({**HALF, "checkpoint": {"async": True}}, {"stage": 1})
     writer = file_writer.__file__
     killed = Path(folder).with_name("killed.py")
     if dist.get_rank() == 0:

@@ -82,7 +82,7 @@ def monitored(folder):
 
 def not_finite(action, stage, bad_rank=2, bad_step=1, name="model.layers.1.mlp.up_proj", value="nan", **more):
     """One rank's gradient of one parameter is ``value`` at one step; the error, what was logged, and the weights."""
-    engine, *_ = start(sdp={"coverage": 0.5, "on_nonfinite": action, **more}, stage=stage)
+    engine, *_ = start(sdp={"coverage": 0.5, "comm": {"on_nonfinite": action}, **more}, stage=stage)
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger.addHandler(handler)
@@ -114,7 +114,7 @@ def not_finite(action, stage, bad_rank=2, bad_step=1, name="model.layers.1.mlp.u
 
 def inconsistent(stage, bad_rank, name, unit, interval=2, bad_step=4, **values):
     """One rank's copy of one unit changes by one bit before ``bad_step``; the error, and the steps done."""
-    sdp = {"coverage": 0.5, "consistency_check_interval": interval, **values}
+    sdp = {"coverage": 0.5, "comm": {"consistency_check_interval": interval}, **values}
     engine, *_ = start(sdp=sdp, stage=stage)
     error = None
     try:

@@ -26,7 +26,7 @@ def rank_main(rank, folder, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     deepspeed.init_distributed("gloo", dist_init_required=False)
     engine, *_ = deepspeed_sdp.initialize(
-        model=build_model(), config=ds_config(1), sdp_config={"owners_per_unit": 1, "checkpoint_keep_last": 2}
+        model=build_model(), config=ds_config(1), sdp_config={"coverage": 0.25, "checkpoint": {"keep_last": 2}}
     )
     engine.load_checkpoint(folder)
     while True:

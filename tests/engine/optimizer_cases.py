@@ -115,7 +115,7 @@ def live_of_client(folder, client, stage, steps=(3, 2)):
             model=module,
             optimizer=optimizer,
             config=ds_config(stage, bucket=4000, optimizer=False, zero_allow_untested_optimizer=True),
-            sdp_config={"coverage": 0.5, "granularity": "block"},
+            sdp_config={"coverage": 0.5, "granularity": "layer"},
         )
         if load:
             engine.load_checkpoint(folder)
@@ -288,7 +288,9 @@ def ends_early(stage, use):
 def nan_that_is_dropped(stage):
     """The message of a step whose gradients overflow on rank 1, after rank 0 dropped a NaN in :meth:`zero_grad`."""
     engine, *_ = deepspeed_sdp.initialize(
-        model=build_model(), config=ds_config(stage), sdp_config={"coverage": 0.5, "on_nonfinite": "stop"}
+        model=build_model(),
+        config=ds_config(stage),
+        sdp_config={"coverage": 0.5, "comm": {"on_nonfinite": "stop"}},
     )
     ids = torch.arange(24).view(2, 12)
     engine.backward(engine(input_ids=ids, labels=ids).loss * (float("nan") if dist.get_rank() == 0 else 1.0))

@@ -9,7 +9,7 @@ from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 HALF = {"coverage": 0.5}
 CLIP = {"clip": 1.0}  # first norms are about 3.5
-TWO = {"num_subnetworks": 2, "owners_per_unit": 1}
+TWO = {"num_subnetworks": 2, "coverage": 0.5}
 ONE_KV = {"num_key_value_heads": 1}
 MHA = {"num_key_value_heads": 8}
 TIED = {"tie_word_embeddings": True}
@@ -29,7 +29,13 @@ ROWS = [
         for stage in (0, 1, 2, 3)
     ),
     *(
-        row(f"{transport}-stage{stage}", stage=stage, bucket=4000, sdp={**HALF, "transport": transport}, **CLIP)
+        row(
+            f"{transport}-stage{stage}",
+            stage=stage,
+            bucket=4000,
+            sdp={**HALF, "comm": {"transport": transport}},
+            **CLIP,
+        )
         for transport in ("owner_sets", "all_to_all")
         for stage in (1, 2, 3)
     ),
@@ -40,7 +46,7 @@ ROWS = [
             family=family,
             model=ONE_KV,
             bucket=4000,
-            sdp={**HALF, "transport": "owner_sets"},
+            sdp={**HALF, "comm": {"transport": "owner_sets"}},
         )
         for family in ("llama", "qwen3")
     ),
@@ -49,7 +55,9 @@ ROWS = [
     row("stage3-gradient_checkpointing", stage=3, extra={"checkpointing": True}),
     row("stage3-frozen_embeddings", stage=3, extra={"frozen": ["model.embed_tokens.weight"]}),
     row("stage3-frozen_linear", stage=3, extra={"frozen": ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]}),
-    row("stage3-one_layer", stage=3, model={"num_hidden_layers": 1}, sdp={"owners_per_unit": 2, "design": "cyclic"}),
+    row(
+        "stage3-one_layer", stage=3, model={"num_hidden_layers": 1}, sdp={"coverage": 0.5, "plan": {"design": "cyclic"}}
+    ),
     row("stage3-shared_first_layer", stage=3, sdp={**HALF, "shared_modules": ["model.layers.0"]}),
     row("accumulate", stage=2, accumulation=2),
     row("buckets-20000", stage=2, bucket=20_000),
@@ -65,15 +73,20 @@ ROWS = [
     row("quarter-qwen2", stage=1, family="qwen2", sdp={"coverage": 0.25}, **CLIP),
     row("three_quarters", stage=1, sdp={"coverage": 0.75}, bucket=4000),
     row("three_quarters-biases", stage=2, model={**BIASES, **MHA}, sdp={"coverage": 0.75}, bucket=4000, **CLIP),
-    row("three_quarters-qwen3", stage=0, family="qwen3", sdp={"coverage": 0.75, "chunk_multiple": 1}),
+    row(
+        "three_quarters-qwen3",
+        stage=0,
+        family="qwen3",
+        sdp={"coverage": 0.75, "plan": {"chunk_multiple": 1}},
+    ),
     row("mlp_only", stage=2, sdp={**HALF, "partition": ["mlp"]}, bucket=4000),
     row("attention_only", stage=1, sdp={**HALF, "partition": ["attention"]}),
     row("shared_first_layer", stage=2, sdp={**HALF, "shared_modules": ["model.layers.0", "*.1.mlp"]}, bucket=4000),
-    row("owners_per_unit", stage=1, sdp={"owners_per_unit": 3, "design": "cyclic"}),
-    row("random_design", stage=2, sdp={**HALF, "design": "random", "seed": 7}, bucket=4000),
-    row("3-ranks-2-owners", stage=1, world=3, sdp={"owners_per_unit": 2}, bucket=4000),
+    row("owners_per_unit", stage=1, sdp={"coverage": 0.75, "plan": {"design": "cyclic"}}),
+    row("random_design", stage=2, sdp={**HALF, "plan": {"design": "random", "seed": 7}}, bucket=4000),
+    row("3-ranks-2-owners", stage=1, world=3, sdp={"coverage": "2/3"}, bucket=4000),
     row("3-ranks-two_thirds", stage=2, world=3, family="qwen2", sdp={"coverage": 0.6667}, accumulation=2, **CLIP),
-    row("3-ranks-stage0", stage=0, world=3, model=BIASES, sdp={"owners_per_unit": 2}),
+    row("3-ranks-stage0", stage=0, world=3, model=BIASES, sdp={"coverage": "2/3"}),
     *(
         row(
             f"2-replicas-stage{stage}",
@@ -86,11 +99,21 @@ ROWS = [
     ),
     row("2-replicas-dense", stage=1, sdp={"num_subnetworks": 2, "coverage": 1.0}),
     *(
-        row(f"2-replicas-{transport}-stage{stage}", stage=stage, sdp={**TWO, "transport": transport}, bucket=4000)
+        row(
+            f"2-replicas-{transport}-stage{stage}",
+            stage=stage,
+            sdp={**TWO, "comm": {"transport": transport}},
+            bucket=4000,
+        )
         for transport in ("owner_sets", "all_to_all")
         for stage in (1, 2, 3)
     ),
-    row("2-replicas-round_robin", stage=2, sdp={**TWO, "rank_order": "round_robin"}, bucket=4000),
+    row(
+        "2-replicas-round_robin",
+        stage=2,
+        sdp={**TWO, "plan": {"rank_order": "round_robin"}},
+        bucket=4000,
+    ),
     row("one_subnetwork", stage=2, sdp={"num_subnetworks": 1, "coverage": 1.0}),
     row("one_kv_head", stage=1, model=ONE_KV, bucket=4000),
     row("one_kv_head-tied", stage=1, family="mistral", model={**ONE_KV, **TIED}),
@@ -98,7 +121,7 @@ ROWS = [
     row("one_kv_head-qwen3", stage=2, family="qwen3", model=ONE_KV, bucket=4000),
     row("one_kv_head-biases", stage=2, model={**ONE_KV, **BIASES}, bucket=4000, **CLIP),
     row("one_kv_head-quarter", stage=1, family="qwen3", model=ONE_KV, sdp={"coverage": 0.25}),
-    row("one_layer", stage=1, model={"num_hidden_layers": 1}, sdp={"owners_per_unit": 2, "design": "cyclic"}),
+    row("one_layer", stage=1, model={"num_hidden_layers": 1}, sdp={"coverage": 0.5, "plan": {"design": "cyclic"}}),
     row("fewer_neurons_than_workers", stage=2, model={"intermediate_size": 2}, bucket=4000),
     row("gradient_checkpointing", stage=2, bucket=4000, extra={"checkpointing": True}),
     row("frozen_embeddings", stage=1, bucket=4000, extra={"frozen": ["model.embed_tokens.weight"]}),
@@ -166,7 +189,12 @@ SHARING = [
 @pytest.mark.parametrize(("stage", "transport", "masking"), SHARING)
 def test_replicas_of_workers_that_share_equal_the_simulation(pools, stage, transport, masking):
     """Three workers, two owners of each unit, two replicas of each worker."""
-    sdp = {"num_subnetworks": 3, "owners_per_unit": 2, "transport": transport, "masking": masking}
+    sdp = {
+        "num_subnetworks": 3,
+        "coverage": "2/3",
+        "comm": {"transport": transport},
+        "masking": masking,
+    }
     check(pools(6), row("", stage=stage, world=6, sdp=sdp, bucket=4000, **CLIP).values[0], 6)
 
 

@@ -11,9 +11,13 @@ from tests.engine.test_precision import FP32, bf16_simulation, update_similarity
 from tests.support.compare import assert_like, assert_owners_equal, assert_same_weights, simulate
 
 CASES = "tests.engine.feature_cases"
-LAYERS = {"coverage": 0.5, "masking": "backward", "granularity": "block"}
+LAYERS = {"coverage": 0.5, "masking": "backward", "granularity": "layer"}
 # Nothing but the waits of whoever reads the weights keeps them from being stale.
-HALF = {"coverage": 0.5, "masking": "backward", "overlap_refresh": True}
+HALF = {
+    "coverage": 0.5,
+    "masking": "backward",
+    "backward": {"overlap_refresh": True},
+}
 UNITS = pytest.mark.parametrize("sdp", [HALF, LAYERS], ids=["neuron", "layer"])
 
 

@@ -8,17 +8,18 @@ from tests.engine.cases import build_model
 from tests.engine.test_against_oracle import check
 from tests.engine.test_stats import check_traffic
 
-LAYERS = {"granularity": "block"}
-BRANCHES = {"granularity": "block", "block_unit": "branch"}
+ALL_TO_ALL = {"comm": {"transport": "all_to_all"}}
+LAYERS = {"granularity": "layer"}
+BRANCHES = {"granularity": "branch"}
 ONE_KV = {"num_key_value_heads": 1}
+OVERLAPPED = {"backward": {"overlap_refresh": True}}
+RECOMPUTED = {"backward": {"recompute_frozen": True}}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
 
 
 def row(name, *, sdp=None, stage=1, family="llama", model=None, bucket=4000, world=4, extra=None, **ds):
     sdp = {"masking": "backward", "coverage": 0.5, **(sdp or {})}
-    if "owners_per_unit" in sdp:
-        del sdp["coverage"]
     ds = {"stage": stage, "bucket": bucket, **ds}
     values = {"sdp": sdp, "family": family, "model": model or {}, "ds": ds, **(extra or {})}
     return pytest.param(values, world, id=name)
@@ -31,16 +32,16 @@ def row(name, *, sdp=None, stage=1, family="llama", model=None, bucket=4000, wor
         *(row(f"stage{s}-clip-accumulate-biases", stage=s, model=BIASES, accumulation=2, clip=1.0) for s in (0, 1, 2)),
         *(row(f"layers-stage{s}", sdp=LAYERS, stage=s, model={"num_hidden_layers": 5}) for s in (0, 1, 2)),
         *(row(f"branches-stage{s}", sdp=BRANCHES, stage=s, family="qwen3") for s in (0, 1, 2)),
-        *(row(f"{how}-transport", sdp={"transport": how}, stage=2) for how in ("owner_sets", "all_to_all")),
+        *(row(f"{how}-transport", sdp={"comm": {"transport": how}}, stage=2) for how in ("owner_sets", "all_to_all")),
         *(row(f"three_quarters-stage{s}", sdp={"coverage": 0.75}, stage=s, family="qwen2", clip=1.0) for s in (0, 1)),
         *(row(f"one_kv_head-stage{s}", model=ONE_KV, stage=s, family="qwen3") for s in (0, 2)),
-        row("layers-recomputed", sdp={**LAYERS, "recompute_frozen": True}, model={"num_hidden_layers": 4}),
-        row("branches-recomputed", sdp={**BRANCHES, "recompute_frozen": True}, extra={"checkpointing": True}),
-        *(row(f"overlapped-stage{s}", sdp={"overlap_refresh": True}, stage=s, accumulation=2) for s in (0, 1, 2)),
-        row("overlapped-layers", sdp={**LAYERS, "overlap_refresh": True}, model={"num_hidden_layers": 5, **TIED}),
-        row("overlapped-checkpointing", sdp={"overlap_refresh": True}, stage=2, extra={"checkpointing": True}),
-        row("overlapped-one_bucket", sdp={"overlap_refresh": True}, bucket=500_000),
-        row("layers-quarter-all_to_all", sdp={**LAYERS, "coverage": 0.25, "transport": "all_to_all"}, stage=2),
+        row("layers-recomputed", sdp={**LAYERS, **RECOMPUTED}, model={"num_hidden_layers": 4}),
+        row("branches-recomputed", sdp={**BRANCHES, **RECOMPUTED}, extra={"checkpointing": True}),
+        *(row(f"overlapped-stage{s}", sdp=OVERLAPPED, stage=s, accumulation=2) for s in (0, 1, 2)),
+        row("overlapped-layers", sdp={**LAYERS, **OVERLAPPED}, model={"num_hidden_layers": 5, **TIED}),
+        row("overlapped-checkpointing", sdp=OVERLAPPED, stage=2, extra={"checkpointing": True}),
+        row("overlapped-one_bucket", sdp=OVERLAPPED, bucket=500_000),
+        row("layers-quarter-all_to_all", sdp={**LAYERS, "coverage": 0.25, **ALL_TO_ALL}, stage=2),
         row("one_large_bucket", bucket=500_000),
         row("bucket_of_one_element", bucket=1, stage=2),
         row("quarter", sdp={"coverage": 0.25}, stage=2, model=BIASES),
@@ -49,9 +50,9 @@ def row(name, *, sdp=None, stage=1, family="llama", model=None, bucket=4000, wor
         row("layers-three_quarters-tied", sdp={**LAYERS, "coverage": 0.75}, model={"num_hidden_layers": 5, **TIED}),
         row("by_kind", sdp={"coverage": {"mlp": 0.5, "attention": 1.0}}, stage=2),
         row("mlp_only-shared", sdp={"partition": ["mlp"], "shared_modules": ["model.layers.0"]}),
-        row("capacity", sdp={"worker_capacity": [4, 1, 1, 1]}, model=BIASES),
-        row("3-ranks", world=3, sdp={"owners_per_unit": 2}, stage=2, model=BIASES),
-        *(row(f"2-replicas-stage{s}", sdp={"num_subnetworks": 2, "owners_per_unit": 1}, stage=s) for s in (0, 1, 2)),
+        row("capacity", sdp={"plan": {"worker_capacity": [4, 1, 1, 1]}}, model=BIASES),
+        row("3-ranks", world=3, sdp={"coverage": "2/3"}, stage=2, model=BIASES),
+        *(row(f"2-replicas-stage{s}", sdp={"num_subnetworks": 2, "coverage": 0.5}, stage=s) for s in (0, 1, 2)),
         row("gradient_checkpointing", stage=2, extra={"checkpointing": True}),
         row("frozen_linear", stage=1, extra={"frozen": ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]}),
         row("frozen_embeddings", sdp=LAYERS, extra={"frozen": ["model.embed_tokens.weight"]}),

@@ -70,9 +70,9 @@ def test_a_valley_behind_a_hill_is_seen():
 ROWS = [
     pytest.param({"sdp": HALF, "ds": {"stage": 1}}, id="neurons"),
     pytest.param({"sdp": {"coverage": 0.25, "output_scaling": "none"}, "ds": {"stage": 3}}, id="unscaled-stage3"),
-    pytest.param({"sdp": {**HALF, "granularity": "block"}, "ds": {"stage": 2, "bf16": True}}, id="layers-bf16"),
+    pytest.param({"sdp": {**HALF, "granularity": "layer"}, "ds": {"stage": 2, "bf16": True}}, id="layers-bf16"),
     pytest.param(
-        {"sdp": {**HALF, "granularity": "block", "block_unit": "branch"}, "ds": {"stage": 0}, "family": "gpt2"},
+        {"sdp": {**HALF, "granularity": "branch"}, "ds": {"stage": 0}, "family": "gpt2"},
         id="gpt2-branches",
     ),
     pytest.param({"sdp": {**HALF, "partition": ["mlp"]}, "ds": {"stage": 1}, "family": "gpt2"}, id="gpt2-mlp"),
@@ -83,7 +83,7 @@ WRITES = ("o_proj.weight", "down_proj.weight", "c_proj.weight")
 def is_write(name, values):
     if values["sdp"].get("partition") == ["mlp"] and ".attn." in name:
         return False
-    return name.endswith((*WRITES, "c_proj.bias") if "block_unit" in values["sdp"] else WRITES)
+    return name.endswith((*WRITES, "c_proj.bias") if values["sdp"].get("granularity") == "branch" else WRITES)
 
 
 @pytest.mark.parametrize("values", ROWS)

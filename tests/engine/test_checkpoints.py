@@ -24,24 +24,30 @@ from tests.support.tiny_checkpoint import change_manifest
 
 CASES = "tests.engine.checkpoint_cases"
 HALF = {"coverage": 0.5}
-LAYERS = {"coverage": 0.5, "granularity": "block"}
+LAYERS = {"coverage": 0.5, "granularity": "layer"}
 BACKWARD = {"coverage": 0.5, "masking": "backward"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 LAYOUTS = {
     "half-0": (HALF, {"stage": 0}),
     "half-1": (HALF, {"stage": 1, "bucket": 4000}),
-    "half-2-owner_sets": ({**HALF, "transport": "owner_sets"}, {"stage": 2, "bucket": 4000}),
+    "half-2-owner_sets": (
+        {**HALF, "comm": {"transport": "owner_sets"}},
+        {"stage": 2, "bucket": 4000},
+    ),
     "half-3": (HALF, {"stage": 3, "bucket": 4000}),
     "three_quarters-1": ({"coverage": 0.75}, {"stage": 1}),
     "quarter-2": ({"coverage": 0.25}, {"stage": 2}),
     "layers-1": (LAYERS, {"stage": 1}),
     "layers-3": (LAYERS, {"stage": 3}),
-    "branches-0": ({**LAYERS, "block_unit": "branch"}, {"stage": 0}),
+    "branches-0": ({**LAYERS, "granularity": "branch"}, {"stage": 0}),
     "backward-0": (BACKWARD, {"stage": 0}),
-    "backward-1": ({**BACKWARD, "overlap_refresh": True}, {"stage": 1, "bucket": 4000}),
+    "backward-1": (
+        {**BACKWARD, "backward": {"overlap_refresh": True}},
+        {"stage": 1, "bucket": 4000},
+    ),
     "backward-layers-2": ({**LAYERS, "masking": "backward"}, {"stage": 2}),
-    "replicas-1": ({"num_subnetworks": 2, "owners_per_unit": 1}, {"stage": 1}),
+    "replicas-1": ({"num_subnetworks": 2, "coverage": 0.5}, {"stage": 1}),
     "dense-1": ({"coverage": 1.0}, {"stage": 1}),
     "dense-3": ({"coverage": 1.0}, {"stage": 3}),
 }
@@ -131,7 +137,7 @@ def test_every_layout_goes_to_every_other(pools, tmp_path, one, two):
 
 @pytest.mark.parametrize(("one", "two"), [("half-1", (4, 3)), ("backward-0", (4, 3))])
 def test_another_number_of_ranks(pools, tmp_path, one, two):
-    check_pair(pools, tmp_path, one, ({"owners_per_unit": 2}, {"stage": 2}), worlds=two)
+    check_pair(pools, tmp_path, one, ({"coverage": "2/3"}, {"stage": 2}), worlds=two)
 
 
 def test_frozen_parameters_come_back(pools, tmp_path):
@@ -155,7 +161,7 @@ def test_a_parameter_may_be_frozen_in_one_job_and_trained_in_another(ranks4, tmp
 @pytest.mark.parametrize("layout", ["half-0", "half-3", "backward-1"])
 def test_saved_beside_training_is_what_was_there_when_it_began(ranks4, tmp_path, layout):
     sdp, ds = LAYOUTS[layout]
-    values = {"folder": str(tmp_path), "sdp": {**sdp, "checkpoint_async": True}, "ds": {**ds, "bf16": True}}
+    values = {"folder": str(tmp_path), "sdp": {**sdp, "checkpoint": {"async": True}}, "ds": {**ds, "bf16": True}}
     expected = ranks4.run(f"{CASES}:save_and_go_on", timeout=90, **values)
     resumed = ranks4.run(f"{CASES}:load_and_go_on", timeout=90, **values)
     for before, after in zip(expected, resumed, strict=True):
@@ -165,7 +171,7 @@ def test_saved_beside_training_is_what_was_there_when_it_began(ranks4, tmp_path,
 
 
 def test_an_error_beside_training_comes_with_the_next_call(ranks4, tmp_path):
-    sdp = {**HALF, "checkpoint_async": True}
+    sdp = {**HALF, "checkpoint": {"async": True}}
     for messages, losses in ranks4.run(
         f"{CASES}:save_errors", timeout=60, folder=str(tmp_path), sdp=sdp, ds={"stage": 2}
     ):
@@ -324,7 +330,7 @@ def test_inspect_and_export_from_the_console(checkpoint, tmp_path, capsys):
 
 
 def test_old_checkpoints_are_removed(ranks4, tmp_path):
-    sdp = {"checkpoint_keep_last": 2, "checkpoint_keep_every": 3}
+    sdp = {"checkpoint": {"keep_last": 2, "keep_every": 3}}
     left = ranks4.run(f"{CASES}:save_every_step", timeout=60, folder=str(tmp_path), steps=7, **sdp)[0]
     assert left == ["global_step3", "global_step6", "global_step7", "latest"]
 
@@ -370,7 +376,7 @@ def test_a_subnetwork_is_a_smaller_model(ranks4, tmp_path, sdp, family, model):
     ("sdp", "model", "message"),
     [
         (LAYERS, {}, 'got output_scaling "inverse_sqrt_coverage" with whole layers as units'),
-        ({**LAYERS, "block_unit": "branch"}, {}, "no words for layers that lack a branch"),
+        ({**LAYERS, "granularity": "branch"}, {}, "no words for layers that lack a branch"),
         (BACKWARD, {}, 'got a checkpoint of masking "backward"'),
         (HALF, {"num_key_value_heads": 1}, "owns 0 or 1 units of attention by layer"),
     ],

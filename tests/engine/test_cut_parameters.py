@@ -9,12 +9,15 @@ from tests.engine import test_checkpoints
 from tests.engine.test_against_oracle import check
 from tests.support.compare import assert_owners_equal
 
+OWNER_SETS = {"comm": {"transport": "owner_sets"}}
+ALL_TO_ALL = {"comm": {"transport": "all_to_all"}}
 HALF = {"coverage": 0.5}
 BACKWARD = {**HALF, "masking": "backward"}
 TIED = {"tie_word_embeddings": True}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 # Weights have 512 to 3,104 elements: those of the MLP fall into two to four rounds, embeddings into four to seven.
 CUTS = (500, 1000)
+OVERLAPPED = {**BACKWARD, "backward": {"overlap_refresh": True}}
 
 
 def row(name, *, sdp=HALF, stage=1, bucket=500, model=None, slow=False, **ds):
@@ -27,21 +30,21 @@ def row(name, *, sdp=HALF, stage=1, bucket=500, model=None, slow=False, **ds):
     "values",
     [
         row("stage0-tied-clip", stage=0, model=TIED, clip=1.0),
-        row("stage1-owner_sets", sdp={**HALF, "transport": "owner_sets"}, clip=1.0),
+        row("stage1-owner_sets", sdp={**HALF, **OWNER_SETS}, clip=1.0),
         row("stage2-accumulate-three_quarters", stage=2, sdp={"coverage": 0.75}, accumulation=2),
         row("stage3-tied-accumulate", stage=3, model=TIED, accumulation=2),
-        row("stage3-owner_sets-clip", stage=3, sdp={**HALF, "transport": "owner_sets"}, clip=1.0),
+        row("stage3-owner_sets-clip", stage=3, sdp={**HALF, **OWNER_SETS}, clip=1.0),
         row("backward-stage0-tied", sdp=BACKWARD, stage=0, model=TIED, slow=True),
-        row("backward-stage1-biases-overlapped", sdp={**BACKWARD, "overlap_refresh": True}, model=BIASES, clip=1.0),
+        row("backward-stage1-biases-overlapped", sdp=OVERLAPPED, model=BIASES, clip=1.0),
         row("backward-stage2-tied-accumulate", sdp=BACKWARD, stage=2, model=TIED, accumulation=2),
-        row("backward-layers", sdp={**BACKWARD, "granularity": "block"}, model={"num_hidden_layers": 4}),
+        row("backward-layers", sdp={**BACKWARD, "granularity": "layer"}, model={"num_hidden_layers": 4}),
         *(
-            row(f"stage{stage}-{transport}-bucket{bucket}", sdp={**sdp, "transport": transport}, stage=stage,
+            row(f"stage{stage}-{transport}-bucket{bucket}", sdp={**sdp, "comm": {"transport": transport}}, stage=stage,
                 bucket=bucket, model=model, clip=1.0, accumulation=2, slow=True)
             for stage, transport, bucket, (sdp, model) in itertools.product(
                 range(4), ("owner_sets", "all_to_all"), CUTS,
                 [({"coverage": 0.75}, TIED), (HALF, BIASES), (BACKWARD, TIED),
-                 ({"num_subnetworks": 2, "owners_per_unit": 1}, {})],
+                 ({"num_subnetworks": 2, "coverage": 0.5}, {})],
             )
             if not (stage == 0 and transport == "all_to_all") and not (stage == 3 and "masking" in sdp)
         ),
@@ -63,7 +66,7 @@ def test_training_equals_the_simulation(ranks4, values):
     ],
 )
 def test_cuts_change_no_bit_where_sums_go_by_rank(ranks4, stage, sdp, bf16):
-    sdp = {**sdp, "transport": "all_to_all"}
+    sdp = {**sdp, **ALL_TO_ALL}
     whole, cut = (
         ranks4.run(
             "tests.engine.cases:train",
@@ -100,7 +103,14 @@ def test_checkpoints_go_from_one_bucket_size_to_another(pools, tmp_path, monkeyp
 LARGE = {"vocab_size": 8000}
 
 
-@pytest.mark.parametrize("sdp", [{"transport": "owner_sets"}, {"transport": "all_to_all"}], ids=str)
+@pytest.mark.parametrize(
+    "sdp",
+    [
+        OWNER_SETS,
+        {**ALL_TO_ALL},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 def test_copies_of_gradients_take_two_rounds_however_large_a_weight_is(ranks4, sdp, masking):
     """An embedding of 256,000 elements, and rounds of 5,000."""
@@ -116,7 +126,7 @@ def test_copies_of_gradients_take_two_rounds_however_large_a_weight_is(ranks4, s
         # Alignment is to 4 ranks * 8 elements.
         assert seen["copied"] <= 4 * (5000 + 32)
         # What is received is as large as what is sent.
-        times = 2 if sdp["transport"] == "all_to_all" else 1
+        times = 2 if sdp["comm"]["transport"] == "all_to_all" else 1
         assert seen["on_their_way"] <= 2 * times * 4 * (5000 + 32)
         # The gradient at hand, at ZeRO-1 the shard of the head's average, and what is on its way.
         assert seen["peak"] <= (1 + 1 / 4) * seen["embedding"] + seen["on_their_way"] + 40_000

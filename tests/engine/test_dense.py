@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.compare import assert_owners_equal, assert_same_weights
 
-DENSE = [{"coverage": 1.0}, {"num_subnetworks": 2, "owners_per_unit": 2}, {"num_subnetworks": 1}]
+DENSE = [{"coverage": 1.0}, {"num_subnetworks": 2, "coverage": 1.0}, {"num_subnetworks": 1}]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -18,8 +18,20 @@ from tests.support.recording import COLLECTIVES, WorkOfDevice, recorded
 ROWS = [
     *(pytest.param({"stage": stage}, {"coverage": 0.5}, id=f"stage{stage}") for stage in (0, 1, 2, 3)),
     pytest.param({"stage": 1, "accumulation": 2}, {"coverage": 0.5, "masking": "backward"}, id="backward"),
-    pytest.param({"stage": 2}, {"masking": "backward", "coverage": 0.5, "overlap_refresh": True}, id="overlapped"),
-    pytest.param({"stage": 3, "bucket": 4000}, {"coverage": 0.5, "transport": "owner_sets"}, id="stage3-owner_sets"),
+    pytest.param(
+        {"stage": 2},
+        {
+            "masking": "backward",
+            "coverage": 0.5,
+            "backward": {"overlap_refresh": True},
+        },
+        id="overlapped",
+    ),
+    pytest.param(
+        {"stage": 3, "bucket": 4000},
+        {"coverage": 0.5, "comm": {"transport": "owner_sets"}},
+        id="stage3-owner_sets",
+    ),
     pytest.param({"stage": 3}, {"num_subnetworks": 2, "coverage": 0.5}, id="stage3-replicas"),
 ]
 
@@ -53,7 +65,7 @@ def test_times_are_read_one_step_late_and_nothing_in_use_is_freed(ranks4, ds, sd
         assert freed_in_use == []
         assert (frees > 0) == (ds["stage"] == 3)
         # With ``overlap_refresh`` the last weights are under way still.
-        assert waiting == 0 or sdp.get("overlap_refresh")
+        assert waiting == 0 or sdp.get("backward")
         recorded_before, before = 0, 0
         for number, (calls, seconds) in enumerate(of_steps):
             reads = [call for call in calls if call[0] == "read"]

@@ -26,7 +26,7 @@ ROWS = [
         {
             "counts": [1, 2, 1, 1],
             "ds": {"stage": 3},
-            "sdp": {"granularity": "block"},
+            "sdp": {"granularity": "layer"},
             "model": {"tie_word_embeddings": True, "num_hidden_layers": 4},
         },
         id="stage3-tied-blocks",

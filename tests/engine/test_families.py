@@ -12,18 +12,24 @@ from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 CASES = "tests.engine.cases"
 HALF = {"coverage": 0.5}
-BLOCKS = {**HALF, "granularity": "block"}
+BLOCKS = {**HALF, "granularity": "layer"}
 BACKWARD = {**HALF, "masking": "backward"}
 NEW = ("gemma", "gpt2", "gpt_neox")
 TIED = {"gemma": True, "gpt2": True, "gpt_neox": False}
 PLANS = {
     "half-1": (HALF, {"stage": 1, "bucket": 4000, "clip": 1.0}),
     "half-3": (HALF, {"stage": 3, "bucket": 4000}),
-    "three_quarters-2": ({"coverage": 0.75, "chunk_multiple": 1}, {"stage": 2, "accumulation": 2}),
+    "three_quarters-2": (
+        {"coverage": 0.75, "plan": {"chunk_multiple": 1}},
+        {"stage": 2, "accumulation": 2},
+    ),
     "layers-1": (BLOCKS, {"stage": 1}),
-    "branches-0": ({**BLOCKS, "block_unit": "branch"}, {"stage": 0}),
+    "branches-0": ({**BLOCKS, "granularity": "branch"}, {"stage": 0}),
     "backward-1": (BACKWARD, {"stage": 1, "bucket": 4000}),
-    "backward-0": ({**BACKWARD, "coverage": 0.75, "chunk_multiple": 1}, {"stage": 0}),
+    "backward-0": (
+        {**BACKWARD, "coverage": 0.75, "plan": {"chunk_multiple": 1}},
+        {"stage": 0},
+    ),
     "backward-layers-2": ({**BLOCKS, "masking": "backward"}, {"stage": 2}),
 }
 QUICK = ("half-1", "backward-1")
@@ -66,7 +72,7 @@ def test_evaluated_saved_and_loaded_again(ranks4, tmp_path, family):
         f"{CHECKPOINT_CASES}:from_hf_folder",
         timeout=60,
         folder=str(tmp_path / "b"),
-        sdp={"coverage": 0.75, "chunk_multiple": 1},
+        sdp={"coverage": 0.75, "plan": {"chunk_multiple": 1}},
         ds={"stage": 2},
         **values,
     )[0]

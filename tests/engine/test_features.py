@@ -64,7 +64,7 @@ def test_activation_checkpointing(ranks4, reentrant, stage):
 
 
 def test_activation_checkpointing_of_blocks_at_stage_3(ranks4):
-    values = {"sdp": {"granularity": "block"}, "model": {"num_hidden_layers": 5}}
+    values = {"sdp": {"granularity": "layer"}, "model": {"num_hidden_layers": 5}}
     results = ranks4.run(f"{CASES}:checkpointed", timeout=60, reentrant=False, stage=3, **values)
     assert_like(results, simulate(results[0], steps=3, **values))
 
@@ -194,7 +194,10 @@ def test_bf16_gradients_are_reduced_in_fp32_unless_the_job_says_otherwise(ranks4
     # Averages are kept as they come.
     kept = {"bf16": True, "data_types": {"grad_accum_dtype": "fp32"}}
     for dtype, asked in (("bf16", {"communication_data_type": "bf16"}), ("fp32", {})):
-        sdp, ds = {"coverage": 1.0, "transport": transport}, {"stage": 2, **kept, **asked}
+        sdp, ds = (
+            {"coverage": 1.0, "comm": {"transport": transport}},
+            {"stage": 2, **kept, **asked},
+        )
         results = ranks4.run("tests.engine.cases:train", timeout=60, sdp=sdp, steps=1, ds=ds)
         assert_owners_equal(results)
         norms[dtype] = results[0]["norms"][0]

@@ -44,9 +44,9 @@ ROWS = [
     "sdp",
     [
         {"coverage": 0.5},
-        {"coverage": 0.75, "chunk_multiple": 1},
-        {"num_subnetworks": 2, "owners_per_unit": 1},
-        {"worker_capacity": [4, 1, 1, 1], "coverage": 0.5},
+        {"coverage": 0.75, "plan": {"chunk_multiple": 1}},
+        {"num_subnetworks": 2, "coverage": 0.5},
+        {"plan": {"worker_capacity": [4, 1, 1, 1]}, "coverage": 0.5},
     ],
     ids=["half", "three_quarters", "replicas", "capacity"],
 )
@@ -55,7 +55,7 @@ def test_every_rank_sends_as_much_when_the_full_model_is_gathered(ranks4, sdp, s
     assert others == [sent] * 3
     # All that is partitioned reaches every rank, once, with padding.
     partitioned = sum(4 * p.numel() for name, p in build_model().named_parameters() if "_proj" in name)
-    padding = 3.0 if "worker_capacity" in sdp else 1.1
+    padding = 3.0 if "worker_capacity" in sdp.get("plan", {}) else 1.1
     assert 0.75 * partitioned <= sent <= padding * 0.75 * partitioned
 
 
@@ -97,7 +97,7 @@ def test_the_folder_loads_without_the_package(ranks4, tmp_path, values):
     assert ours == expected
 
 
-BLOCKS = {"coverage": 0.5, "granularity": "block", "block_unit": "branch"}
+BLOCKS = {"coverage": 0.5, "granularity": "branch"}
 
 
 @pytest.mark.parametrize(

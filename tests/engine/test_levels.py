@@ -5,7 +5,7 @@ import pytest
 from tests.engine.test_checkpoints import assert_same_tensors, tensors_of
 from tests.support.compare import assert_like, assert_owners_equal, simulate
 
-TWO = {"num_subnetworks": 2, "owners_per_unit": 1}
+TWO = {"num_subnetworks": 2, "coverage": 0.5}
 ROWS = [
     (stage, transport, masking)
     for stage in range(4)
@@ -26,7 +26,7 @@ def run(pool, case, levels, **values):
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 @pytest.mark.parametrize(("stage", "transport", "masking"), ROWS)
 def test_they_train_like_the_simulation(pools, stage, transport, masking, ranks_per_node):
-    sdp = {**TWO, "transport": transport, "masking": masking}
+    sdp = {**TWO, "comm": {"transport": transport}, "masking": masking}
     values = {"sdp": sdp, "ds": {"stage": stage, "bucket": 4000, "clip": 1.0}}
     results = run(pools(8), "tests.engine.cases:train", ranks_per_node, **values)
     assert_owners_equal(results)

@@ -5,9 +5,17 @@ import torch
 
 STAGES = [
     pytest.param(0, {"coverage": 0.5}, id="0"),
-    pytest.param(2, {"coverage": 0.5, "transport": "owner_sets"}, id="2-owner_sets"),
+    pytest.param(2, {"coverage": 0.5, "comm": {"transport": "owner_sets"}}, id="2-owner_sets"),
     pytest.param(3, {"coverage": 0.5}, id="3"),
-    pytest.param(1, {"coverage": 0.5, "masking": "backward", "overlap_refresh": True}, id="1-backward"),
+    pytest.param(
+        1,
+        {
+            "coverage": 0.5,
+            "masking": "backward",
+            "backward": {"overlap_refresh": True},
+        },
+        id="1-backward",
+    ),
 ]
 
 

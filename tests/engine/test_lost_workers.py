@@ -16,7 +16,11 @@ LAYOUTS = {
     "half-0": (HALF, {"stage": 0}, 2),
     "half-1": (HALF, {"stage": 1, **TINY}, 2),
     "half-1-bf16": (HALF, {"stage": 1, "bf16": True}, 2),
-    "half-2-owner_sets": ({**HALF, "transport": "owner_sets"}, {"stage": 2, **TINY}, 2),
+    "half-2-owner_sets": (
+        {**HALF, "comm": {"transport": "owner_sets"}},
+        {"stage": 2, **TINY},
+        2,
+    ),
     "half-3": (HALF, {"stage": 3, **TINY}, 2),
     "three_quarters-1": ({"coverage": 0.75}, {"stage": 1}, 3),
     "layers-0": (LAYERS, {"stage": 0}, 2),
@@ -47,7 +51,7 @@ QUICK = (("half-0", False), ("half-1", True), ("three_quarters-1", False), ("bac
 )
 def test_k_minus_1_workers_may_be_lost_and_the_run_goes_on_to_the_bit(ranks4, tmp_path, layout, is_async):
     sdp, ds, owners = LAYOUTS[layout]
-    sdp = {**sdp, "checkpoint_copies": owners, "checkpoint_async": is_async}
+    sdp = {**sdp, "checkpoint": {"copies": owners, "async": is_async}}
     values = {"folder": str(tmp_path), "sdp": sdp, "ds": ds, "frozen": ["model.layers.1.mlp.up_proj.weight"]}
     expected = ranks4.run(f"{CASES}:save_and_go_on", timeout=90, **values)
     lose(tmp_path, range(4 - owners + 1, 4))
@@ -60,7 +64,7 @@ def test_k_minus_1_workers_may_be_lost_and_the_run_goes_on_to_the_bit(ranks4, tm
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_with_replicas_the_copy_is_another_workers(ranks4, tmp_path, stage):
-    sdp = {"num_subnetworks": 2, "owners_per_unit": 2, "checkpoint_copies": 2}
+    sdp = {"num_subnetworks": 2, "coverage": 1.0, "checkpoint": {"copies": 2}}
     values = {"folder": str(tmp_path), "sdp": sdp, "ds": {"stage": stage, **TINY}}
     expected = ranks4.run(f"{CASES}:save_and_go_on", timeout=90, **values)
     # Both ranks of worker 0; the layout of worker 1 is another rank's.
@@ -85,14 +89,14 @@ def test_without_copies_the_loss_is_said_and_an_older_one_offered(ranks4, tmp_pa
 
 
 def test_more_losses_than_copies_are_refused(ranks4, tmp_path):
-    values = {"folder": str(tmp_path), "sdp": {**HALF, "checkpoint_copies": 2}, "ds": {"stage": 1}}
+    values = {"folder": str(tmp_path), "sdp": {**HALF, "checkpoint": {"copies": 2}}, "ds": {"stage": 1}}
     ranks4.run(f"{CASES}:save_and_go_on", timeout=60, steps=1, more=0, **values)
     lose(tmp_path, [0, 1, 2])
     assert "no other file holds" in ranks4.run(f"{CASES}:load_error", timeout=60, **values)[0]
 
 
 def test_a_damaged_file_is_replaced_by_copies_too(ranks4, tmp_path, capsys):
-    values = {"folder": str(tmp_path), "sdp": {**HALF, "checkpoint_copies": 2}, "ds": {"stage": 1}}
+    values = {"folder": str(tmp_path), "sdp": {**HALF, "checkpoint": {"copies": 2}}, "ds": {"stage": 1}}
     saved = ranks4.run(f"{CASES}:save_and_go_on", timeout=60, more=0, **values)
     file = locate(tmp_path) / "tensors-00003.safetensors"
     content = bytearray(file.read_bytes())
@@ -102,7 +106,7 @@ def test_a_damaged_file_is_replaced_by_copies_too(ranks4, tmp_path, capsys):
     assert_same_tensors(saved[0]["full"], loaded[0]["full"])
     assert main(["inspect", str(tmp_path), "--verify", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["written_by"]["checkpoint_copies"] == 2
+    assert summary["written_by"]["copies"] == 2
     assert len(summary["damage"]) == 1
     assert str(file) in summary["damage"][0]
     from transformers import AutoModelForCausalLM
@@ -112,5 +116,7 @@ def test_a_damaged_file_is_replaced_by_copies_too(ranks4, tmp_path, capsys):
 
 
 def test_more_copies_than_owners_are_refused_at_the_start(ranks4, tmp_path):
-    messages = ranks4.run(f"{CASES}:start_error", timeout=60, sdp={**HALF, "checkpoint_copies": 3}, ds={"stage": 1})
-    assert messages == ["subnetwork_data_parallel.checkpoint_copies: got 3 with 2 owners per unit; takes 1 to 2"] * 4
+    messages = ranks4.run(
+        f"{CASES}:start_error", timeout=60, sdp={**HALF, "checkpoint": {"copies": 3}}, ds={"stage": 1}
+    )
+    assert messages == ["subnetwork_data_parallel.checkpoint.copies: got 3 with 2 owners per unit; takes 1 to 2"] * 4

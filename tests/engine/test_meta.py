@@ -8,7 +8,9 @@ from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 ROWS = [
     pytest.param({"ds": {"stage": 2, "bucket": 4000}, "sdp": {"coverage": 0.5}}, id="half"),
-    pytest.param({"ds": {"stage": 1}, "sdp": {"coverage": 0.75, "seed": 3}, "family": "qwen2"}, id="chunked-qwen2"),
+    pytest.param(
+        {"ds": {"stage": 1}, "sdp": {"coverage": 0.75, "plan": {"seed": 3}}, "family": "qwen2"}, id="chunked-qwen2"
+    ),
     pytest.param(
         {
             "ds": {"stage": 0, "clip": 1.0},
@@ -36,9 +38,7 @@ def test_training_from_meta_equals_the_simulation(ranks4, values):
 def test_the_start_does_not_depend_on_the_plan(ranks4, pools):
     first = ranks4.run("tests.engine.cases:train", timeout=60, meta=True, steps=0, sdp={"coverage": 0.5})[0]["full"]
     dense = ranks4.run("tests.engine.cases:train", timeout=60, meta=True, steps=0, sdp={"coverage": 1.0})[0]["full"]
-    three = pools(3).run("tests.engine.cases:train", timeout=90, meta=True, steps=0, sdp={"owners_per_unit": 2})[0][
-        "full"
-    ]
+    three = pools(3).run("tests.engine.cases:train", timeout=90, meta=True, steps=0, sdp={"coverage": "2/3"})[0]["full"]
     for name, value in first.items():
         assert torch.equal(value, dense[name]), name
         assert torch.equal(value, three[name]), name

@@ -18,25 +18,27 @@ def random_case(seed, worlds=(3, 4)):
         "tie_word_embeddings": draw.random() < 0.5,
         "attention_bias": draw.random() < 0.5,
     }
-    granularity = draw.choice(["neuron", "neuron", "block"])
-    if granularity == "block":
+    granularity = draw.choice(["neuron", "neuron", "layer", "branch"])
+    if granularity != "neuron":
         model["num_hidden_layers"] = draw.choice([4, 6, 7])
     stage, bucket = draw.choice([0, 1, 2, 3, 3]), draw.choice([1, 1000, 4000, 9000])
     sdp = {
         "granularity": granularity,
-        "block_unit": draw.choice(["layer", "branch"]) if granularity == "block" else None,
-        "transport": draw.choice(["owner_sets", "all_to_all"]) if stage else "auto",
-        "owners_per_unit": draw.randint(min(2, world - 1), world - 1),
-        # Random sets of a few spaces can leave the workers unconnected, which is refused.
-        "design": draw.choice(["random", "cyclic"])
-        if model["num_hidden_layers"] > 2 and granularity == "neuron"
-        else "cyclic",
-        "seed": draw.randrange(1000),
-        "chunk_multiple": draw.choice([1, 4, 64]),
+        "coverage": f"{draw.randint(min(2, world - 1), world - 1)}/{world}",
+        "plan": {
+            # Random sets of a few spaces can leave the workers unconnected, which is refused.
+            "design": draw.choice(["random", "cyclic"])
+            if model["num_hidden_layers"] > 2 and granularity == "neuron"
+            else "cyclic",
+            "seed": draw.randrange(1000),
+            "chunk_multiple": draw.choice([1, 4, 64]),
+        },
+        "comm": {"transport": draw.choice(["owner_sets", "all_to_all"]) if stage else "auto"},
     }
     ds = {"stage": stage, "bucket": bucket, "accumulation": draw.choice([1, 2])}
     if world == 4 and draw.random() < 0.5:
-        sdp |= {"num_subnetworks": 2, "owners_per_unit": draw.choice([1, 2]), "design": "cyclic"}
+        sdp |= {"num_subnetworks": 2, "coverage": draw.choice([0.5, 1.0])}
+        sdp["plan"]["design"] = "cyclic"
     return world, {"model": model, "sdp": sdp, "ds": ds, "sleep": seed, "steps": 3}
 
 
@@ -58,10 +60,18 @@ def test_no_hang_on_other_numbers_of_ranks(pools, world, seed):
     assert_owners_equal(results)
 
 
-TWO_OF_3 = {"owners_per_unit": 2}
+TWO_OF_3 = {"coverage": "2/3"}
 EACH_STAGE = [
     *({"sdp": TWO_OF_3, "ds": {"stage": stage, "bucket": 4000}, "steps": 2} for stage in (0, 1, 2, 3)),
-    {"sdp": {**TWO_OF_3, "masking": "backward", "overlap_refresh": True}, "ds": {"stage": 2}, "steps": 2},
+    {
+        "sdp": {
+            **TWO_OF_3,
+            "masking": "backward",
+            "backward": {"overlap_refresh": True},
+        },
+        "ds": {"stage": 2},
+        "steps": 2,
+    },
 ]
 
 

@@ -21,7 +21,7 @@ HALF = {"coverage": 0.5}
 
 def save_until_it_fails(folder, limit=None, is_vanishing=False, on_error="stop", is_async=False):
     """Steps and saves until one save fails, and a step after that: tags before, message, losses."""
-    engine = start({**HALF, "checkpoint_on_error": on_error, "checkpoint_async": is_async}, {"stage": 2})
+    engine = start({**HALF, "checkpoint": {"on_error": on_error, "async": is_async}}, {"stage": 2})
     saved, message = [], None
     if limit is not None:
         # The kernel refuses what goes beyond, as it does on a full disk.

@@ -90,7 +90,7 @@ def test_what_groups_keep_of_their_own_comes_back(ranks4, tmp_path, client, stag
     others = [p for name, p in module.named_parameters() if "layers.1." not in name]
     expected = CLIENTS[client]([{"params": others}, {"params": inside, "lr": 3e-2}])
     batches = [*token_batches(3, 4), *token_batches(2, 4, seed=9)]
-    sdp = {"coverage": 0.5, "granularity": "block"}
+    sdp = {"coverage": 0.5, "granularity": "layer"}
     simulate(results[0]["went_on"], module=module, optimizer=expected, batches=batches, sdp=sdp)
     assert_close(full[0], dict(module.state_dict()))
 
@@ -146,7 +146,7 @@ class Passing:
         pytest.param("SGD-momentum", 0, "norm", {"coverage": 0.75}, marks=pytest.mark.slow),
         pytest.param("SGD-momentum", 3, "mlp.up_proj", HALF, marks=pytest.mark.slow),
         ("SGD-momentum", 1, "layers.1.", {"coverage": 0.5, "masking": "backward"}),
-        pytest.param("FusedAdam", 1, "embed_tokens", {"coverage": 0.5, "granularity": "block"}, marks=pytest.mark.slow),
+        pytest.param("FusedAdam", 1, "embed_tokens", {"coverage": 0.5, "granularity": "layer"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_parameter_frozen_in_mid_run_is_not_stepped(ranks4, optimizer, stage, pattern, sdp):

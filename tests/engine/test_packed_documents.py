@@ -10,7 +10,7 @@ from tests.engine.packed_cases import packed_batch
 SDP = {
     "forward": {"coverage": 0.5},
     "backward": {"coverage": 0.5, "masking": "backward"},
-    "blocks": {"coverage": 0.5, "granularity": "block"},
+    "blocks": {"coverage": 0.5, "granularity": "layer"},
 }
 
 

@@ -40,10 +40,10 @@ SDP_ROWS = [
     row(
         "too_many_owners",
         "ConfigError",
-        "owners_per_unit: got 5 with 4 subnetworks; takes 1 to 4",
-        sdp={"owners_per_unit": 5},
+        'coverage: got "5/4"; takes a number above 0 and up to 1',
+        sdp={"coverage": "5/4"},
     ),
-    row("both", "ConfigError", "both coverage=0.5 and owners_per_unit=2", sdp={"coverage": 0.5, "owners_per_unit": 2}),
+    row("owners", "ConfigError", 'owners_per_unit: unknown key, got 2; takes "coverage"', sdp={"owners_per_unit": 2}),
     row(
         "backward_at_stage_3",
         "ConfigError",
@@ -61,17 +61,18 @@ SDP_ROWS = [
         "overlap_of_nothing",
         "ConfigError",
         'overlap_refresh: got true with masking "forward"; takes masking "backward"',
-        sdp={"overlap_refresh": True},
+        sdp={"backward": {"overlap_refresh": True}},
     ),
     row(
         "recomputed_neurons",
         "ConfigError",
         'recompute_frozen: got true with masking "backward" and granularity "neuron"',
-        sdp={"masking": "backward", "recompute_frozen": True},
+        sdp={"masking": "backward", "backward": {"recompute_frozen": True}},
     ),
     row("no_optimizer", "ConfigError", "optimizer: got none", ds={"optimizer": False}),
-    row("resample", "ConfigError", "resample_interval: got 10", "not available yet", sdp={"resample_interval": 10}),
-    row("sync", "ConfigError", "sync_interval: got 2", "not available yet", sdp={"sync_interval": 2}),
+    row(
+        "schedule", "ConfigError", "schedule: unknown key", "not available yet", sdp={"schedule": {"sync_interval": 2}}
+    ),
     row(
         "no_such_module",
         "ConfigError",
@@ -83,7 +84,7 @@ SDP_ROWS = [
         "all_to_all_at_stage_0",
         "ConfigError",
         'transport: got "all_to_all" with ZeRO stage 0',
-        sdp={"transport": "all_to_all"},
+        sdp={"comm": {"transport": "all_to_all"}},
         ds={"zero_optimization.stage": 0},
     ),
     row(
@@ -106,7 +107,12 @@ SDP_ROWS = [
         "train_batch_size: got 'many'; takes a whole number",
         ds={"train_batch_size": "many"},
     ),
-    row("few_sets", "PlanError", "max_owner_sets", sdp={"coverage": 0.5, "max_owner_sets": 1}),
+    row(
+        "few_sets",
+        "PlanError",
+        "max_owner_sets",
+        sdp={"coverage": 0.5, "plan": {"max_owner_sets": 1}},
+    ),
     row("no_block", "ConfigError", "no SDP block", kind="no_block"),
     row("two_blocks", "ConfigError", "two SDP blocks", kind="two_blocks"),
     row("no_config", "ConfigError", "config: got nothing", kind="no_config"),
@@ -167,9 +173,9 @@ ONE_RANK = [
     row(
         "sdp_key",
         "ConfigError",
-        "ranks disagree on subnetwork_data_parallel.seed: rank 0 has 0, rank 2 has 5",
+        "ranks disagree on subnetwork_data_parallel.plan.seed: rank 0 has 0, rank 2 has 5",
         rank=2,
-        only={"sdp": {"seed": 5}},
+        only={"sdp": {"plan": {"seed": 5}}},
     ),
     row(
         "ds_key",
@@ -285,7 +291,7 @@ def test_bad_files_are_named(ranks4, tmp_path):
         check(results, "ConfigError", [f"sdp_config: {tmp_path}/{name}.json", words])
 
 
-BRANCHES = {"granularity": "block", "block_unit": "branch"}
+BRANCHES = {"granularity": "branch"}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ ROWS = [
         (False, {"bucket": 4000}, "half", {"coverage": 0.5}),
         (True, {}, "quarter", {"coverage": 0.25}),
         (False, {"accumulation": 2}, "three_quarters", {"coverage": 0.75}),
-        (True, {"accumulation": 2, "bucket": 4000}, "replicas", {"num_subnetworks": 2, "owners_per_unit": 1}),
-        (True, {}, "owner_sets", {"coverage": 0.5, "transport": "owner_sets"}),
+        (True, {"accumulation": 2, "bucket": 4000}, "replicas", {"num_subnetworks": 2, "coverage": 0.5}),
+        (True, {}, "owner_sets", {"coverage": 0.5, "comm": {"transport": "owner_sets"}}),
     )
 ]
 
@@ -56,7 +56,7 @@ def check_design(result, plan, ds, sdp):
     reduced = sum(nbytes for kind, nbytes in sent.items() if kind.startswith("gradient"))
     gathered = sent.get("weight_gather", 0)
     accumulation = ds.get("accumulation", 1)
-    is_scattered = ds["stage"] > 0 and sdp.get("transport") != "owner_sets"
+    is_scattered = ds["stage"] > 0 and sdp.get("comm") != {"transport": "owner_sets"}
     # Gradients travel in fp32, weights in their own dtype.
     width = 2 if ds["bf16"] else 4
     once = ring_bytes(result, plan, width)

@@ -9,8 +9,9 @@ from deepspeed_sdp.subnetwork import unit_spaces
 from tests.support.compare import assert_like, assert_owners_equal, simulate
 from tests.support.models import tiny_model
 
-LAYERS = {"granularity": "block"}
-BRANCHES = {"granularity": "block", "block_unit": "branch"}
+OWNER_SETS = {"comm": {"transport": "owner_sets"}}
+LAYERS = {"granularity": "layer"}
+BRANCHES = {"granularity": "branch"}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -35,18 +36,18 @@ def row(name, *, sdp, stage=1, family="llama", model=None, bucket=4000, **ds):
         row("layers-tied-mistral", sdp=LAYERS, family="mistral", model={"tie_word_embeddings": True}),
         row("layers-qwen2", sdp=LAYERS, family="qwen2", model={"num_hidden_layers": 4}),
         row("layers-stage3-checkpoint-clip", sdp={**LAYERS, "coverage": 0.75}, stage=3, clip=1.0, accumulation=2),
-        row("layers-owner_sets", sdp={**LAYERS, "transport": "owner_sets"}, stage=3, model={"num_hidden_layers": 7}),
+        row("layers-owner_sets", sdp={**LAYERS, **OWNER_SETS}, stage=3, model={"num_hidden_layers": 7}),
         *(
-            row(f"layers-quarter-{how}-stage{s}", sdp={**LAYERS, "coverage": 0.25, "transport": how}, stage=s,
+            row(f"layers-quarter-{how}-stage{s}", sdp={**LAYERS, "coverage": 0.25, "comm": {"transport": how}}, stage=s,
                 model={"num_hidden_layers": 4})
             for how in ("owner_sets", "all_to_all") for s in (1, 2)
         ),
         row("by_kind-stage3", sdp={"coverage": {"mlp": 0.5, "attention": 0.75}}, stage=3),
         row("by_kind", sdp={"coverage": {"mlp": 0.5, "attention": 0.75}}, stage=2),
-        row("owners_by_kind", sdp={"owners_per_unit": {"mlp": 3, "attention": 4}}),
-        row("capacity", sdp={"worker_capacity": [1, 1, 0.5, 0.5]}, stage=2),
-        row("capacity-stage0", sdp={"worker_capacity": [1, 1, 0.5, 0.5]}, stage=0, model=BIASES, clip=1.0),
-        row("capacity-saturated", sdp={"worker_capacity": [4, 1, 1, 1]}, model={"num_hidden_layers": 4}),
+        row("owners_by_kind", sdp={"coverage": {"mlp": 0.75, "attention": 1.0}}),
+        row("capacity", sdp={"plan": {"worker_capacity": [1, 1, 0.5, 0.5]}}, stage=2),
+        row("capacity-stage0", sdp={"plan": {"worker_capacity": [1, 1, 0.5, 0.5]}}, stage=0, model=BIASES, clip=1.0),
+        row("capacity-saturated", sdp={"plan": {"worker_capacity": [4, 1, 1, 1]}}, model={"num_hidden_layers": 4}),
     ],
 )  # fmt: skip
 def test_units_train_like_the_simulation(values, ranks4):
@@ -67,7 +68,10 @@ def test_a_dropped_layer_takes_no_memory(ranks4):
 
 @pytest.mark.parametrize("order", ["owners_within_node", "owners_across_nodes"])
 def test_rank_orders_train_like_the_simulation(order, ranks4):
-    values = {"sdp": {"num_subnetworks": 2, "owners_per_unit": 1, "rank_order": order}, "ds": {"stage": 1}}
+    values = {
+        "sdp": {"num_subnetworks": 2, "coverage": 0.5, "plan": {"rank_order": order}},
+        "ds": {"stage": 1},
+    }
     results = ranks4.run("tests.engine.cases:on_nodes", on_rank="tests.engine.cases:train", ranks_per_node=2, **values)
     expected = {"owners_within_node": [0, 1, 0, 1], "owners_across_nodes": [0, 0, 1, 1]}[order]
     assert results[0]["workers"] == expected
@@ -79,7 +83,7 @@ def test_a_plan_file_is_trained_as_it_stands(ranks4, tmp_path):
     spaces = unit_spaces(tiny_model(), SDPConfig(), find_adapter(tiny_model()))
     plan = make_plan(spaces, 4, owners_per_unit=3, design="random", seed=5)
     (tmp_path / "plan.json").write_text(plan.to_json())
-    values = {"sdp": {"plan_file": str(tmp_path / "plan.json")}, "ds": {"stage": 2}}
+    values = {"sdp": {"plan": {"file": str(tmp_path / "plan.json")}}, "ds": {"stage": 2}}
     results = ranks4.run("tests.engine.cases:train", **values)
     assert SubnetworkPlan.from_json(results[0]["plan"]).hash == plan.hash
     assert_like(results, simulate(results[0], **values))

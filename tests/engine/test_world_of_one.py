@@ -74,7 +74,7 @@ def test_several_processes_that_cannot_find_each_other_are_told_so(environment, 
         take_a_place()
 
 
-@pytest.mark.parametrize("coverage", [{}, {"coverage": 0.5}, {"owners_per_unit": 2}])
+@pytest.mark.parametrize("coverage", [{}, {"coverage": 0.5}, {"coverage": {"mlp": 0.5, "attention": 0.75}}])
 def test_in_a_world_of_one_the_plan_is_the_whole_model(coverage):
     from deepspeed_sdp.subnetwork import plan_for
 

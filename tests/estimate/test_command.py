@@ -42,7 +42,7 @@ def test_a_recipe_s_own_row_comes_first(capsys, tmp_path):
         "train_micro_batch_size_per_gpu": 2,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
-        "subnetwork_data_parallel": {"coverage": 0.75, "granularity": "block", "num_subnetworks": 4},
+        "subnetwork_data_parallel": {"coverage": 0.75, "granularity": "layer", "num_subnetworks": 4},
         "pretraining": {"model": "llama-15m", "seq_length": 128},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -51,7 +51,7 @@ def test_a_recipe_s_own_row_comes_first(capsys, tmp_path):
     assert code == 0
     assert "2 x 128 tokens" in out
     rows = out.split("\n\n")[1].splitlines()
-    assert rows[1].startswith("> SDP forward block 3/4")
+    assert rows[1].startswith("> SDP forward layer 3/4")
     assert len(rows) == 1 + 1 + 3
     job = json.loads(run(capsys, *arguments, "--json")[1])["job"]
     assert (job["zero_stage"], job["coverage"], job["seq_length"]) == (3, 0.75, 128)

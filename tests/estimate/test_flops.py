@@ -48,9 +48,9 @@ def test_a_full_model_beside_torch(family):
 
 
 UNITS = {
-    "neuron": {"granularity": "neuron", "chunk_multiple": 8},
-    "layer": {"granularity": "block"},
-    "branch": {"granularity": "block", "block_unit": "branch"},
+    "neuron": {"granularity": "neuron", "plan": {"chunk_multiple": 8}},
+    "layer": {"granularity": "layer"},
+    "branch": {"granularity": "branch"},
 }
 
 
@@ -63,7 +63,7 @@ def test_every_worker_beside_torch(masking, unit):
     for worker in range(4):
         model = tiny_model(**SIZES)
         model.set_attn_implementation("eager")
-        cut_model(model, plan, worker, masking=masking, block_unit=sdp.effective_block_unit)
+        cut_model(model, plan, worker, masking=masking, block_unit=sdp.block_unit)
         assert counted(model) == pytest.approx(estimated.workers[worker], rel=1e-9)
     assert estimated.min <= estimated.mean <= estimated.max < estimated.dense
 

@@ -25,8 +25,12 @@ MODEL = {
 }
 # Small beside the model, as in a real job: what is under way, and how long gloo's threads hold it, weighs little then.
 BUCKET = 100_000
-UNITS = {"neuron": {}, "block": {"granularity": "block"}, "branch": {"granularity": "block", "block_unit": "branch"}}
-OVERLAPPED = {"coverage": 0.5, "masking": "backward", "overlap_refresh": True}
+UNITS = {"neuron": {}, "layer": {"granularity": "layer"}, "branch": {"granularity": "branch"}}
+OVERLAPPED = {
+    "coverage": 0.5,
+    "masking": "backward",
+    "backward": {"overlap_refresh": True},
+}
 SHAPES = {"activations": (4, 128), "state": (1, 16)}  # what weighs most
 
 
@@ -152,15 +156,24 @@ def test_plain_deepspeed(ranks4, stage, shape, precision):
         (3, {"coverage": 0.5}, {"accumulation": 2}),
         (0, {"coverage": 0.5}, {"precision": "fp32"}),
         (2, {"coverage": 0.5}, {"precision": "fp32"}),
-        (1, {"coverage": 0.5, "masking": "backward", "granularity": "block", "recompute_frozen": True}, {}),
+        (
+            1,
+            {
+                "coverage": 0.5,
+                "masking": "backward",
+                "granularity": "layer",
+                "backward": {"recompute_frozen": True},
+            },
+            {},
+        ),
         (1, {"coverage": 0.5, "num_subnetworks": 2}, {}),
         (0, OVERLAPPED, {}),
         (1, OVERLAPPED, {}),
-        (2, {**OVERLAPPED, "granularity": "block"}, {}),
+        (2, {**OVERLAPPED, "granularity": "layer"}, {}),
         (1, OVERLAPPED, {"accumulation": 2}),
         (1, OVERLAPPED, {"checkpointing": True}),
         (1, {"coverage": 0.5, "masking": "backward"}, {"checkpointing": True}),
-        (1, {"coverage": 0.5, "granularity": "block"}, {"checkpointing": True}),
+        (1, {"coverage": 0.5, "granularity": "layer"}, {"checkpointing": True}),
     ],
 )
 @pytest.mark.parametrize("shape", SHAPES)

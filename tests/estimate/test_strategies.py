@@ -168,14 +168,14 @@ def test_what_overlap_refresh_holds_until_the_next_forward_pass_is_counted(estim
         job = Job(8, stage, block, seq_length=128, gather_bucket=2_000_000, reduce=bf16)
         return estimator.estimate(job)
 
-    waits, overlaps = of(0), of(0, overlap_refresh=True)
+    waits, overlaps = of(0), of(0, backward={"overlap_refresh": True})
     # Averages are gone when weights travel: as much may be under way instead of two portions, the last one besides.
     averages = 2 * overlaps.plan.owned_numel(0)
     assert waits.largest["buffers"] < overlaps.largest["buffers"] < averages + waits.largest["buffers"]
     assert overlaps.peak > waits.peak
     # At ZeRO-1 an eighth of them is less than two portions, which may be under way in any case.
-    assert of(1, overlap_refresh=True).largest["buffers"] == of(1).largest["buffers"]
-    assert of(1, overlap_refresh=True).time.total < of(1).time.total
+    assert of(1, backward={"overlap_refresh": True}).largest["buffers"] == of(1).largest["buffers"]
+    assert of(1, backward={"overlap_refresh": True}).time.total < of(1).time.total
     assert overlaps.sent == waits.sent
 
 

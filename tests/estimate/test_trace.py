@@ -16,11 +16,15 @@ SIZES = {"intermediate_size": 64, "num_hidden_layers": 5, "hidden_size": 64, "he
 BATCH, LENGTH = 2, 48
 CASES = {
     "dense": None,
-    "forward": {"chunk_multiple": 8},
-    "backward": {"chunk_multiple": 8, "masking": "backward"},
-    "forward blocks": {"granularity": "block", "block_unit": "branch"},
-    "backward blocks": {"granularity": "block", "masking": "backward"},
-    "recomputed": {"granularity": "block", "masking": "backward", "recompute_frozen": True},
+    "forward": {"plan": {"chunk_multiple": 8}},
+    "backward": {"plan": {"chunk_multiple": 8}, "masking": "backward"},
+    "forward blocks": {"granularity": "branch"},
+    "backward blocks": {"granularity": "layer", "masking": "backward"},
+    "recomputed": {
+        "granularity": "layer",
+        "masking": "backward",
+        "backward": {"recompute_frozen": True},
+    },
 }
 
 
@@ -42,7 +46,7 @@ SLOW = pytest.mark.slow
 )
 @pytest.mark.parametrize("case", CASES)
 def test_what_autograd_keeps(family, case):
-    sdp = None if CASES[case] is None else SDPConfig(num_subnetworks=4, owners_per_unit=2, **CASES[case])
+    sdp = None if CASES[case] is None else SDPConfig.parse({"num_subnetworks": 4, "coverage": 0.5, **CASES[case]})
     full = tiny_model(family, meta=True, **SIZES)
     plan = plan_for(full, sdp, 4) if sdp else None
     model = tiny_model(family, **SIZES).to(torch.bfloat16)
@@ -54,8 +58,8 @@ def test_what_autograd_keeps(family, case):
             plan,
             worker,
             masking=sdp.masking,
-            block_unit=sdp.effective_block_unit,
-            recompute_frozen=sdp.recompute_frozen,
+            block_unit=sdp.block_unit,
+            recompute_frozen=sdp.backward.recompute_frozen,
             output_scaling="none" if sdp.masking == "backward" else sdp.output_scaling,
         )
     ids = torch.randint(0, 193, (BATCH, LENGTH))

@@ -48,7 +48,7 @@ def test_with_all_owners_it_is_trainer(ranks4, tmp_path, stage, values):
 
 
 BACKWARD = {**HALF, "masking": "backward"}
-BLOCKS = {**HALF, "granularity": "block"}
+BLOCKS = {**HALF, "granularity": "layer"}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_resumed_to_the_bit(ranks4, tmp_path, stage):
 
 def test_resumed_on_another_number_of_ranks(ranks4, pools, tmp_path):
     # Of other coverage the full model is calibrated to another scale, after which its weights are far from the saved.
-    alone = {"owners_per_unit": 1, "calibration_sequences": 0}
+    alone = {"coverage": 0.25, "calibration_sequences": 0}
     values = {"sdp": alone, "max_steps": 4, "rows": 64, "timeout": 90}
     whole = ranks4.run(f"{CASES}:save_and_resume", folder=str(tmp_path), **values)
     checkpoint = str(tmp_path / "checkpoint-2")
@@ -220,13 +220,13 @@ def test_mistakes_say_what_to_do(ranks4, tmp_path, what):
 
 
 def test_no_complete_checkpoint_is_removed_for_one_that_is_not(ranks4, tmp_path):
-    sdp = {**HALF, "checkpoint_on_error": "continue"}
+    sdp = {**HALF, "checkpoint": {"on_error": "continue"}}
     results = ranks4.run(f"{CASES}:failing_saves", timeout=90, folder=str(tmp_path / "a"), sdp=sdp, fails_at=(2, 4))
     seen, left = results[0]
     assert [of_step[0][1] for of_step in seen[1:]] == [True] * 3
     assert max(map(len, seen)) == 1
     assert left == [("checkpoint-3", True)]
-    sdp = {**HALF, "checkpoint_async": True}
+    sdp = {**HALF, "checkpoint": {"async": True}}
     results = ranks4.run(f"{CASES}:failing_saves", timeout=90, folder=str(tmp_path / "b"), sdp=sdp, slow_finish=True)
     seen, left = results[0]
     assert all(any(complete for _, complete in of_step) for of_step in seen[2:])

@@ -371,7 +371,7 @@ def refusal(folder, what):
     elif what == "coverage":
         sdp = {"coverage": 0.3}
     elif what == "auto":
-        sdp = {"coverage": 0.5, "seq_length": "auto", "coverag": 1}
+        sdp = {"coverage": 0.5, "plan": {"seq_length": "auto"}, "coverag": 1}
     elif what == "push":
         extra = {"push_to_hub": True, "hub_model_id": "nobody/none", "hub_token": "t"}
     elif what == "push-plain":

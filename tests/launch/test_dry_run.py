@@ -58,7 +58,7 @@ def test_a_script_s_options_on_any_number_of_ranks(dry_run):
         (("--world_size", "2"), "num_subnetworks: got 4 with a world size of 2"),
         (("--world_size", "0"), "--world_size: got 0; takes a number from 1 on, with --dry_run"),
         (("--set", "zero_optimization.stage=7"), "zero_optimization.stage: got 7"),
-        (("--set", "subnetwork_data_parallel.checkpoint_copies=3"), "checkpoint_copies: got 3 with 2 owners per unit"),
+        (("--set", "subnetwork_data_parallel.checkpoint.copies=3"), "checkpoint.copies: got 3 with 2 owners per unit"),
         (("--data", "no/where"), "no/where"),
         (("--retries", "3"), "--retries: got 3 without --stream"),
     ],

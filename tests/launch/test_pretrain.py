@@ -172,7 +172,7 @@ def test_the_last_step_has_a_checkpoint_which_is_the_final_model(run, place, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["forward-neuron-1_2", "backward-block-1_2", "dense"])
+@pytest.mark.parametrize("recipe", ["forward-neuron-1_2", "backward-layer-1_2", "dense"])
 @pytest.mark.parametrize("signal", ["SIGUSR1", "SIGKILL"])
 def test_killed_and_resumed_it_ends_with_the_same_weights(place, tmp_path, recipe, signal):
     recipe = RECIPE.with_name(f"{recipe}.json")

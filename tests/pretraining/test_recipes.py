@@ -41,7 +41,7 @@ def test_the_set_is_complete_and_as_its_maker_writes_it(monkeypatch):
     assert {name: (FOLDER / name).read_text() for name in FILES} == made
     for size, workers in (("134m", 8), ("500m", 8), ("1b", 8), ("15m", 4)):
         coverages = {"1_4", "3_8", "1_2", "5_8", "3_4"} if workers == 8 else {"1_2", "3_4"}
-        names = {f"{m}-{g}-{c}" for m in ("forward", "backward") for g in ("neuron", "block") for c in coverages}
+        names = {f"{m}-{g}-{c}" for m in ("forward", "backward") for g in ("neuron", "layer") for c in coverages}
         assert {name.removeprefix(f"{size}/") for name in FILES if name.startswith(f"{size}/")} == {
             f"{name}.json" for name in {*names, "dense"}
         }
@@ -77,7 +77,7 @@ def test_planned_at_its_real_size(name):
     assert schedule["warmup_num_steps"] == round(0.05 * job.length.steps)
     if recipe.sdp.enabled:
         assert job.plan.summary()["connected"]
-        assert job.flops.max / job.flops.mean < (1.08 if "block" in name else 1.005)
+        assert job.flops.max / job.flops.mean < (1.08 if "layer" in name else 1.005)
         layers, hidden, *_ = SHAPES[size]
         # Weights, and scores and weighted values at the full length, forward and backward.
         in_layers = 6 * weights(size)[0] + 12 * layers * hidden * recipe.about.seq_length

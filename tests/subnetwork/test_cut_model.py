@@ -9,7 +9,7 @@ from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.errors import ConfigError, ModelError, PlanError
 from deepspeed_sdp.plan import make_plan
-from deepspeed_sdp.subnetwork import cut_model, unit_spaces
+from deepspeed_sdp.subnetwork import cut_model, plan_for, unit_spaces
 from tests.support.compare import SCALES
 from tests.support.models import tiny_model
 from tests.support.oracle import only_units_of, unit_owners_of
@@ -152,17 +152,28 @@ def test_shared_modules():
 
 def test_a_pattern_inside_a_block_is_refused():
     model = tiny_model()
-    config = SDPConfig(granularity="block", shared_modules=("model.layers.0.mlp",))
+    config = SDPConfig(granularity="layer", shared_modules=("model.layers.0.mlp",))
     with pytest.raises(
         ConfigError, match=r"which matches model\.layers\.0\.mlp, a part of a unit; .*'model\.layers\.0'"
     ):
         unit_spaces(model, config, find_adapter(model))
 
 
+@pytest.mark.parametrize("granularity", ["neuron", "branch", "layer"])
+def test_the_ends_can_be_everybodys(granularity):
+    model = tiny_model(num_hidden_layers=8)
+    plan = plan_for(model, {"granularity": granularity, "share_ends": 2}, 4)
+    assert {space.space.name.split(".")[2] for space in plan.spaces} == {"2", "3", "4", "5"}
+    with pytest.raises(
+        ConfigError, match="share_ends: got 4 with 8 layers, of which none would be left; takes up to 3"
+    ):
+        plan_for(model, {"share_ends": 4}, 4)
+
+
 @pytest.mark.parametrize("block_unit", ["layer", "branch"])
 def test_blocks_cover_the_model_and_an_absent_one_is_the_identity(block_unit):
     full = tiny_model()
-    config = SDPConfig(granularity="block", block_unit=block_unit, coverage=0.5)
+    config = SDPConfig(granularity=block_unit, coverage=0.5)
     spaces = unit_spaces(full, config, find_adapter(full))
     in_layers = sum(p.numel() for p in full.model.layers.parameters())
     assert sum(space.numel for space in spaces) == in_layers

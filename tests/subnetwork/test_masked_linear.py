@@ -131,8 +131,8 @@ def kept(**sdp):
             plan,
             0,
             masking="backward",
-            block_unit=config.effective_block_unit,
-            recompute_frozen=config.recompute_frozen,
+            block_unit=config.block_unit,
+            recompute_frozen=config.backward.recompute_frozen,
         )
     ids = torch.randint(0, 97, (2, 24))
     with saved_activations(model) as saved:
@@ -152,7 +152,7 @@ def test_neuron_units_keep_no_more_than_the_dense_backward_pass_of_activations_n
 
 
 def test_frozen_blocks_keep_what_the_input_gradient_needs():
-    layers, owned = kept(granularity="block")
+    layers, owned = kept(granularity="layer")
     assert len(owned) == 2
     for i, size in enumerate(layers):
         # Without gradients of weights: no normed inputs and no inputs of linears.
@@ -160,5 +160,5 @@ def test_frozen_blocks_keep_what_the_input_gradient_needs():
 
 
 def test_recomputed_blocks_keep_their_input_alone():
-    layers, owned = kept(granularity="block", recompute_frozen=True)
+    layers, owned = kept(granularity="layer", backward={"recompute_frozen": True})
     assert all(size <= 1 for i, size in enumerate(layers) if i not in owned)

@@ -38,7 +38,7 @@ def simulate(
     batches = batches or token_batches(steps, world, (ds or {}).get("accumulation", 1), seed=seed)
     losses, norms = oracle.train(
         module,
-        oracle.unit_owners_of(plan, blocks=(sdp or {}).get("granularity") == "block"),
+        oracle.unit_owners_of(plan, blocks=(sdp or {}).get("granularity", "neuron") != "neuron"),
         plan.num_subnetworks,
         batches,
         optimizer or adamw(module),

@@ -64,7 +64,7 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         if value is not _DEFAULT and value not in fine:
             raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; {reason}")
     stage = _lookup(ds_config, "zero_optimization.stage")
-    if sdp.transport == "all_to_all" and stage in (0, _DEFAULT):
+    if sdp.comm.transport == "all_to_all" and stage in (0, _DEFAULT):
         raise ConfigError(
             f'{BLOCK}.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where every '
             "owner needs the whole average"

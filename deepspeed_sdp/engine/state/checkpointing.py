@@ -53,11 +53,11 @@ def save_checkpoint(
     engine.optimizer.refresh.settle()
     state, sdp, groups = _state_of(engine), engine.sdp_config, engine._owner_groups
     scalars = state.scalars()
-    layout, rank, worker = state.layout(sdp.checkpoint_copies), dist.get_rank(), groups.subnetwork_index
+    layout, rank, worker = state.layout(sdp.checkpoint.copies), dist.get_rank(), groups.subnetwork_index
     head, nbytes = agreed(lambda: header(layout, rank))
-    content = chain([memoryview(head)], staged(state.values(sdp.checkpoint_copies), engine.optimizer.device))
+    content = chain([memoryview(head)], staged(state.values(sdp.checkpoint.copies), engine.optimizer.device))
     # What training changes from here on is not saved.
-    is_async = sdp.checkpoint_async
+    is_async = sdp.checkpoint.is_async
     tensors = Snapshot(content, len(head) + nbytes) if is_async else Streamed(content)
     write = functools.partial(
         write_checkpoint,
@@ -82,8 +82,8 @@ def save_checkpoint(
         {"random": _random_state()},
         engine._checkpoint_locks,
         is_latest=is_latest,
-        keep_last=sdp.checkpoint_keep_last,
-        keep_every=sdp.checkpoint_keep_every,
+        keep_last=sdp.checkpoint.keep_last,
+        keep_every=sdp.checkpoint.keep_every,
     )
     if is_async:
         engine._checkpoint_writer.start(functools.partial(write, group=groups.for_checkpoints().handle))
@@ -178,7 +178,7 @@ def _meta(engine: Any, state: TrainingState) -> dict[str, Any]:
         "optimizer_state": state.state_keys(),
         "plan_hash": engine.plan.hash,
         FULL_SCALE: engine.full_scale,
-        "subnetwork_data_parallel": engine.sdp_config.model_dump(mode="json"),
+        "subnetwork_data_parallel": engine.sdp_config.written(),
         "model_class": subnetwork.full.model_class.__name__,
         "model_config": config.to_dict() if hasattr(config, "to_dict") else {},
         "versions": {

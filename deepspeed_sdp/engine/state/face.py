@@ -36,11 +36,11 @@ class CheckpointFace:
     ) -> bool:
         """Collective. Write a checkpoint that any layout of the same model can load; see docs/checkpoints.md.
 
-        With ``checkpoint_async`` this rank's part is copied to the CPU and written beside the training; an error comes
+        With ``checkpoint.async`` this rank's part is copied to the CPU and written beside the training; an error comes
         with the next call, :meth:`wait_for_checkpoint`, :meth:`load_checkpoint` or :meth:`destroy`.
 
         Returns:
-            ``False`` if it, or the one before that was still under way, cannot be written and ``checkpoint_on_error``
+            ``False`` if it, or the one before that was still under way, cannot be written and ``checkpoint.on_error``
             is ``"continue"``.
 
         Raises:
@@ -101,10 +101,10 @@ class CheckpointFace:
         )
 
     def wait_for_checkpoint(self) -> bool:
-        """Collective, with ``checkpoint_async``. Wait for the checkpoint under way.
+        """Collective, with ``checkpoint.async``. Wait for the checkpoint under way.
 
         Returns:
-            ``False`` if it could not be written and ``checkpoint_on_error`` is ``"continue"``.
+            ``False`` if it could not be written and ``checkpoint.on_error`` is ``"continue"``.
 
         Raises:
             OutputError: it could not be written; on every rank.
@@ -115,7 +115,7 @@ class CheckpointFace:
         try:
             save()
         except OutputError as error:
-            if self.sdp_config.checkpoint_on_error == "stop":
+            if self.sdp_config.checkpoint.on_error == "stop":
                 raise
             if self.global_rank == 0:
                 logger.error(f"no checkpoint was saved, the job goes on: {error}")

@@ -85,7 +85,7 @@ def assemble(
     backend, stages = groups.world.backend, Stages(device, groups.replicas)
 
     def transport(payload: Literal["gradients", "weights"], everyone: Owners, of: torch.dtype) -> Transport:
-        if resolve_transport(sdp.transport, backend, stage, payload) == "all_to_all":
+        if resolve_transport(sdp.comm.transport, backend, stage, payload) == "all_to_all":
             return AllToAllTransport(everyone, device, of, stages, traffic, stopwatch)
         return OwnerSetTransport(stages, traffic, stopwatch)
 
@@ -140,7 +140,7 @@ def assemble(
         clip_grad=settings.clip_grad,
         state_device=settings.state.device,
         host_copies=host_copies if settings.state.is_offloaded else None,
-        nonfinite=NonFiniteGradients(names, sdp.on_nonfinite),
+        nonfinite=NonFiniteGradients(names, sdp.comm.on_nonfinite),
         frozen=FrozenParameters(
             gradients.buckets,
             parameters,
@@ -164,7 +164,7 @@ def _refresh(
     settings: Settings, subnetwork: Subnetwork, layout: Layout, transport: Transport, exchange: Exchange | None
 ) -> WeightRefresh:
     is_gathered = 0 < settings.stage < 3
-    is_lazy = exchange is not None and settings.sdp.overlap_refresh
+    is_lazy = exchange is not None and settings.sdp.backward.overlap_refresh
     numel = sum(bucket.shard_numel for of_round in layout.rounds for bucket in of_round)
     refresh = WeightRefresh(
         layout.portions(settings.portion_numel, is_gathered=is_gathered, is_exchanged=exchange is not None),

@@ -1,0 +1,30 @@
+"""The SDP block, and how it is read."""
+
+from deepspeed_sdp.config.defaults import default_bucket_numel, default_subnetworks
+from deepspeed_sdp.config.json_file import read_json
+from deepspeed_sdp.config.sdp import (
+    BLOCK,
+    MAX_WORKERS,
+    MOST_UNASKED_SUBNETWORKS,
+    SDPConfig,
+    SDPSource,
+    more_ranks,
+    read_block,
+    read_coverage,
+    split_block,
+)
+
+__all__ = [
+    "BLOCK",
+    "MAX_WORKERS",
+    "MOST_UNASKED_SUBNETWORKS",
+    "SDPConfig",
+    "SDPSource",
+    "default_bucket_numel",
+    "default_subnetworks",
+    "more_ranks",
+    "read_block",
+    "read_coverage",
+    "read_json",
+    "split_block",
+]

@@ -1,0 +1,79 @@
+"""What pydantic finds wrong in a block, in words: the key, what it got and what it takes."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.json_text import shown
+
+_MAX_MESSAGES = 10
+_LONGEST_KEY = 100
+
+# Keys of a union report once for each of its members.
+_UNIONS = {"coverage": 'a number above 0 and up to 1, as 0.5 or "1/2", or one for each kind of unit (mlp, attention)'}
+# Keys whose feature is planned.
+_NOT_BUILT = {"schedule": "resampled plans and synchronisation every H steps are not available yet"}
+# Keys of before, or that people look for here.
+_ELSEWHERE = {
+    "owners_per_unit": 'takes "coverage" K/N in its place',
+    "block_unit": 'takes "granularity" "layer" or "branch" in its place',
+    "reduction_dtype": 'takes "communication_data_type" of the DeepSpeed config in its place',
+}
+
+
+def in_words(error: ValidationError, name: str, model: type[BaseModel], block: Mapping[str, Any]) -> str:
+    """A line for each of the first mistakes in ``block``, called ``name``, of the schema ``model``."""
+    messages: dict[str, None] = {}
+    for item in error.errors(include_url=False):
+        messages[_describe(item, name, model, block)] = None
+        if len(messages) == _MAX_MESSAGES:
+            break
+    return "\n".join(messages)
+
+
+def _describe(item: Any, name: str, model: type[BaseModel], block: Mapping[str, Any]) -> str:
+    raised = item.get("ctx", {}).get("error")
+    if isinstance(raised, ConfigError):
+        return str(raised)
+    first = str(item["loc"][0]) if item["loc"] else ""
+    got = shown(item.get("input"))
+    if first in _UNIONS:
+        return f"{name}.{first}: got {shown(block[first])}; takes {_UNIONS[first]}"
+    key = ".".join(str(part)[:_LONGEST_KEY] for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{name}.{key}: unknown key, got {got}; {_hint(item['loc'], model)}"
+    if item["type"] == "model_type":
+        return f"{name}.{key}: got {got}; takes an object with keys"
+    if raised is not None:
+        return f"{name}.{key}: {raised}"
+    return f"{name}.{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _hint(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
+    key = str(loc[-1])[:_LONGEST_KEY]
+    if key in _NOT_BUILT:
+        return _NOT_BUILT[key]
+    if key in _ELSEWHERE:
+        return _ELSEWHERE[key]
+    keys = list(_keys(model))
+    near = [path for path in keys if path.split(".")[-1] == key] or [
+        path for path in keys if path.replace(".", "_") == key
+    ]
+    if not near:
+        close = difflib.get_close_matches(key, [path.split(".")[-1] for path in keys], n=1)
+        near = [path for path in keys if close and path.split(".")[-1] == close[0]]
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    place = model
+    for part in loc[:-1]:
+        place = place.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return f"{hint}takes {', '.join(field.alias or name for name, field in place.model_fields.items())}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

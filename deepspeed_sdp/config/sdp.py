@@ -1,0 +1,386 @@
+"""The SDP block: what a user writes under ``"subnetwork_data_parallel"`` or into the file of ``--sdp_config``."""
+
+import json
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from deepspeed_sdp.config.defaults import default_owner_sets, default_subnetworks
+from deepspeed_sdp.config.json_file import read_json
+from deepspeed_sdp.config.messages import in_words
+from deepspeed_sdp.errors import ConfigError
+
+BLOCK = "subnetwork_data_parallel"
+_SHOWN_FRACTIONS = 16
+
+# A plan file for more workers than these is taken only with the key, so that nobody gets them unawares.
+MOST_UNASKED_SUBNETWORKS = 64
+
+# Short enough for any use, so that no number is too large for a float.
+_FRACTION = re.compile(r"\s*[0-9]{1,9}\s*/\s*0*[1-9][0-9]{0,8}\s*", re.ASCII)
+
+
+def read_coverage(value: Any) -> Any:
+    """A coverage as it is written, ``0.5`` or ``"1/2"``: a fraction as a number; what is none is judged later."""
+    is_fraction = isinstance(value, str) and _FRACTION.fullmatch(value)
+    return float(Fraction(value.replace(" ", ""))) if is_fraction else value
+
+
+Kind = Literal["mlp", "attention"]
+# Bounds far above any use: what is made from a number must not grow out of hand, or out of what libraries can take.
+MAX_WORKERS = 2**14
+_MAX_OWNER_SETS = 1024
+_MAX_COUNT = 2**40
+
+Coverage = Annotated[float, BeforeValidator(read_coverage), Field(gt=0, le=1)]
+Capacity = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_auto_out(cls, block: Any) -> Any:
+        # In a DeepSpeed config "auto" leaves a value to others: here, to the default.
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(block, Mapping):
+            return block
+        return {
+            key: value
+            for key, value in block.items()
+            if not (key in known and isinstance(value, str) and value == "auto")
+        }
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        # Before every item is looked at.
+        if len(value) > MAX_WORKERS:
+            raise ValueError(f"got {len(value)} values; takes at most {MAX_WORKERS}")
+        return tuple(value)
+
+
+class PlanBlock(_Block):
+    """``plan``: who owns what."""
+
+    design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the plan and of the unit-wise initialisation")
+    chunk_multiple: int = Field(
+        64, ge=1, le=_MAX_COUNT, description="chunk borders are multiples of this where sizes allow"
+    )
+    max_owner_sets: int | None = Field(
+        None,
+        ge=1,
+        le=_MAX_OWNER_SETS,
+        description="upper bound of the number of process groups; default: 64 on gloo, elsewhere 16 for up to 8 "
+        "subnetworks",
+    )
+    file: str | None = Field(None, description="a plan made before (deepspeed-sdp plan --out), instead of a design")
+    worker_capacity: tuple[Capacity, ...] | None = Field(
+        None, min_length=1, description="relative speeds of the N workers, which then own units in proportion"
+    )
+    rank_order: Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"] = Field(
+        "auto", description="which rank trains which subnetwork; auto: replicas of one side by side"
+    )
+    seq_length: int = Field(
+        2048,
+        ge=1,
+        le=_MAX_COUNT,
+        description="sequence length at which the workers' FLOPs are balanced; a recipe's own where it does not say",
+    )
+
+
+class CheckpointBlock(_Block):
+    """``checkpoint``: how they are written, and what stays."""
+
+    is_async: bool = Field(
+        False, alias="async", description="write checkpoints beside the training, from a copy on the CPU"
+    )
+    copies: int = Field(
+        1,
+        ge=1,
+        le=MAX_WORKERS,
+        description="owners that write each element; a checkpoint survives the loss of one worker's files less",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="what the job does when a checkpoint cannot be written"
+    )
+    keep_last: int = Field(0, ge=0, le=_MAX_COUNT, description="checkpoints kept in a folder, 0: all")
+    keep_every: int = Field(0, ge=0, le=_MAX_COUNT, description="older ones of multiples of so many steps are kept too")
+
+
+class BackwardBlock(_Block):
+    """``backward``: of backward masking alone."""
+
+    overlap_refresh: bool = Field(
+        False, description="copies may arrive during the next forward pass, which waits for them"
+    )
+    recompute_frozen: bool = Field(
+        False, description="recompute blocks that are not owned instead of keeping their activations"
+    )
+
+
+class CommBlock(_Block):
+    """``comm``: what crosses the network, and its checks."""
+
+    transport: Literal["auto", "owner_sets", "all_to_all"] = Field(
+        "auto", description="how gradients and weights cross the network; auto: what is faster on the backend"
+    )
+    on_nonfinite: Literal["skip", "stop"] = Field("skip", description="what a step with NaN or Inf gradients does")
+    consistency_check_interval: int = Field(
+        0, ge=0, le=_MAX_COUNT, description="steps between two comparisons of the owners' weights, 0: never"
+    )
+
+
+# What a plan file settles, beside the block "plan".
+_SAID_BY_A_PLAN = ("design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length")
+
+
+class SDPConfig(_Block):
+    """The typed block. Every error names the key, what it got and what it takes.
+
+    Raises (through :meth:`parse`): :class:`ConfigError`.
+    """
+
+    enabled: bool = Field(True, description="false: plain DeepSpeed, as if the block were absent")
+    masking: Literal["forward", "backward"] = Field(
+        "forward", description="units not owned: removed (forward), or computed with but not trained (backward)"
+    )
+    granularity: Literal["neuron", "branch", "layer"] = Field(
+        "neuron",
+        description="what a unit is: an MLP neuron or attention KV group, a whole MLP or attention block, or a whole "
+        "decoder layer",
+    )
+    coverage: Coverage | dict[Kind, Coverage] = Field(
+        0.5, description='K/N, the share of the units that one worker holds, as 0.5 or "1/2"; or one for each kind'
+    )
+    num_subnetworks: int | None = Field(
+        None, ge=1, le=MAX_WORKERS, description="N; divides the world size, default: the largest divisor up to 8"
+    )
+    partition: tuple[Kind, ...] = Field(
+        ("mlp", "attention"), min_length=1, description="kinds of units that are partitioned"
+    )
+    shared_modules: tuple[str, ...] = Field((), description="name patterns of modules that all workers own")
+    share_ends: int = Field(
+        0, ge=0, le=_MAX_COUNT, description="so many layers at the beginning, and at the end, are owned by all workers"
+    )
+    output_scaling: Literal["none", "inverse_sqrt_coverage", "inverse_coverage"] = Field(
+        "inverse_sqrt_coverage",
+        description="factor on what the partitioned units add to the residual stream of a subnetwork",
+    )
+    calibration_sequences: int = Field(
+        64,
+        ge=0,
+        le=_MAX_COUNT,
+        description="of the last step, on which launch/ scripts and Trainer calibrate the full model before it is "
+        "evaluated or saved; 0: never",
+    )
+    evaluation: Literal["auto", "gathered", "streamed"] = Field(
+        "auto",
+        description="of the full model in HuggingFace's Trainer: all its weights on every rank meanwhile, or a layer; "
+        "auto: a layer where there is no memory for all",
+    )
+    plan: PlanBlock = Field(default_factory=PlanBlock, description="who owns what")
+    checkpoint: CheckpointBlock = Field(
+        default_factory=CheckpointBlock, description="how it is written, and what stays"
+    )
+    backward: BackwardBlock = Field(default_factory=BackwardBlock, description="of backward masking alone")
+    comm: CommBlock = Field(default_factory=CommBlock, description="what crosses the network, and its checks")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        said = [f"plan.{key}" for key in _SAID_BY_A_PLAN if key in self.plan.model_fields_set]
+        said += ["coverage"] if "coverage" in self.model_fields_set else []
+        if self.plan.file is not None and said:
+            raise ConfigError(
+                f"{BLOCK}.plan.file: got {self.plan.file!r} with {', '.join(sorted(said))}; takes it alone, the file "
+                "settles that"
+            )
+        if self.masking == "backward" and "output_scaling" in self.model_fields_set and self.output_scaling != "none":
+            raise ConfigError(
+                f'{BLOCK}.output_scaling: got "{self.output_scaling}" with masking "backward"; takes "none" there, as '
+                "the forward pass is the full model's"
+            )
+        if self.backward.overlap_refresh and self.masking != "backward":
+            raise ConfigError(
+                f'{BLOCK}.backward.overlap_refresh: got true with masking "{self.masking}"; takes masking "backward", '
+                "where ranks hold copies"
+            )
+        if self.backward.recompute_frozen and (self.masking != "backward" or self.block_unit is None):
+            raise ConfigError(
+                f'{BLOCK}.backward.recompute_frozen: got true with masking "{self.masking}" and granularity '
+                f'"{self.granularity}"; takes masking "backward" and granularity "branch" or "layer", where whole '
+                "blocks are frozen"
+            )
+        if self.granularity == "layer" and set(self.partition) != {"mlp", "attention"}:
+            raise ConfigError(
+                f"{BLOCK}.partition: got {list(self.partition)} with whole layers as units; takes both kinds, or "
+                'granularity "branch"'
+            )
+        return self
+
+    @classmethod
+    def of(cls, source: "SDPSource", key: str = "sdp_config") -> "SDPConfig":
+        """The block, however it is given: as a dict, a file, or read already.
+
+        A dict or file may wrap it under ``"subnetwork_data_parallel"``. ``key`` names a file in errors.
+
+        Raises:
+            ConfigError: an unreadable file, or see :meth:`parse`.
+        """
+        return source if isinstance(source, SDPConfig) else cls.parse(read_block(source, key))
+
+    @property
+    def block_unit(self) -> Literal["layer", "branch"] | None:
+        """Which residual block is a unit; ``None`` at neuron granularity."""
+        return None if self.granularity == "neuron" else self.granularity
+
+    @classmethod
+    def parse(cls, block: Mapping[str, Any]) -> Self:
+        """Validate a plain dict.
+
+        Raises:
+            ConfigError: unknown key, impossible value, contradicting values, or a feature that is not built yet.
+        """
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"{BLOCK}: got {type(block).__name__}; takes an object with keys, see the README")
+        try:
+            return cls.model_validate(block)
+        except ValidationError as error:
+            raise ConfigError(in_words(error, BLOCK, cls, block)) from None
+
+    def written(self) -> dict[str, Any]:
+        """The block as a user would write it, all keys with their values; JSON."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def at_length(self, seq_length: int) -> Self:
+        """The block in a job of such sequences: workers are balanced at them, unless the block or a plan file says."""
+        if self.plan.file is not None or "seq_length" in self.plan.model_fields_set:
+            return self
+        plan = self.plan.model_copy(update={"seq_length": seq_length})
+        return self.model_copy(update={"plan": plan})
+
+    def subnetworks(self, world_size: int) -> int:
+        """``N`` for a world of ``world_size`` ranks.
+
+        Raises:
+            ConfigError: ``num_subnetworks`` does not divide the world size.
+        """
+        count = self.num_subnetworks or default_subnetworks(world_size)
+        if world_size % count:
+            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            more = f", or more ranks: {more_ranks(count)}" if world_size == 1 else ""
+            raise ConfigError(
+                f"{BLOCK}.num_subnetworks: got {count} with a world size of {world_size}; takes a number that "
+                f"divides the world size: {', '.join(map(str, divisors))}{more}"
+            )
+        return count
+
+    def of_one_rank(self) -> Self:
+        """The block in a world of one rank, which owns every unit whatever the coverage says."""
+        return self.model_copy(update={"coverage": 1.0})
+
+    def owners(self, num_subnetworks: int) -> int | dict[str, int]:
+        """``K`` for ``N`` subnetworks, or ``K`` for every kind of unit.
+
+        Raises:
+            ConfigError: the coverage gives no whole ``K``, or a kind is missing.
+        """
+        if not isinstance(self.coverage, Mapping):
+            note = "" if "coverage" in self.model_fields_set else " (the default)"
+            return self._whole_owners(f"{BLOCK}.coverage", self.coverage, num_subnetworks, note)
+        if set(self.coverage) != set(self.partition) or self.granularity == "layer":
+            takes = "one number" if self.granularity == "layer" else f"a number for {' and '.join(self.partition)}"
+            raise ConfigError(
+                f"{BLOCK}.coverage: got {json.dumps(self.coverage)}; takes {takes}, as these are the kinds of units"
+            )
+        return {
+            kind: self._whole_owners(f"{BLOCK}.coverage.{kind}", share, num_subnetworks)
+            for kind, share in self.coverage.items()
+        }
+
+    def capacity(self, num_subnetworks: int) -> tuple[float, ...] | None:
+        """``plan.worker_capacity``, which must have one number per worker.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        capacity = self.plan.worker_capacity
+        if capacity is not None and len(capacity) != num_subnetworks:
+            raise ConfigError(
+                f"{BLOCK}.plan.worker_capacity: got {len(capacity)} numbers; takes one for each of the "
+                f"{num_subnetworks} subnetworks"
+            )
+        return capacity
+
+    def owner_sets_bound(self, num_subnetworks: int, backend: str) -> int:
+        """``plan.max_owner_sets`` of a job of so many subnetworks whose collectives run on ``backend``."""
+        return self.plan.max_owner_sets or default_owner_sets(num_subnetworks, backend)
+
+    def _whole_owners(self, key: str, value: float, workers: int, note: str = "") -> int:
+        # 0.3333 stands for 1/3: the nearest fraction with denominator N counts if it is as close as a float is typed.
+        owners = round(value * workers)
+        if owners < 1 or abs(value - owners / workers) > 1e-3 * value:
+            # The nearest ones where there are many.
+            first = max(1, min(owners - _SHOWN_FRACTIONS // 2, workers - _SHOWN_FRACTIONS + 1))
+            last = min(workers, first + _SHOWN_FRACTIONS - 1)
+            takes = ", ".join(str(Fraction(k, workers)) for k in range(first, last + 1))
+            default = "the largest divisor of the world size up to 8"
+            raise ConfigError(
+                f"{key}: got {value:g}{note} with {workers} subnetworks, which gives {value * workers:g} owners per "
+                f"unit; takes a whole number of owners: {takes}"
+                + (", ..." if workers > _SHOWN_FRACTIONS else "")
+                + ("" if self.num_subnetworks else f"; or another num_subnetworks (default: {default})")
+            )
+        return owners
+
+
+SDPSource: TypeAlias = SDPConfig | Mapping[str, Any] | str | Path
+"""The SDP block as functions take it: a dict, a path to a JSON file, or read already."""
+
+
+def more_ranks(count: int | str) -> str:
+    """How a script gets more ranks than one, for messages."""
+    return f"deepspeed --num_accelerators {count}, or torchrun --nproc_per_node {count}"
+
+
+def split_block(ds_config: Mapping[str, Any], sdp_config: SDPSource | None) -> SDPConfig:
+    """The SDP block of a job, from ``sdp_config`` or from inside the DeepSpeed config.
+
+    Raises:
+        ConfigError: no block, two blocks, an unreadable file, or an invalid block.
+    """
+    inside = ds_config.get(BLOCK)
+    if sdp_config is None:
+        if inside is None:
+            raise ConfigError(f'no SDP block: give sdp_config, or "{BLOCK}" in the DeepSpeed config')
+        return SDPConfig.parse(inside)
+    if inside is not None:
+        raise ConfigError(f'two SDP blocks: sdp_config is given and the DeepSpeed config holds "{BLOCK}"; takes one')
+    return SDPConfig.of(sdp_config)
+
+
+def read_block(source: Mapping[str, Any] | str | Path, key: str) -> Any:
+    """The block as it is written in a dict or file, which may wrap it under ``"subnetwork_data_parallel"``.
+
+    Raises:
+        ConfigError: see :func:`read_json`.
+    """
+    block: Any = read_json(source, key) if isinstance(source, str | Path) else source
+    return block[BLOCK] if isinstance(block, Mapping) and set(block) == {BLOCK} else block
