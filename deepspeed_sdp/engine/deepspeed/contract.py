@@ -28,58 +28,38 @@ tensor_fragment = sys.modules["deepspeed.utils.tensor_fragment"]
 TESTED_DEEPSPEED = "0.19.8"
 
 # Methods and properties that SDPEngine overrides or uses, with the parameters it passes.
+_ENGINE_NAMES = (
+    "_backward_epilogue", "_backward_prologue", "_broadcast_model", "allreduce_gradients", "backward",
+    "clip_fp32_gradients", "coalesce_grad_reduction", "destroy", "dynamic_loss_scale", "dynamic_loss_scale_args",
+    "forward", "get_data_types", "get_global_grad_norm", "gradient_clipping", "is_gradient_accumulation_boundary",
+    "loss_scale", "managed_gradient_accumulation", "offload_states", "reload_states", "zero_grad",
+    "zero_optimization", "zero_optimization_partition_gradients", "zero_optimization_partition_weights",
+    "zero_optimization_stage",
+)  # fmt: skip
 ENGINE_METHODS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_ENGINE_NAMES, ()),
     "__init__": ("args", "model", "optimizer", "model_parameters", "lr_scheduler", "config", "config_class"),
-    "_broadcast_model": (),
-    "_do_optimizer_sanity_check": ("basic_optimizer",),
     "_configure_basic_optimizer": ("model_parameters",),
-    "_configure_zero_optimizer": ("optimizer",),
     "_configure_optimizer": ("client_optimizer", "model_parameters"),
-    "forward": (),
-    "backward": (),
-    "step": ("lr_kwargs",),
-    "_backward_prologue": (),
-    "_backward_epilogue": (),
-    "allreduce_gradients": (),
-    "clip_fp32_gradients": (),
-    "zero_grad": (),
-    "coalesce_grad_reduction": (),
-    "is_gradient_accumulation_boundary": (),
-    "zero_optimization_partition_gradients": (),
-    "zero_optimization_partition_weights": (),
-    "get_data_types": (),
-    "loss_scale": (),
-    "dynamic_loss_scale": (),
-    "dynamic_loss_scale_args": (),
-    "save_checkpoint": ("save_dir",),
+    "_configure_zero_optimizer": ("optimizer",),
+    "_do_optimizer_sanity_check": ("basic_optimizer",),
     "load_checkpoint": ("load_dir",),
     "save_16bit_model": ("save_dir",),
-    "offload_states": (),
-    "reload_states": (),
-    "managed_gradient_accumulation": (),
-    "gradient_clipping": (),
-    "get_global_grad_norm": (),
-    "zero_optimization": (),
-    "zero_optimization_stage": (),
-    "destroy": (),
+    "save_checkpoint": ("save_dir",),
+    "step": ("lr_kwargs",),
 }
 
 # Methods and properties of the base class of ZeRO's optimizers that SDPOptimizer overrides or uses.
+_OPTIMIZER_NAMES = (
+    "__init__", "_backward_active_depth", "_epilogue_ran_this_backward", "_max_expected_hooks_seen",
+    "clear_backward_seen_flag", "enter_backward", "exit_backward", "is_gradient_accumulation_boundary",
+    "needs_scaler", "reenter_backward_if_needed", "should_refresh_expected_hook_count",
+)  # fmt: skip
 OPTIMIZER_METHODS: dict[str, tuple[str, ...]] = {
-    "__init__": (),
-    "is_gradient_accumulation_boundary": (),
-    "set_gradient_accumulation_boundary": ("is_boundary",),
-    "should_refresh_expected_hook_count": (),
-    "reenter_backward_if_needed": (),
-    "update_hook_state_and_maybe_run_epilogue": ("current_expected_count",),
-    "needs_scaler": (),
+    **dict.fromkeys(_OPTIMIZER_NAMES, ()),
     "scale_if_loss": ("value",),
-    "enter_backward": (),
-    "exit_backward": (),
-    "clear_backward_seen_flag": (),
-    "_backward_active_depth": (),
-    "_epilogue_ran_this_backward": (),
-    "_max_expected_hooks_seen": (),
+    "set_gradient_accumulation_boundary": ("is_boundary",),
+    "update_hook_state_and_maybe_run_epilogue": ("current_expected_count",),
 }
 
 # The same of other classes, and functions of modules.
