@@ -134,7 +134,7 @@ def _start(model: nn.Module, job: Any, stage: int, clock: Clock, traffic: Traffi
     """What ``initialize`` does, but for drawing initial values and DeepSpeed's own engine."""
     client, held = ClientMap(model), list(model.parameters())
     with clock.phase("cut"), mock.patch.object(initialize, "materialize"):
-        subnetwork, _ = agreed(lambda: initialize._cut(model, job, None, client))
+        subnetwork = agreed(lambda: initialize._cut(job, None, client))
     del held
     with clock.phase("groups"):
         groups = initialize.OwnerGroups(job.plan.owner_sets, job.workers, job.ranks_per_node)

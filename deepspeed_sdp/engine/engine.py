@@ -1,5 +1,7 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
+import functools
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
@@ -14,7 +16,7 @@ from deepspeed_sdp.engine.comm.description import describe_scheduler
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.comm.traffic import Traffic
-from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, translate_groups
+from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, translate_groups, translate_optimizer
 from deepspeed_sdp.engine.deepspeed.settings import Settings
 from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
@@ -162,14 +164,14 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         """
         if self._agreed_weights:
             return
-        everyone = self._owner_groups.for_weights
-        for name, parameter in _in_total_order(self._subnetwork):
-            if self._subnetwork.masking == "backward":
-                if name not in self._subnetwork.views:
-                    _from_first(parameter.data, everyone)
-            else:
-                _from_first(parameter.data, self._owner_groups.owners(self._subnetwork.owner_set(name)))
-        for _, buffer in self._subnetwork.module.named_buffers():
+        subnetwork, everyone = self._subnetwork, self._owner_groups.for_weights
+        positions, parameters = subnetwork.positions(), dict(subnetwork.module.named_parameters())
+        for name in sorted(parameters, key=lambda name: (positions[name], subnetwork.owner_set(name))):
+            if subnetwork.masking == "forward":
+                _from_first(parameters[name].data, self._owner_groups.owners(subnetwork.owner_set(name)))
+            elif name not in subnetwork.views:
+                _from_first(parameters[name].data, everyone)
+        for buffer in subnetwork.module.buffers():
             _from_first(buffer, everyone)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
@@ -182,9 +184,16 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         if isinstance(client_optimizer, torch.optim.Optimizer):
             self._remember_groups(client_optimizer)
         elif client_optimizer is not None:
-            build = client_optimizer
-            client_optimizer = lambda parameters: self._remember_groups(agreed(lambda: build(parameters)))  # noqa: E731
+            client_optimizer = functools.partial(self._build_optimizer, client_optimizer)
         super()._configure_optimizer(client_optimizer, model_parameters)
+
+    def _build_optimizer(self, build: Callable[[Any], torch.optim.Optimizer], parameters: Any) -> torch.optim.Optimizer:
+        def translated() -> torch.optim.Optimizer:
+            optimizer = build(parameters)
+            translate_optimizer(optimizer, self._subnetwork, self._client)
+            return optimizer
+
+        return self._remember_groups(agreed(translated))
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
         groups = translate_groups(as_groups(model_parameters), self._subnetwork, self._client)
@@ -253,10 +262,3 @@ def _from_first(value: torch.Tensor, owners: Owners) -> None:
     for group in owners.levels:
         with group.waiting("the initial weights") as process_group:
             dist.broadcast(value, src=group.ranks[0], group=process_group)
-
-
-def _in_total_order(subnetwork: Subnetwork) -> list[tuple[str, torch.nn.Parameter]]:
-    position = subnetwork.positions()
-    return sorted(
-        subnetwork.module.named_parameters(), key=lambda item: (position[item[0]], subnetwork.owner_set(item[0]))
-    )

@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,30 +88,34 @@ def initialize(
     model_parameters = list(model_parameters) if model_parameters is not None else None
     client = _Client(optimizer, model_parameters, lr_scheduler, mpu)
     job = _agree_on_job(lambda: model, args, config if config is not None else config_params, sdp_config, client)
-    plain = {
-        "args": job.args,
-        "training_data": training_data,
-        "distributed_port": distributed_port,
-        "mpu": mpu,
-        "dist_init_required": dist_init_required,
-        "collate_fn": collate_fn,
-        "config": job.ds_config,
-        "mesh_param": mesh_param,
-    }
-    if not job.sdp.enabled:
-        if model is not None and is_meta(model):
-            raise ConfigError("subnetwork_data_parallel.enabled: got false; takes true for a model on the meta device")
+    if not job.sdp.enabled and model is not None and is_meta(model):
+        raise ConfigError("subnetwork_data_parallel.enabled: got false; takes true for a model on the meta device")
+    with _building_subnetworks(job, optimizer) if job.sdp.enabled else nullcontext():
         return deepspeed.initialize(  # type: ignore[no-any-return]
-            model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
+            args=job.args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=job.ds_config,
+            mesh_param=mesh_param,
         )
-    assert model is not None
+
+
+def _building_subnetworks(job: "_Job", optimizer: Any) -> AbstractContextManager[None]:
+    """Collective. Cut the model; inside, ``deepspeed.initialize`` builds the engine of what is left."""
     if dist.get_world_size() == 1:
         say_world_of_one()
     _check_deepspeed()
-    on_meta, client_map = is_meta(model), ClientMap(model)
+    on_meta, client_map = is_meta(job.model), ClientMap(job.model)
     # Held until the client's references are translated, so that no new parameter takes over the id of an old one.
-    before_cut = list(model.parameters())
-    subnetwork, optimizer = agreed(lambda: _cut(model, job, optimizer, client_map))
+    before_cut = list(job.model.parameters())
+    subnetwork = agreed(lambda: _cut(job, optimizer, client_map))
     del before_cut
     build_engine = functools.partial(
         SDPEngine,
@@ -120,11 +125,7 @@ def initialize(
         client=client_map,
         agreed_weights=on_meta,
     )
-    with patched(deepspeed, "DeepSpeedEngine", build_engine):
-        result = deepspeed.initialize(
-            model=model, optimizer=optimizer, model_parameters=model_parameters, lr_scheduler=lr_scheduler, **plain
-        )
-    return result  # type: ignore[no-any-return]
+    return patched(deepspeed, "DeepSpeedEngine", build_engine)
 
 
 def check_job(
@@ -150,16 +151,18 @@ def _agree_on_job(
     job = _Job()
 
     def describe() -> Mapping[str, Any]:
-        _read(job, args, config, sdp_config)
+        job.read(args, config, sdp_config)
         model = build_model()
+        units = {}
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             check_batch_sizes(job.ds_config, dist.get_world_size())
             assert model is not None
-            job.adapter = find_adapter(model)
+            adapter = find_adapter(model)
             check_as_configured(model)
             job.model = model
-        return {**_description(job, model), **client.describe(model)}
+            units = _describe_units(job, adapter)
+        return {**_describe(job, model), **units, **client.describe(model)}
 
     agree(describe)
     if job.sdp.enabled:
@@ -209,28 +212,27 @@ def _summary(groups: list[list[str]]) -> str:
 
 
 class _Job:
-    """What the arguments of one call amount to."""
+    """What the arguments of one call amount to; where SDP is not enabled, without model and plan."""
 
     args: Any
     ds_config: dict[str, Any]
     sdp: SDPConfig
     model: nn.Module
-    adapter: Adapter
     plan: SubnetworkPlan
     workers: tuple[int, ...]
     ranks_per_node: int
 
-
-def _read(job: _Job, args: Any, config: Any, sdp_config: Any) -> None:
-    if config is None:
-        config = getattr(args, "deepspeed_config", None)
-    if config is None:
-        raise ConfigError("config: got nothing; takes a DeepSpeed config as a dict or a path (--deepspeed_config)")
-    job.ds_config = dict(config) if isinstance(config, Mapping) else read_json(config, "deepspeed_config")
-    job.sdp = split_block(job.ds_config, sdp_config if sdp_config is not None else getattr(args, "sdp_config", None))
-    job.args = copy.copy(args)
-    if hasattr(job.args, "deepspeed_config"):
-        job.args.deepspeed_config = None
+    def read(self, args: Any, config: Any, sdp_config: Any) -> None:
+        if config is None:
+            config = getattr(args, "deepspeed_config", None)
+        if config is None:
+            raise ConfigError("config: got nothing; takes a DeepSpeed config as a dict or a path (--deepspeed_config)")
+        self.ds_config = dict(config) if isinstance(config, Mapping) else read_json(config, "deepspeed_config")
+        sdp_config = sdp_config if sdp_config is not None else getattr(args, "sdp_config", None)
+        self.sdp = split_block(self.ds_config, sdp_config)
+        self.args = copy.copy(args)
+        if hasattr(self.args, "deepspeed_config"):
+            self.args.deepspeed_config = None
 
 
 def check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
@@ -246,7 +248,7 @@ def check_copies(sdp: SDPConfig, plan: SubnetworkPlan) -> None:
         )
 
 
-def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
+def _describe(job: _Job, model: nn.Module | None) -> dict[str, Any]:
     model_config: Any = getattr(model, "config", None)
     return {
         "deepspeed_config": job.ds_config,
@@ -255,16 +257,15 @@ def _description(job: _Job, model: nn.Module | None) -> dict[str, Any]:
         "model_config": model_config.to_dict() if hasattr(model_config, "to_dict") else {},
         "model_on_meta_device": model is not None and is_meta(model),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        **(_described_units(job) if job.sdp.enabled else {}),
     }
 
 
-def _described_units(job: _Job) -> dict[str, Any]:
+def _describe_units(job: _Job, adapter: Adapter) -> dict[str, Any]:
     """What the plan is made of besides the configuration: rank 0's plan is all ranks' then."""
     block = job.sdp.block_unit
-    units = unit_spaces(job.model, job.sdp, job.adapter)
+    units = unit_spaces(job.model, job.sdp, adapter)
     described: dict[str, Any] = {
-        "adapter": claims_digest(job.model, job.adapter, job.sdp.partition, block, job.sdp.plan.seq_length),
+        "adapter": claims_digest(job.model, adapter, job.sdp.partition, block, job.sdp.plan.seq_length),
         "units": f"{len(units)} spaces ({digest(units)})",
     }
     if job.sdp.plan.rank_order.startswith("owners"):
@@ -287,10 +288,10 @@ def _check_deepspeed() -> None:
         )
 
 
-def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> tuple[Subnetwork, Any]:
-    on_meta = is_meta(model)
+def _cut(job: _Job, optimizer: Any, client_map: ClientMap) -> Subnetwork:
+    on_meta = is_meta(job.model)
     subnetwork = cut_model(
-        model,
+        job.model,
         job.plan,
         job.workers[dist.get_rank()],
         masking=job.sdp.masking,
@@ -301,19 +302,6 @@ def _cut(model: nn.Module, job: _Job, optimizer: Any, client_map: ClientMap) -> 
     )
     if on_meta:
         materialize(subnetwork, get_accelerator().current_device_name(), job.sdp.plan.seed, client_map)
-    return subnetwork, _translate_client(optimizer, subnetwork, client_map)
-
-
-def _translate_client(optimizer: Any, subnetwork: Subnetwork, client_map: ClientMap) -> Any:
-    if optimizer is None:
-        return None
     if isinstance(optimizer, torch.optim.Optimizer):
         translate_optimizer(optimizer, subnetwork, client_map)
-        return optimizer
-
-    def build(parameters: Any) -> torch.optim.Optimizer:
-        built: torch.optim.Optimizer = optimizer(parameters)
-        translate_optimizer(built, subnetwork, client_map)
-        return built
-
-    return build
+    return subnetwork
