@@ -27,12 +27,19 @@ def translate_groups(
     names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
     translated = []
     for index, group in enumerate(groups):
+        members: dict[nn.Parameter, None] = {}
         for parameter in _members(group["params"]):
-            name = _full_name(parameter, names, subnetwork, client)
-            if name is not None:
-                client.group_of[name] = index
-        members = list(dict.fromkeys(filter(_is_trainable, _fragments_of(group["params"], names, client))))
-        translated.append({**group, "params": members, GROUP_KEY: index})
+            key = id(parameter)
+            if key not in client.replaced and key not in names:
+                raise ConfigError(
+                    f"optimizer: a parameter of shape {list(parameter.shape)} is not the model's; takes parameters of "
+                    "the model that is given to initialize()"
+                )
+            full_name = client.names[key] if key in client.names else subnetwork.fragments[names[key]].full_name
+            client.group_of[full_name] = index
+            members |= dict.fromkeys(client.replaced.get(key, [parameter]))
+        trained = [parameter for parameter in members if parameter.requires_grad and parameter.numel() > 0]
+        translated.append({**group, "params": trained, GROUP_KEY: index})
     return translated
 
 
@@ -93,32 +100,7 @@ def as_groups(model_parameters: Any) -> list[dict[str, Any]]:
     return [{"params": parameters}]
 
 
-def _is_trainable(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and parameter.numel() > 0
-
-
 def _members(parameters: Any) -> list[Any]:
     members: list[Any] = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     # (name, parameter), as named optimizers take them
     return [parameter[1] if isinstance(parameter, tuple) else parameter for parameter in members]
-
-
-def _full_name(parameter: Any, names: Mapping[int, str], subnetwork: Subnetwork, client: ClientMap) -> str | None:
-    if id(parameter) in client.names:
-        return client.names[id(parameter)]
-    return subnetwork.fragments[names[id(parameter)]].full_name if id(parameter) in names else None
-
-
-def _fragments_of(parameters: Any, names: Mapping[int, str], client: ClientMap) -> list[nn.Parameter]:
-    found: list[nn.Parameter] = []
-    for parameter in _members(parameters):
-        if id(parameter) in client.replaced:
-            found += client.replaced[id(parameter)]
-        elif id(parameter) in names:
-            found.append(parameter)
-        else:
-            raise ConfigError(
-                f"optimizer: a parameter of shape {list(parameter.shape)} is not the model's; takes parameters of the "
-                "model that is given to initialize()"
-            )
-    return found
