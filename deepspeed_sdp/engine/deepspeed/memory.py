@@ -33,7 +33,7 @@ def model_state_bytes(engine: Any) -> dict[str, int]:
 def gradient_bytes(engine: Any) -> int:
     """Bytes of all live gradient tensors: of parameters, accumulated, reduced, and of master weights."""
     tensors = {(t.data_ptr(), t.numel()): t for t in _gradient_tensors(engine) if t.numel()}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) + getattr(engine.optimizer, "in_flight_bytes", 0)
+    return sum(t.nbytes for t in tensors.values()) + getattr(engine.optimizer, "in_flight_bytes", 0)
 
 
 @dataclass
@@ -48,21 +48,20 @@ def gradient_peak(engine: Any) -> Iterator[Peak]:
     """Watch :func:`gradient_bytes` at every gradient of the backward passes inside and at updates; slow."""
     peak = Peak()
 
-    def sample(gradient: torch.Tensor) -> None:
-        # The gradient at hand is not attached to its parameter yet.
-        peak.nbytes = max(peak.nbytes, gradient_bytes(engine) + gradient.numel() * gradient.element_size())
+    def look(beside: int = 0) -> None:
+        peak.nbytes = max(peak.nbytes, gradient_bytes(engine) + beside)
 
-    def sample_update(*_: Any) -> None:
-        peak.nbytes = max(peak.nbytes, gradient_bytes(engine))
-
-    hooks = [p.register_hook(sample) for p in engine.module.parameters() if p.requires_grad]
-    hooks.append(engine.basic_optimizer.register_step_pre_hook(sample_update))
+    # The gradient at hand is not attached to its parameter yet.
+    hooks = [
+        p.register_hook(lambda gradient: look(gradient.nbytes)) for p in engine.module.parameters() if p.requires_grad
+    ]
+    hooks.append(engine.basic_optimizer.register_step_pre_hook(lambda *_: look()))
     try:
         yield peak
     finally:
         for hook in hooks:
             hook.remove()
-    peak.nbytes = max(peak.nbytes, gradient_bytes(engine))
+    look()
 
 
 def _optimizer_tensors(engine: Any) -> Iterator[torch.Tensor]:
@@ -78,13 +77,13 @@ def _optimizer_tensors(engine: Any) -> Iterator[torch.Tensor]:
 def _gradient_tensors(engine: Any) -> Iterator[torch.Tensor]:
     if hasattr(engine.optimizer, "gradient_tensors"):
         yield from engine.optimizer.gradient_tensors()
+    else:
+        for grads in (getattr(engine.optimizer, "averaged_gradients", None) or {}).values():
+            yield from grads or ()
     for parameter in engine.module.parameters():
         yield from (t for t in (parameter.grad, getattr(parameter, "grad_accum", None)) if t is not None)
     for group in engine.basic_optimizer.param_groups:
         yield from (p.grad for p in group["params"] if p.grad is not None)
-    if not hasattr(engine.optimizer, "gradient_tensors"):
-        for grads in (getattr(engine.optimizer, "averaged_gradients", None) or {}).values():
-            yield from grads or ()
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -9,9 +9,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.errors import ConfigError, ModelError
 
-_DEFAULT = object()
-
-# (key of the DeepSpeed config, values that are fine, why the rest is not).
+# (key of the DeepSpeed config, values that are fine, first of all the default, why the rest is not).
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("zero_optimization.stage", (0, 1, 2, 3), "takes 0, 1, 2 or 3"),
     ("zero_optimization.offload_optimizer.device", ("none", None, "cpu"), 'takes "cpu" or "none"'),
@@ -60,24 +58,24 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         ConfigError: names the key, what it got and why it is refused.
     """
     for key, fine, reason in _REFUSED:
-        value = _lookup(ds_config, key)
-        if value is not _DEFAULT and value not in fine:
+        value = _lookup(ds_config, key, fine[0])
+        if value not in fine:
             raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; {reason}")
-    stage = _lookup(ds_config, "zero_optimization.stage")
-    if sdp.comm.transport == "all_to_all" and stage in (0, _DEFAULT):
+    stage = _lookup(ds_config, "zero_optimization.stage", 0)
+    if sdp.comm.transport == "all_to_all" and stage == 0:
         raise ConfigError(
-            f'{BLOCK}.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where every '
-            "owner needs the whole average"
+            f'{BLOCK}.comm.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where '
+            "every owner needs the whole average"
         )
     if stage == 3 and sdp.masking == "backward":
         raise ConfigError(
             f'{BLOCK}.masking: got "backward" with ZeRO stage 3; takes stage 0, 1 or 2, as every rank computes with '
             'the whole model, or masking "forward"'
         )
-    if stage != 3 and _lookup(ds_config, "zero_optimization.offload_param.device") == "cpu":
+    if stage != 3 and _lookup(ds_config, "zero_optimization.offload_param.device", None) == "cpu":
         raise ConfigError(
-            f'DeepSpeed config: zero_optimization.offload_param: got "cpu" with ZeRO stage '
-            f"{0 if stage is _DEFAULT else stage}; takes it with stage 3"
+            f'DeepSpeed config: zero_optimization.offload_param: got "cpu" with ZeRO stage {stage}; takes it with '
+            "stage 3"
         )
     if isinstance(model, PipelineModule):
         raise ConfigError("model: got a PipelineModule; pipeline parallelism cannot be combined with SDP")
@@ -91,11 +89,12 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
             "model: built under deepspeed.zero.Init, whose shards are not an owner's; takes a model built on the meta "
             "device, or one built before TrainingArguments are, which switch zero.Init on at ZeRO stage 3"
         )
-    if optimizer is None and _lookup(ds_config, "optimizer.type") in (_DEFAULT, None):
+    asked = _lookup(ds_config, "optimizer.type", None)
+    if optimizer is None and asked is None:
         raise ConfigError(
             'optimizer: got none; takes one as an argument, or an "optimizer" with a "type" in the DeepSpeed config'
         )
-    name = str(_lookup(ds_config, "optimizer.type")) if optimizer is None else type(optimizer).__name__
+    name = str(asked) if optimizer is None else type(optimizer).__name__
     if any(whole in name.lower() for whole in _NEED_WHOLE_WEIGHTS):
         raise ConfigError(
             f"optimizer: got {name}, which needs whole weights; takes an element-wise optimizer (AdamW, ...)"
@@ -126,11 +125,10 @@ def check_batch_sizes(config: Mapping[str, Any], world: int) -> None:
     if train is None and micro is None:
         raise ConfigError(f"DeepSpeed config: {keys[0]}: got nothing; takes it, or {keys[1]}, or both")
     if train is not None:
-        each = (micro or 1) * (accumulation or 1)
-        is_whole = train == each * world if micro and accumulation else train % (each * world) == 0
-        if not is_whole:
+        step, is_settled = (micro or 1) * (accumulation or 1) * world, None not in values
+        if train % step or (is_settled and train != step):
             given = "".join(f", {key} {value}" for key, value in zip(keys[1:], values[1:], strict=True) if value)
-            takes = each * world if micro and accumulation else f"a multiple of {each * world}"
+            takes = step if is_settled else f"a multiple of {step}"
             raise ConfigError(
                 f"DeepSpeed config: {keys[0]}: got {train} with {world} rank(s){given}; takes {takes}, the product of "
                 "the others"
@@ -158,10 +156,10 @@ def _check_model(model: torch.nn.Module) -> None:
         )
 
 
-def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
+def _lookup(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
     value: Any = config
     for part in dotted.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return _DEFAULT
+            return default
         value = value[part]
     return value

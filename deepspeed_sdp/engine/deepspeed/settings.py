@@ -64,6 +64,7 @@ class Settings:
         """Of an engine in the middle of its construction: its configuration and device are there."""
         zero = engine._config.zero_config
         dtype, accumulate = engine.get_data_types()
+        round_numel = reduce_bucket_numel(engine)
         return cls(
             sdp=sdp,
             stage=engine.zero_optimization_stage(),
@@ -72,9 +73,9 @@ class Settings:
             accumulate=accumulate,
             # Sums of many ranks lose the small ones in 16 bits, which DeepSpeed would take by default.
             reduce=engine._config.communication_data_type or torch.float32,
-            round_numel=reduce_bucket_numel(engine),
+            round_numel=round_numel,
             # Gradients are needed in fp32 a portion at a time: whoever asks for small rounds has little memory.
-            portion_numel=_asked_numel(engine, "allgather_bucket_size", reduce_bucket_numel(engine)),
+            portion_numel=_asked_numel(engine, "allgather_bucket_size", round_numel),
             prefetch=1 if zero.prefetch_bucket_size else 0,
             state=_place(zero.offload_optimizer, engine.device),
             weights=_place(zero.offload_param, engine.device),
@@ -101,6 +102,5 @@ def _asked_numel(engine: DeepSpeedEngine, key: str, default: int) -> int:
 
 
 def _place(offload: Any, device: torch.device) -> Place:
-    if offload is None or str(getattr(offload.device, "value", offload.device)) != "cpu":
-        return Place(device)
-    return Place(torch.device("cpu"), True, offload.pin_memory)
+    is_offloaded = offload is not None and offload.device == "cpu"
+    return Place(torch.device("cpu"), True, offload.pin_memory) if is_offloaded else Place(device)

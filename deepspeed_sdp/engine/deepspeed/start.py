@@ -225,9 +225,7 @@ def _held(path: Path) -> bool:
     """Whether a process of this machine has the file open (torch keeps it open while it compiles)."""
     target = str(path.resolve())
     for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
+        with suppress(OSError):
             if os.readlink(link) == target:
                 return True
-        except OSError:
-            continue
     return False
