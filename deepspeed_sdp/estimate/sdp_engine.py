@@ -48,8 +48,9 @@ class EngineStep:
         self._gathered = (
             GatheredParts(job, layout, self.ledger, is_tied, self._launch_before) if job.stage == 3 else None
         )
-        # Portions on their way: index, bytes that live until it has arrived, what the engine counts of them.
-        self._under_way: deque[tuple[int, int, int]] = deque()
+        # Portions on their way: index, and bytes of the engine's buffers. What gloo copies of the newest besides.
+        self._under_way: deque[tuple[int, int]] = deque()
+        self._copies: deque[int] = deque()
         self._is_lazy = bool(self._exchanges) and job.sdp is not None and job.sdp.backward.overlap_refresh
         self._hold_state()
 
@@ -199,14 +200,23 @@ class EngineStep:
         budget = average * sum(bucket.shard for bucket in self._layout.buckets) * self._is_lazy
         for index, portion in enumerate(self._layout.portions):
             self._step_portion([bucket for round_ in portion for bucket in self._layout.rounds[round_]])
-            while len(self._under_way) >= _PORTIONS_IN_FLIGHT and sum(n for *_, n in self._under_way) >= budget:
+            while len(self._under_way) >= _PORTIONS_IN_FLIGHT and sum(n for _, n in self._under_way) >= budget:
                 self._arrive()
-            self._under_way.append((index, *self._refresh(index, portion)))
+            buffers, copies = self._refresh(index, portion)
+            self._under_way.append((index, buffers))
+            self._copies.append(copies)
+            # Of those before, most are there, and only wait to be taken.
+            self._drop_copies(_PORTIONS_IN_FLIGHT)
         if not self._is_lazy:
             self._settle(len(self._layout.portions))
 
     def _arrive(self) -> None:
         self.ledger.add("buffers", -self._under_way.popleft()[1])
+        self._drop_copies(len(self._under_way))
+
+    def _drop_copies(self, most: int) -> None:
+        while len(self._copies) > most:
+            self.ledger.add("buffers", -self._copies.popleft())
 
     def _settle(self, through: int) -> None:
         while self._under_way and self._under_way[0][0] <= through:
@@ -231,27 +241,28 @@ class EngineStep:
         if self._average_width != 4:
             self.ledger.add("gradients", 4 * shards)
             self.ledger.add("gradients", -self._average_width * shards)
-        self.ledger.sample_gradients(0)
+        # The engine does not count what gloo copies.
+        self.ledger.sample_gradients(-sum(self._copies))
         if not self._job.offload_optimizer:
             self.ledger.pass_by("buffers", 4 * largest * self._job.step_temporaries)
         self.ledger.add("gradients", -4 * shards)
 
     def _refresh(self, index: int, portion: range) -> tuple[int, int]:
-        """Send the stepped weights; bytes that live until they arrive, and what the engine counts of them."""
-        nbytes = counted = 0
+        """Send the stepped weights; bytes of the engine's buffers, and of gloo's copies of them."""
+        buffers = copies = 0
         flats = [b for r in portion for b in self._layout.rounds[r] if not b.in_place and b.shards > 1]
         if self._exchanges:
             flats = [bucket for bucket in flats if bucket.weights[0].owner_set == SHARED]
         if 0 < self._job.stage < 3:
             if self._job.transport("weights") == "all_to_all":
-                nbytes = counted = sum(bucket.brought for bucket in flats) * self._width
+                buffers = sum(bucket.brought for bucket in flats) * self._width
             elif self._job.backend == "gloo":
                 # gloo gathers into a tensor of its own, and copies.
-                nbytes += sum(bucket.padded for bucket in flats) * self._width
+                copies = sum(bucket.padded for bucket in flats) * self._width
         if self._exchanges:
             exchange = self._exchanges[index]
-            self.ledger.pass_by("buffers", nbytes + exchange.live + exchange.passing)
-            nbytes += exchange.live
-            counted += exchange.counted
-        self.ledger.add("buffers", nbytes)
-        return nbytes, counted
+            self.ledger.pass_by("buffers", buffers + copies + exchange.live + exchange.passing)
+            buffers += exchange.counted
+            copies += exchange.live - exchange.counted
+        self.ledger.add("buffers", buffers + copies)
+        return buffers, copies
