@@ -4,34 +4,14 @@ import argparse
 import math
 import os
 import sys
-import time
-from typing import TYPE_CHECKING, NoReturn
 
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.options import OptionParser, spelt
 
-if TYPE_CHECKING:
-    from deepspeed_sdp.data.source import SourceSpec
-
-_STREAM_OPTIONS = (
-    "tokenizer", "stream_config", "stream_revision", "stream_heldout_fraction", "text_column", "on_broken_row",
-    "on_broken_file", "retries", "num_lanes",
-)  # fmt: skip
-
-
-class _Parser(OptionParser):
-    """Rank 0 speaks for all ranks, which are given the same command line."""
-
-    def error(self, message: str) -> NoReturn:
-        if int(os.environ.get("RANK", "0")):
-            time.sleep(2.0)  # the launcher ends rank 0 when this one ends
-            sys.exit(2)
-        super().error(message)
-
 
 def parse_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
     is_job = not _is_dry_run(argv)
-    parser = _Parser(
+    parser = OptionParser(
         prog="launch/train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     job = parser.add_argument_group("job")
@@ -143,115 +123,6 @@ def _add_dry_run(group: argparse._ActionsContainer) -> None:
 def dry_world_size(args: argparse.Namespace, num_subnetworks: int | None) -> int:
     """Ranks of a job that is only described."""
     return args.world_size or int(os.environ.get("WORLD_SIZE", "0")) or num_subnetworks or 1
-
-
-def parse_pretrain_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
-    is_job = not _is_dry_run(argv)
-    parser = _Parser(
-        prog="launch/pretrain.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--recipe", required=True, metavar="JSON", help='DeepSpeed config with a block "pretraining", as in ds_configs/'
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a value of the recipe, e.g. pretraining.tokens=1e8; can be given many times",
-    )
-    text = parser.add_mutually_exclusive_group(required=is_job)
-    text.add_argument("--data", metavar="DIR", help="folder that deepspeed-sdp data made; visible to all nodes")
-    text.add_argument(
-        "--stream",
-        nargs="+",
-        metavar="PATH",
-        help="tokenise on the fly instead: hub:OWNER/NAME, or .parquet and .jsonl files (.gz, .zst) or their folders",
-    )
-    parser.add_argument("--stream_config", metavar="NAME", help="of the hub data set, e.g. sample-10BT")
-    parser.add_argument("--stream_revision", metavar="COMMIT", help="of the hub data set; best a commit")
-    parser.add_argument(
-        "--stream_heldout_fraction",
-        type=float,
-        help="share of the documents that --stream holds out for validation (default: 0.005)",
-    )
-    parser.add_argument("--tokenizer", metavar="PATH", help="HuggingFace tokenizer for --stream, a folder or hub name")
-    parser.add_argument("--text_column", metavar="NAME", help="of --stream (default: text)")
-    skip = ("skip", "stop")
-    parser.add_argument("--on_broken_row", choices=skip, help="of --stream (default: skip, and count)")
-    parser.add_argument("--on_broken_file", choices=skip, help="of --stream (default: stop)")
-    parser.add_argument("--retries", type=int, metavar="N", help="of a connection that --stream loses (default: 8)")
-    parser.add_argument(
-        "--num_lanes",
-        type=int,
-        metavar="N",
-        help="parts in which --stream is read: a multiple of the ranks that divides the global batch; fewer for a "
-        "small source (default: the most up to 64; a run goes on with those it began with)",
-    )
-    parser.add_argument(
-        "--output_dir",
-        required=is_job,
-        metavar="DIR",
-        help="gets hf/, checkpoints/, metrics.jsonl, report.md, loss.png",
-    )
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of those that follow from the recipe")
-    _add_dry_run(parser)
-    parser.add_argument(
-        "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
-    )
-    parser.add_argument(
-        "--stop_file",
-        metavar="FILE",
-        help="written when the job saved because it was asked to stop, for its scheduler",
-    )
-    parser.add_argument(
-        "--peak_tflops",
-        type=float,
-        help="matmul TFLOPS of the device, for the MFU; default: by the device's name",
-    )
-    parser.add_argument("--tensorboard", action="store_true", help="figures to OUTPUT_DIR/tensorboard too")
-    parser.add_argument("--wandb", metavar="PROJECT", help="figures to Weights & Biases too")
-    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
-        sys.exit(0)
-    return parser.parse_args(argv)
-
-
-def heldout_fraction(args: argparse.Namespace) -> float:
-    """Of a stream."""
-    return 0.005 if args.stream_heldout_fraction is None else float(args.stream_heldout_fraction)
-
-
-def stream_source(args: argparse.Namespace) -> "SourceSpec":
-    """What ``--stream`` and the options beside it say."""
-    from deepspeed_sdp.data.faults import FaultPolicy
-    from deepspeed_sdp.data.source import SourceSpec
-
-    names = ("on_broken_row", "on_broken_file", "retries")
-    policy = FaultPolicy(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    column = {} if args.text_column is None else {"text_column": args.text_column}
-    return SourceSpec(
-        tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, option="--stream", **column
-    )
-
-
-def check_pretrain_arguments(args: argparse.Namespace) -> None:
-    if args.stream and not args.tokenizer:
-        raise ConfigError("--tokenizer: got none with --stream; takes a HuggingFace tokenizer, a folder or hub name")
-    given = [name for name in _STREAM_OPTIONS if getattr(args, name) is not None]
-    if not args.stream and given:
-        without = "with --data" if args.data else "without --stream"
-        raise ConfigError(f"--{given[0]}: got {getattr(args, given[0])} {without}; takes it with --stream alone")
-    takes = {
-        "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
-        "stream_heldout_fraction": (0 < heldout_fraction(args) < 1, "a number between 0 and 1"),
-        "retries": (args.retries is None or args.retries >= 0, "a number from 0 on"),
-        "num_lanes": (args.num_lanes is None or args.num_lanes >= 1, "a number from 1 on"),
-        **_dry_run_takes(args),
-        "peak_tflops": (args.peak_tflops is None or 0 < args.peak_tflops < math.inf, "a positive number"),
-    }
-    _check(args, takes)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -1,27 +1,38 @@
-"""The console script ``deepspeed-sdp``: what can be known or made without a job. One file per group of subcommands."""
+"""The console script ``deepspeed-sdp``. One file per group of subcommands."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from deepspeed_sdp.cli import checkpoints, data, estimate, models, plan, report
+from deepspeed_sdp.cli import checkpoints, data, estimate, models, plan, pretrain, report
 from deepspeed_sdp.errors import SDPError
-from deepspeed_sdp.options import OptionParser
+from deepspeed_sdp.options import OptionParser, split_settings
 
 
 def make_parser() -> OptionParser:
     """The parser of all subcommands."""
     parser = OptionParser(
-        prog="deepspeed-sdp", description="Plans, estimates and reports of Subnetwork Data Parallelism"
+        prog="deepspeed-sdp", description="Plans, estimates, jobs and reports of Subnetwork Data Parallelism"
     )
+    # DeepSpeed's launcher puts it before what a rank was given.
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (plan, estimate, data, checkpoints, models, report):
+    for group in (plan, estimate, data, pretrain, checkpoints, models, report):
         group.add_commands(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. An error is one line on stderr."""
-    args = make_parser().parse_args(argv)
+    command, parser = list(sys.argv[1:] if argv is None else argv), make_parser()
+    try:
+        left, settings = split_settings(command)
+    except ValueError as error:
+        parser.error(str(error))
+    args = parser.parse_args(left)
+    if settings and not getattr(args, "takes_settings", False):
+        parser.error(f"unrecognized arguments: --{settings[0][0]}")
+    args.command, args.settings = command, settings
     try:
         args.run(args)
     except SDPError as error:

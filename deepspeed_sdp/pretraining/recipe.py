@@ -15,6 +15,9 @@ from deepspeed_sdp.json_text import parse_json, shown
 from deepspeed_sdp.presets import model_path
 
 PRETRAINING = "pretraining"
+# What a recipe falls into on the command line, ``--sdp.coverage 1/4``: the keys that lead to it in the file.
+SECTIONS = {"pretraining": (PRETRAINING,), "sdp": (BLOCK,), "deepspeed": ()}
+FOLDER = Path(__file__).parents[1] / "recipes"
 # Steps, sequences.
 _MOST = 1 << 60
 _MOST_BATCH = 1 << 31
@@ -66,6 +69,24 @@ class Pretraining(BaseModel):
     )
 
 
+def recipe_names() -> list[str]:
+    """Of the recipes that come with the package, smallest first."""
+    return sorted((path.stem for path in FOLDER.glob("*.json")), key=lambda name: (name[-1] == "b", len(name), name))
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """A file of that name, or else the recipe that comes with the package.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    own = FOLDER / f"{recipe}.json"
+    path = own if own.is_file() and not Path(recipe).exists() else Path(recipe)
+    if not path.exists():
+        raise ConfigError(f"recipe: {recipe} is no file and no recipe; recipes are {', '.join(recipe_names())}")
+    return path
+
+
 class Recipe:
     """A recipe that has been read.
 
@@ -94,8 +115,7 @@ class Recipe:
 
     def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What all ranks must have alike; ``options``: of their command lines."""
-        own = {key: value for key, value in options.items() if key != "local_rank"}
-        return {PRETRAINING: self.about.model_dump(), "recipe": self.ds_config, "option": own}
+        return {PRETRAINING: self.about.model_dump(), "recipe": self.ds_config, "option": options}
 
     def micro_batches(self, world_size: int) -> int:
         """Gradient accumulation steps that ``train_batch_size`` takes on ``world_size`` ranks.
@@ -107,7 +127,7 @@ class Recipe:
         if batch % (micro * world_size):
             raise ConfigError(
                 f"train_batch_size: got {batch} with {world_size} ranks and train_micro_batch_size_per_gpu {micro}; "
-                f"takes a multiple of {micro * world_size} (--set train_micro_batch_size_per_gpu=... changes it)"
+                f"takes a multiple of {micro * world_size} (--deepspeed.train_micro_batch_size_per_gpu changes it)"
             )
         return int(batch // (micro * world_size))
 
@@ -120,18 +140,21 @@ class Recipe:
         return config
 
 
-def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """A recipe from its file, with ``changes`` such as ``"pretraining.tokens=1e8"`` (``KEY.KEY=JSON``).
+def read_recipe(recipe: str | Path, settings: Sequence[tuple[str, str]] = ()) -> Recipe:
+    """A recipe by its name or from its file, with ``settings`` such as ``("pretraining.tokens", "1e8")``.
 
     Raises:
         ConfigError: names the file and key that is missing, unknown or impossible.
     """
-    data = read_json(path, "--recipe")
-    for change in changes:
-        _set(data, change)
+    path = recipe_path(recipe)
+    data = read_json(path, "recipe")
+    for name, text in settings:
+        _set(data, name, text)
     block = data.pop(PRETRAINING, None)
     if not isinstance(block, Mapping):
-        raise ConfigError(f'--recipe: {path} has no block "{PRETRAINING}"; takes a recipe such as those in ds_configs/')
+        raise ConfigError(
+            f'recipe: {path} has no block "{PRETRAINING}"; takes a recipe such as those of "deepspeed-sdp recipes"'
+        )
     try:
         about = Pretraining(**{**block, "tokens": _as_float(block.get("tokens"))} if "tokens" in block else block)
     except ValidationError as error:
@@ -145,8 +168,8 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
             )
     sdp_block = data.get(BLOCK)
     if sdp_block is None:
-        raise ConfigError(f'--recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
-    return Recipe(Path(path), about, data, SDPConfig.parse(sdp_block).at_length(about.seq_length))
+        raise ConfigError(f'recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
+    return Recipe(path, about, data, SDPConfig.parse(sdp_block).at_length(about.seq_length))
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
@@ -183,15 +206,18 @@ def _inner_names() -> list[str]:
     ]
 
 
-def _set(data: dict[str, Any], change: str) -> None:
-    name, equals, text = change.partition("=")
-    keys = [key.strip() for key in name.split(".")]
-    if not equals or not all(keys):
-        raise ConfigError(f"--set: got {change!r}; takes KEY=VALUE, or BLOCK.KEY=VALUE for a key in a block")
+def _set(data: dict[str, Any], name: str, text: str) -> None:
+    section, *keys = name.split(".")
+    if section not in SECTIONS or not all(keys):
+        near = difflib.get_close_matches(section, SECTIONS, n=1) or ["deepspeed"] * (section in _DEEPSPEED_KEYS)
+        rest = ".".join(keys if near != ["deepspeed"] else [section, *keys])
+        hint = f"; did you mean --{near[0]}.{rest}?" if near else ""
+        raise ConfigError(f"--{name}: got {text!r}; takes a section {', '.join(SECTIONS)} and a key of it{hint}")
+    keys = [*SECTIONS[section], *keys]
     for i, key in enumerate(keys[:-1]):
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set: got {change!r}; {'.'.join(keys[: i + 1])} is no block")
+            raise ConfigError(f"--{name}: got {text!r}; {'.'.join(keys[: i + 1])} is no block")
     try:
         data[keys[-1]] = parse_json(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Real jobs of launch/pretrain.py: a recipe made small, on parquet files with FineWeb's columns."""
+"""Real jobs of ``deepspeed-sdp pretrain``: a recipe made small, on parquet files with FineWeb's columns."""
 
 import json
 
@@ -8,10 +8,8 @@ import pyarrow.parquet
 from deepspeed_sdp.cli import main
 from tests.data.conftest import make_documents
 from tests.launch.jobs import MODEL, run_job
-from tests.support.ranks import ROOT
 
-PRETRAIN = ROOT / "launch" / "pretrain.py"
-RECIPE = ROOT / "ds_configs" / "fineweb" / "15m" / "forward-neuron-1_2.json"
+PRETRAIN = ("--module", "deepspeed_sdp.cli")
 SMALL = {
     "pretraining.seq_length": 32,
     "pretraining.tokens": 4000,
@@ -19,11 +17,11 @@ SMALL = {
     "pretraining.eval_interval": 4,
     "pretraining.eval_sequences": 8,
     "pretraining.checkpoint_interval": 0,
-    "train_batch_size": 16,
-    "train_micro_batch_size_per_gpu": 2,
-    "subnetwork_data_parallel.num_subnetworks": 2,
+    "deepspeed.train_batch_size": 16,
+    "deepspeed.train_micro_batch_size_per_gpu": 2,
+    "sdp.num_subnetworks": 2,
     # DeepSpeed's own is compiled on first use, for a CPU too.
-    "optimizer.params.torch_adam": True,
+    "deepspeed.optimizer.params.torch_adam": True,
 }
 
 
@@ -65,13 +63,11 @@ class RecipePlace:
             arguments = ["--source", source, "--train_tokenizer", "320", "--heldout_fraction", "0.1", "--quiet"]
             assert main(["data", str(self.shards), *arguments]) == 0
 
-    def arguments(self, *switches, recipe=RECIPE, script=PRETRAIN, **changes):
+    def arguments(self, *switches, recipe="15m", script=PRETRAIN, **changes):
         values = {**SMALL, "pretraining.model": str(self.folder / "model.json"), **changes}
-        if recipe.name == "dense.json":
-            del values["subnetwork_data_parallel.num_subnetworks"]
-        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        settings = [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
         text = self.text or ["--data", str(self.shards)]
-        return [str(script), "--recipe", str(recipe), "--output_dir", str(self.output), *text, *sets, *switches]
+        return [*script, "pretrain", recipe, "--output_dir", str(self.output), *text, *settings, *switches]
 
     def launch(self, *switches, ranks=2, **changes):
         return run_job(self.arguments(*switches, **changes), self.folder, ranks)
@@ -80,10 +76,10 @@ class RecipePlace:
         return [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
 
     def script(self, body):
-        """A script that does something to ``loop`` before launch/pretrain.py runs."""
+        """A script that does something to ``loop`` before it runs as ``deepspeed-sdp`` does."""
         file = self.folder / "script.py"
         file.write_text(
-            f"import os, sys\nsys.path.insert(0, {str(PRETRAIN.parent)!r})\nimport pretrain\n"
-            f"from deepspeed_sdp.pretraining import loop\n{body}\npretrain.main(sys.argv[1:])\n"
+            "import os, sys\nfrom deepspeed_sdp.cli import main\n"
+            f"from deepspeed_sdp.pretraining import loop\n{body}\nsys.exit(main())\n"
         )
-        return file
+        return [str(file)]

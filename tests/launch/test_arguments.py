@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from deepspeed_sdp.data import FaultPolicy, SourceSpec
 from deepspeed_sdp.errors import ConfigError
 from tests.launch.jobs import TRAIN
 from tests.support.ranks import ROOT, rank_environment
@@ -127,7 +126,6 @@ def test_a_wrong_option_gives_one_message_of_one_rank(argv):
     ids=str,
 )
 def test_impossible_numbers(arguments, changes, message):
-    from deepspeed_sdp.errors import ConfigError
 
     required = ["--deepspeed_config", "a", "--model_config", "b", "--output_dir", "c", "--steps", "5"]
     args = arguments.parse_arguments(required, None)
@@ -137,27 +135,3 @@ def test_impossible_numbers(arguments, changes, message):
     with pytest.raises(ConfigError) as raised:
         arguments.check_arguments(args)
     assert str(raised.value).startswith(message)
-
-
-STREAM = ["--recipe", "r.json", "--output_dir", "out", "--stream", "a.parquet", "--tokenizer", "t"]
-
-
-def test_options_of_a_stream_reach_its_source_and_are_refused_without_one(arguments):
-    args = arguments.parse_pretrain_arguments(STREAM, None)
-    arguments.check_pretrain_arguments(args)
-    assert arguments.stream_source(args) == SourceSpec(("a.parquet",))
-    assert arguments.heldout_fraction(args) == 0.005
-    given = ["--on_broken_row", "stop", "--on_broken_file", "skip", "--retries", "0", "--text_column", "content"]
-    args = arguments.parse_pretrain_arguments([*STREAM, *given, "--stream_heldout_fraction", "0.1"], None)
-    arguments.check_pretrain_arguments(args)
-    policy = FaultPolicy("stop", "skip", 0)
-    assert arguments.stream_source(args) == SourceSpec(("a.parquet",), text_column="content", faults=policy)
-    assert arguments.heldout_fraction(args) == 0.1
-    shards = ["--recipe", "r.json", "--output_dir", "out", "--data", "shards"]
-    for name, value in (*zip(given[::2], given[1::2], strict=True), ("--stream_heldout_fraction", "0.1")):
-        args = arguments.parse_pretrain_arguments([*shards, name, value], None)
-        with pytest.raises(ConfigError, match=f"{name}: got {value} with --data; takes it with --stream alone"):
-            arguments.check_pretrain_arguments(args)
-    args = arguments.parse_pretrain_arguments([*STREAM, "--retries", "-1"], None)
-    with pytest.raises(ConfigError, match="--retries: got -1"):
-        arguments.check_pretrain_arguments(args)

@@ -14,7 +14,7 @@ from deepspeed_sdp.data import open_shards, separate_documents
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.report import plan_summary
 from tests.launch.jobs import assert_ended_badly
-from tests.launch.recipe_jobs import RECIPE, RecipePlace
+from tests.launch.recipe_jobs import RecipePlace
 
 STOP_AT_5 = """
 import signal, time
@@ -172,12 +172,15 @@ def test_the_last_step_has_a_checkpoint_which_is_the_final_model(run, place, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["forward-neuron-1_2", "backward-layer-1_2", "dense"])
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"sdp.masking": "backward", "sdp.granularity": "layer"}, {"sdp.enabled": False}],
+    ids=["forward-neuron", "backward-layer", "dense"],
+)
 @pytest.mark.parametrize("signal", ["SIGUSR1", "SIGKILL"])
-def test_killed_and_resumed_it_ends_with_the_same_weights(place, tmp_path, recipe, signal):
-    recipe = RECIPE.with_name(f"{recipe}.json")
+def test_killed_and_resumed_it_ends_with_the_same_weights(place, tmp_path, method, signal):
     options = {
-        "recipe": recipe,
+        **method,
         "pretraining.checkpoint_interval": 3,
         "pretraining.document_reset": "attention",
         "pretraining.activation_checkpointing": True,
@@ -230,8 +233,8 @@ def test_the_dense_baseline_starts_from_the_same_weights(place, tmp_path):
     """Subnetworks that own everything, and plain DeepSpeed, are the same run."""
     dense = RecipePlace(tmp_path / "dense", place.shards)
     full = RecipePlace(tmp_path / "full", place.shards)
-    assert dense.launch(recipe=RECIPE.with_name("dense.json")).code == 0
-    assert full.launch(**{"subnetwork_data_parallel.coverage": 1.0}).code == 0
+    assert dense.launch(**{"sdp.enabled": False}).code == 0
+    assert full.launch(**{"sdp.coverage": 1.0}).code == 0
     one, two = weights(dense), weights(full)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
     losses = [[line["loss"] for line in place.lines() if "loss" in line] for place in (dense, full)]
@@ -243,11 +246,11 @@ def test_the_dense_baseline_starts_from_the_same_weights(place, tmp_path):
     ("switches", "changes", "message"),
     [
         ([], {"pretraining.sequence": 3}, "error: pretraining.sequence: unknown key, got 3"),
-        ([], {"train_batch_size": 15}, "error: train_batch_size: got 15 with 2 ranks"),
+        ([], {"deepspeed.train_batch_size": 15}, "error: train_batch_size: got 15 with 2 ranks"),
         (["--data", "nowhere"], {}, "error: nowhere"),
         (["--steps", "0"], {}, "error: --steps: got 0; takes a number from 1 on"),
-        ([], {"subnetwork_data_parallel.coverage": 0.3}, "coverage: got 0.3 with 2 subnetworks"),
-        (["--set", "zero_optimization.stage=7"], {}, "zero_optimization"),
+        ([], {"sdp.coverage": 0.3}, "coverage: got 0.3 with 2 subnetworks"),
+        ([], {"deepspeed.zero_optimization.stage": 7}, "zero_optimization"),
     ],
 )
 def test_a_wrong_recipe_ends_the_job_with_one_message(place, tmp_path, switches, changes, message):

@@ -38,7 +38,7 @@ while [ -n "$(jobs -pr)" ]; do
 done
 exit "$code"
 """
-# In place of launch/pretrain.py: ranks that train until they are told to stop.
+# In place of Python with the package: ranks that train until they are told to stop.
 PYTHON = """#!{python}
 import os, signal, sys, time
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_it_saves_is_requeued_and_ends(tmp_path, whom, number):
     (tmp_path / "bin").mkdir()
     cluster = Cluster(tmp_path / "bin")
     # Long enough that it is still under way when it is told.
-    arguments = place.arguments(**{"pretraining.tokens": 100_000})[1:]
+    arguments = place.arguments(script=(), **{"pretraining.tokens": 100_000})[1:]
     process = cluster.submit(arguments)
     wait_for(place.output / "metrics.jsonl", process, 200)
     cluster.signal(process, whom, number)
@@ -169,7 +169,7 @@ def test_a_failed_job_keeps_its_code_and_is_not_requeued(tmp_path):
     place = RecipePlace(tmp_path / "run")
     (tmp_path / "bin").mkdir()
     cluster = Cluster(tmp_path / "bin")
-    code, output = cluster.end(cluster.submit(place.arguments(train_batch_size=15)[1:]))
+    code, output = cluster.end(cluster.submit(place.arguments(script=(), **{"deepspeed.train_batch_size": 15})[1:]))
     assert code == 1, output
     assert output.count("error: train_batch_size: got 15") == 1
     assert cluster.calls == []

@@ -5,7 +5,6 @@ import pytest
 from deepspeed_sdp.data import train_tokenizer
 from tests.data.conftest import make_documents
 from tests.data.fineweb import write_parquet
-from tests.launch.recipe_jobs import RECIPE
 
 CASE = "tests.pretraining.stream_cases:open_and_read"
 
@@ -17,7 +16,7 @@ def call(tmp_path):
     train_tokenizer(texts[:50], 320, tmp_path / "tokenizer")
     (tmp_path / "run").mkdir()
     names = {"source": "a.parquet", "tokenizer": "tokenizer", "output": "run"}
-    return {"recipe": str(RECIPE), **{key: str(tmp_path / name) for key, name in names.items()}}
+    return {"recipe": "15m", **{key: str(tmp_path / name) for key, name in names.items()}}
 
 
 def test_rank_0_reads_the_heldout_text_once_for_all_and_says_what_it_skipped(ranks4, call):

@@ -1,44 +1,32 @@
-"""Pretrain from a recipe, one file that says all of a run: model, text, length, SDP or dense, DeepSpeed's settings.
-
-    deepspeed --num_accelerators 8 launch/pretrain.py \\
-        --recipe ds_configs/fineweb/134m/forward-neuron-1_2.json --data data/fineweb-1B --output_dir runs/134m
-"""
+"""A job from a recipe: what every rank does from the recipe to the report, or says that it would do."""
 
 import argparse
 import dataclasses
 import os
-import sys
 import tempfile
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arguments import (
-    check_pretrain_arguments,
-    dry_world_size,
-    heldout_fraction,
-    parse_pretrain_arguments,
-    stream_source,
-)
-
-from deepspeed_sdp.failures import one_report
 from deepspeed_sdp.stopping import StopRequest
 
 if TYPE_CHECKING:
+    from deepspeed_sdp.data.source import SourceSpec
     from deepspeed_sdp.pretraining.recipe import Recipe
 
 
-def main(argv: list[str]) -> None:
-    args = parse_pretrain_arguments(argv, __doc__)
-    with closing(StopRequest()) as stop, one_report():
-        check_pretrain_arguments(args)
-        if not args.dry_run:
-            pretrain(args, stop)
-        elif int(os.environ.get("RANK", "0")) == 0:
-            dry_run(args)
+# What the command line's parser keeps besides options, and what may differ.
+_OF_A_RANK = ("run", "takes_settings", "command", "local_rank", "gpus")
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
+    """Collective. Train to the end, or until ``stop`` is asked for.
+
+    Args:
+        args: of ``deepspeed-sdp pretrain``.
+
+    Raises:
+        SDPError: on all ranks alike.
+    """
     from deepspeed_sdp.pretraining.console import quiet, say
 
     quiet(args.verbose)
@@ -64,7 +52,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     start_communication()
     world_size, output = dist.get_world_size(), Path(args.output_dir)
     # All ranks fail alike, or find the same: a node may see another recipe, or no data.
-    recipe = agreed(lambda: read_recipe(args.recipe, args.set), lambda found: found.describe(vars(args)))
+    options = {key: value for key, value in vars(args).items() if key not in _OF_A_RANK}
+    recipe = agreed(lambda: read_recipe(args.recipe, args.settings), lambda found: found.describe(options))
     recipe.micro_batches(world_size)
     add_monitors(recipe.ds_config, output, args.tensorboard, args.wandb)
     agreed(lambda: check_monitors(recipe.ds_config))
@@ -74,8 +63,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> None:
     if args.data:
         text: Text = agreed(lambda: open_text(Path(args.data), recipe), lambda found: found.state_dict())
     else:
-        fraction = heldout_fraction(args)
-        text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction, args.num_lanes)
+        fraction = args.stream_heldout_fraction
+        text = StreamedText(stream_source(args), args.tokenizer, recipe, output, fraction or 0.005, args.num_lanes)
     plan = from_first_rank(lambda: make_plan_of(recipe, world_size, text.tokenizer_folder, dist.get_backend()))
     job = agreed(lambda: make_job(recipe, world_size, text.tokenizer_folder, args.steps, plan))
     about = describe(job)
@@ -109,8 +98,8 @@ def dry_run(args: argparse.Namespace) -> None:
     from deepspeed_sdp.pretraining.job import check, describe, make_job
     from deepspeed_sdp.pretraining.recipe import read_recipe
 
-    recipe = read_recipe(args.recipe, args.set)
-    world_size = dry_world_size(args, recipe.sdp.num_subnetworks)
+    recipe = read_recipe(args.recipe, args.settings)
+    world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "0")) or recipe.sdp.num_subnetworks or 1
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(recipe, world_size, tokenizer_folder(args, recipe, Path(folder)), args.steps)
     if recipe.sdp.enabled:
@@ -131,5 +120,14 @@ def tokenizer_folder(args: argparse.Namespace, recipe: "Recipe", folder: Path) -
     return None
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def stream_source(args: argparse.Namespace) -> "SourceSpec":
+    """What ``--stream`` and the options beside it say."""
+    from deepspeed_sdp.data.faults import FaultPolicy
+    from deepspeed_sdp.data.source import SourceSpec
+
+    names = ("on_broken_row", "on_broken_file", "retries")
+    policy = FaultPolicy(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    column = {} if args.text_column is None else {"text_column": args.text_column}
+    return SourceSpec(
+        tuple(args.stream), args.stream_config, args.stream_revision, faults=policy, option="--stream", **column
+    )

@@ -1,0 +1,192 @@
+"""``deepspeed-sdp pretrain``: its options, its dry run, and the ranks that it starts itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from deepspeed_sdp.cli import main, make_parser
+from deepspeed_sdp.cli.pretrain import check
+from deepspeed_sdp.data import FaultPolicy, SourceSpec
+from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.options import split_settings
+from deepspeed_sdp.pretraining.run import stream_source
+from tests.launch.jobs import RANK_VARIABLES, kill, marked
+from tests.launch.recipe_jobs import RecipePlace
+from tests.support.ranks import ROOT, rank_environment
+
+STREAM = ["--output_dir", "out", "--stream", "a.parquet", "--tokenizer", "t"]
+
+
+def parsed(*arguments):
+    args = make_parser().parse_args(["pretrain", "15m", *arguments])
+    check(args)
+    return args
+
+
+def test_options_of_a_stream_reach_its_source_and_are_refused_without_one():
+    assert stream_source(parsed(*STREAM)) == SourceSpec(("a.parquet",))
+    given = ["--on_broken_row", "stop", "--on_broken_file", "skip", "--retries", "0", "--text_column", "content"]
+    args = parsed(*STREAM, *given, "--stream_heldout_fraction", "0.1")
+    policy = FaultPolicy("stop", "skip", 0)
+    assert stream_source(args) == SourceSpec(("a.parquet",), text_column="content", faults=policy)
+    shards = ["--output_dir", "out", "--data", "shards"]
+    for name, value in (*zip(given[::2], given[1::2], strict=True), ("--stream_heldout_fraction", "0.1")):
+        with pytest.raises(ConfigError, match=f"{name}: got {value} with --data; takes it with --stream alone"):
+            parsed(*shards, name, value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*STREAM, "--retries", "-1"), "--retries: got -1"),
+        ((*STREAM[:4],), "--tokenizer: got none with --stream"),
+        (("--output_dir", "out"), "--data or --stream: got none"),
+        (("--data", "shards"), "--output_dir: got none"),
+        ((*STREAM, "--gpus", "0"), "--gpus: got 0; takes a number from 1 on"),
+        ((*STREAM, "--world_size", "8"), "--world_size: got 8; takes .* with --dry_run; a job has the ranks"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(*arguments)
+
+
+def test_settings_stand_anywhere_and_are_spelt_like_options():
+    typed = [
+        "pretrain",
+        "--sdp.num-subnetworks",
+        "4",
+        "15m",
+        "--pretraining.tokens=1e-3",
+        "--data",
+        "a.b",
+        "--",
+        "--c.d",
+    ]
+    left, settings = split_settings(typed)
+    assert left == ["pretrain", "15m", "--data", "a.b", "--", "--c.d"]
+    assert settings == [("sdp.num_subnetworks", "4"), ("pretraining.tokens", "1e-3")]
+    for cut in (["--a.b"], ["--a.b", "--c"]):
+        with pytest.raises(ValueError, match=r"--a\.b: got nothing; takes a value"):
+            split_settings(cut)
+    assert split_settings(["--a.b", "-1"])[1] == [("a.b", "-1")]
+
+
+def test_a_setting_of_another_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", "llama-15m", "--sdp.coverage", "1/2"])
+    assert "unrecognized arguments: --sdp.coverage" in capsys.readouterr().err
+
+
+@pytest.fixture
+def dry_run(monkeypatch, capfd):
+    """What ``deepspeed-sdp pretrain 15m --dry_run ARGUMENTS`` prints, in this process."""
+    for variable in RANK_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+    def run(*arguments):
+        try:
+            code = main(["pretrain", "15m", *arguments, "--dry_run", "--verbose"])
+        except SystemExit as error:
+            code = error.code
+        return code, capfd.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(("arguments", "ranks"), [((), 4), (("--world_size", "8"), 8), (("--world_size=16",), 16)])
+def test_a_recipe_on_any_number_of_ranks(dry_run, arguments, ranks):
+    code, said = dry_run(*arguments)
+    assert code == 0
+    assert f"ranks        {ranks}, global batch 64" in said.out
+    assert "SDP, forward masking by neuron, 4 subnetworks" in said.out
+
+
+def test_a_method_by_options(dry_run):
+    _, said = dry_run("--sdp.masking", "backward", "--sdp.granularity", "layer", "--sdp.coverage", "3/4")
+    assert "SDP, backward masking by layer, 4 subnetworks, coverage 0.75" in said.out
+    assert "dense" in dry_run("--sdp.enabled", "false")[1].out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--world_size", "6"), "train_batch_size: got 64 with 6 ranks"),
+        (("--world_size", "2"), "num_subnetworks: got 4 with a world size of 2"),
+        (("--world_size", "0"), "--world_size: got 0; takes a number from 1 on, with --dry_run"),
+        (("--deepspeed.zero_optimization.stage", "7"), "zero_optimization.stage: got 7"),
+        (("--sdp.checkpoint.copies", "3"), "checkpoint.copies: got 3 with 2 owners per unit"),
+        (("--data", "no/where"), "no/where"),
+        (("--retries", "3"), "--retries: got 3 without --stream"),
+    ],
+)
+def test_it_finds_what_a_job_would(arguments, message):
+    from deepspeed_sdp.errors import SDPError
+    from deepspeed_sdp.pretraining.run import dry_run
+
+    left, settings = split_settings(["pretrain", "15m", "--dry_run", "--verbose", *arguments])
+    args = make_parser().parse_args(left)
+    args.settings = settings
+
+    def done():
+        check(args)
+        dry_run(args)
+
+    with pytest.raises(SDPError) as raised:
+        done()
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, 1), (1, 0)])
+def test_of_several_ranks_the_first_tells(rank, said):
+    environment = rank_environment(RANK=rank, WORLD_SIZE=8)
+    command = [sys.executable, "-m", "deepspeed_sdp.cli", "--local_rank=0", "pretrain", "15m", "--dry_run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.count("ranks        8, global batch")) == (0, said), done.stderr
+
+
+def run(place, *arguments, seconds=240):
+    """The command as a user types it, in an empty folder and without a launcher."""
+    mark = f"TEST_JOB=pretrain-{os.getpid()}"
+    environment = rank_environment(**dict([mark.split("=")]))
+    for variable in RANK_VARIABLES:
+        environment.pop(variable, None)
+    empty = place.folder / "empty"
+    empty.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "deepspeed_sdp.cli", *arguments]
+    try:
+        return subprocess.run(command, env=environment, cwd=empty, capture_output=True, text=True, timeout=seconds)
+    finally:
+        kill(marked(mark))
+
+
+def test_it_starts_its_ranks_itself_and_ends_with_their_error(tmp_path):
+    place = RecipePlace(tmp_path)
+    job = run(place, *place.arguments("--steps", "2", script=()))
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "ranks        2, global batch 16" in job.stdout
+    assert (place.output / "hf" / "model.safetensors").is_file()
+    bad = run(place, *place.arguments("--gpus", "2", script=(), **{"sdp.coverage": 0.3}))
+    assert bad.returncode != 0
+    assert (bad.stdout + bad.stderr).count("coverage: got 0.3 with 2 subnetworks") == 1
+    # Before any rank is started.
+    early = run(place, *place.arguments("--gpus", "3", script=()), seconds=60)
+    assert (early.returncode, early.stderr.count("error: train_batch_size: got 16 with 3 ranks")) == (1, 1)
+
+
+def test_recipes_travel_in_the_wheel(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    import zipfile
+
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name for name in names if "/recipes/" in name} == {
+        f"deepspeed_sdp/recipes/{size}.json" for size in ("15m", "134m", "500m", "1b")
+    }
