@@ -204,10 +204,12 @@ def prepare_for_training(trainer: Trainer, original: Original, *args: Any, **kwa
 def drop_autos(accelerator: Accelerator) -> None:
     """``"auto"`` in the SDP block leaves a value to its default; accelerate knows no such keys."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    block = plugin.deepspeed_config.get(BLOCK) if plugin is not None else None
-    if isinstance(block, dict):
-        for key in [key for key, value in block.items() if value == "auto"]:
-            del block[key]
+    blocks = [plugin.deepspeed_config.get(BLOCK)] if plugin is not None else []
+    for block in blocks:
+        if isinstance(block, dict):
+            blocks += block.values()
+            for key in [key for key, value in block.items() if value == "auto"]:
+                del block[key]
 
 
 METHODS: dict[str, Callable[..., Any]] = {

@@ -169,7 +169,10 @@ def read_recipe(recipe: str | Path, settings: Sequence[tuple[str, str]] = ()) ->
     sdp_block = data.get(BLOCK)
     if sdp_block is None:
         raise ConfigError(f'recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
-    return Recipe(path, about, data, SDPConfig.parse(sdp_block).at_length(about.seq_length))
+    sdp = SDPConfig.parse(sdp_block).at_length(about.seq_length)
+    # The engine reads it from here.
+    data[BLOCK] = {**sdp_block, "plan": sdp.plan.model_dump(mode="json", exclude_unset=True)}
+    return Recipe(path, about, data, sdp)
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:

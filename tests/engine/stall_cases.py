@@ -33,7 +33,7 @@ def main(rank, store, where, limit):
         if where == "agreement" and rank == STALLED:
             stall()
         engine, *_ = deepspeed_sdp.initialize(
-            model=build_model(), config=ds_config(1, bucket=1), sdp_config={"coverage": 0.5}
+            model=build_model(), config=ds_config(1, bucket=1), sdp_config={"coverage": "2/3"}
         )
         run_steps(engine, 1)
         if where == "backward" and rank == STALLED:

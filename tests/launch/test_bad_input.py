@@ -19,12 +19,12 @@ def test_unknown_key(workplace):
 
 
 def test_ranks_with_different_configs(workplace):
-    workplace.write("sdp_1.json", json.dumps({**SDP, "seed": 7}))
+    workplace.write("sdp_1.json", json.dumps({**SDP, "plan": {"seed": 7}}))
     script = workplace.script(
         "if os.environ['RANK'] == '1': sys.argv = [a.replace('sdp.json', 'sdp_1.json') for a in sys.argv]"
     )
     assert_ended_badly(
-        workplace.launch(script=script), f"error: ranks disagree on {BLOCK}.seed: rank 0 has 0, rank 1 has 7"
+        workplace.launch(script=script), f"error: ranks disagree on {BLOCK}.plan.seed: rank 0 has 0, rank 1 has 7"
     )
 
 

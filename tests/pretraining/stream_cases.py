@@ -19,14 +19,17 @@ def open_and_read(recipe, source, tokenizer, output, policy=None, seq_length=32,
         readings.append(count)
         return heldout(self, count, progress)
 
-    changes = [
-        f"pretraining.seq_length={seq_length}", f"pretraining.eval_sequences={sequences}", "train_batch_size=4",
-        "train_micro_batch_size_per_gpu=1",
-    ]  # fmt: skip
+    changes = {
+        "pretraining.seq_length": seq_length,
+        "pretraining.eval_sequences": sequences,
+        "deepspeed.train_batch_size": 4,
+        "deepspeed.train_micro_batch_size_per_gpu": 1,
+    }
+    settings = [(key, str(value)) for key, value in changes.items()]
     StreamedSequences.heldout = counted
     try:
         spec = SourceSpec((source,), faults=FaultPolicy(**policy or {}))
-        text = StreamedText(spec, tokenizer, read_recipe(recipe, changes), Path(output), 0.1)
+        text = StreamedText(spec, tokenizer, read_recipe(recipe, settings), Path(output), 0.1)
         batches = text.batches(dist.get_rank(), dist.get_world_size(), 1, 0)
         next(batches)
         ids = [row["input_ids"].tolist() for row in text.heldout]
