@@ -1,11 +1,13 @@
-"""How options are spelt, on every command line of this package: ``--seq_length``, and ``--seq-length`` is the same."""
+"""What command lines share: how options are spelt (``--seq-length`` is ``--seq_length``), and those of every job."""
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
+
+from deepspeed_sdp.errors import ConfigError
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -21,6 +23,11 @@ class OptionParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As ``argparse`` does, whose ``parse_args`` and subcommands come here too."""
         return super().parse_known_args(spelt(sys.argv[1:] if args is None else args), namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        """As ``argparse`` does, on rank 0."""
+        if not int(os.environ.get("RANK", "0")):
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """As ``argparse`` does, on rank 0."""
@@ -63,3 +70,37 @@ def split_settings(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
             raise ValueError(f"--{name}: got nothing; takes a value")
         settings.append((name.replace("-", "_"), found))
     return [*left, *args[end:]], settings
+
+
+def add_dry_run(group: argparse._ActionsContainer) -> None:
+    """``--dry_run`` and ``--world_size``."""
+    group.add_argument(
+        "--dry_run", action="store_true", help="say what would be done, and end; one process does, without a launcher"
+    )
+    group.add_argument(
+        "--world_size",
+        type=int,
+        metavar="N",
+        help="of --dry_run: on so many ranks (default: those launched, or the SDP block's num_subnetworks)",
+    )
+
+
+def dry_world_size(args: argparse.Namespace, num_subnetworks: int | None) -> int:
+    """Ranks of a job that is only described."""
+    return args.world_size or int(os.environ.get("WORLD_SIZE", "0")) or num_subnetworks or 1
+
+
+def check_values(args: argparse.Namespace, takes: Mapping[str, tuple[bool, str]]) -> None:
+    """Whether options have values that can be, those of :func:`add_dry_run` among them.
+
+    Args:
+        takes: by option, whether its value is one, and what it takes.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    is_world_size = args.world_size is None or (args.dry_run and args.world_size >= 1)
+    of_dry_run = (is_world_size, "a number from 1 on, with --dry_run; a job has the ranks that were launched")
+    for name, (is_fine, what) in {**takes, "world_size": of_dry_run}.items():
+        if not is_fine:
+            raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")

@@ -2,11 +2,8 @@
 
 import argparse
 import math
-import os
-import sys
 
-from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.options import OptionParser, spelt
+from deepspeed_sdp.options import OptionParser, add_dry_run, check_values, spelt
 
 
 def parse_arguments(argv: list[str], description: str | None) -> argparse.Namespace:
@@ -96,33 +93,14 @@ def parse_arguments(argv: list[str], description: str | None) -> argparse.Namesp
         "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
     )
     other = parser.add_argument_group("other")
-    _add_dry_run(other)
+    add_dry_run(other)
     other.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
     other.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    if int(os.environ.get("RANK", "0")) and set(argv) & {"-h", "--help"}:
-        sys.exit(0)
     return parser.parse_args(argv)
 
 
 def _is_dry_run(argv: list[str]) -> bool:
     return "--dry_run" in spelt(argv)
-
-
-def _add_dry_run(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--dry_run", action="store_true", help="say what would be done, and end; one process does, without a launcher"
-    )
-    group.add_argument(
-        "--world_size",
-        type=int,
-        metavar="N",
-        help="of --dry_run: on so many ranks (default: those launched, or the SDP block's num_subnetworks)",
-    )
-
-
-def dry_world_size(args: argparse.Namespace, num_subnetworks: int | None) -> int:
-    """Ranks of a job that is only described."""
-    return args.world_size or int(os.environ.get("WORLD_SIZE", "0")) or num_subnetworks or 1
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -136,17 +114,5 @@ def check_arguments(args: argparse.Namespace) -> None:
         "eval_sequences": (args.eval_sequences >= 0, "a number from 0 on"),
         "heldout_fraction": (0 < args.heldout_fraction < 1, "a number between 0 and 1"),
         "max_text_mb": (0 < args.max_text_mb < math.inf, "a positive number"),
-        **_dry_run_takes(args),
     }
-    _check(args, takes)
-
-
-def _dry_run_takes(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
-    is_fine = args.world_size is None or (args.dry_run and args.world_size >= 1)
-    return {"world_size": (is_fine, "a number from 1 on, with --dry_run; a job has the ranks that were launched")}
-
-
-def _check(args: argparse.Namespace, takes: dict[str, tuple[bool, str]]) -> None:
-    for name, (fine, what) in takes.items():
-        if not fine:
-            raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")
+    check_values(args, takes)

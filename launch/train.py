@@ -13,10 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arguments import check_arguments, dry_world_size, parse_arguments
+from arguments import check_arguments, parse_arguments
 
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import one_report
+from deepspeed_sdp.options import dry_world_size
 from deepspeed_sdp.stopping import StopRequest
 
 if TYPE_CHECKING:

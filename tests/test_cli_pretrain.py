@@ -11,6 +11,7 @@ from deepspeed_sdp.cli.pretrain import check
 from deepspeed_sdp.data import FaultPolicy, SourceSpec
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.options import split_settings
+from deepspeed_sdp.pretraining.recipe import read_recipe
 from deepspeed_sdp.pretraining.run import stream_source
 from tests.launch.jobs import RANK_VARIABLES, kill, marked
 from tests.launch.recipe_jobs import RecipePlace
@@ -72,6 +73,20 @@ def test_settings_stand_anywhere_and_are_spelt_like_options():
         with pytest.raises(ValueError, match=r"--a\.b: got nothing; takes a value"):
             split_settings(cut)
     assert split_settings(["--a.b", "-1"])[1] == [("a.b", "-1")]
+
+
+def test_a_folder_does_not_hide_a_recipe(monkeypatch, tmp_path):
+    (tmp_path / "15m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("15m").path.is_file()
+
+
+def test_of_many_ranks_the_first_shows_the_help(capsys, monkeypatch):
+    for rank, shown in ((0, True), (1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as ended:
+            main(["--local_rank=0", "pretrain", "--help"])
+        assert (ended.value.code, "RECIPE" in capsys.readouterr().out) == (0, shown)
 
 
 def test_a_setting_of_another_command_is_refused(capsys):
@@ -168,12 +183,17 @@ def test_it_starts_its_ranks_itself_and_ends_with_their_error(tmp_path):
     assert job.returncode == 0, job.stdout + job.stderr
     assert "ranks        2, global batch 16" in job.stdout
     assert (place.output / "hf" / "model.safetensors").is_file()
-    bad = run(place, *place.arguments("--gpus", "2", script=(), **{"sdp.coverage": 0.3}))
+    bad = run(place, *place.arguments("--data", "nowhere", script=()))
     assert bad.returncode != 0
-    assert (bad.stdout + bad.stderr).count("coverage: got 0.3 with 2 subnetworks") == 1
+    assert (bad.stdout + bad.stderr).count("error: nowhere") == 1
     # Before any rank is started.
-    early = run(place, *place.arguments("--gpus", "3", script=()), seconds=60)
-    assert (early.returncode, early.stderr.count("error: train_batch_size: got 16 with 3 ranks")) == (1, 1)
+    for switches, changes, message in (
+        (["--gpus", "3"], {}, "error: train_batch_size: got 16 with 3 ranks"),
+        ([], {"sdp.coverage": 0.3}, "coverage: got 0.3 with 2 subnetworks"),
+        ([], {"sdp.coverag": 0.5}, "coverag: unknown key"),
+    ):
+        early = run(place, *place.arguments(*switches, script=(), **changes), seconds=60)
+        assert (early.returncode, early.stderr.count(message)) == (1, 1), early.stderr
 
 
 def test_recipes_travel_in_the_wheel(tmp_path):

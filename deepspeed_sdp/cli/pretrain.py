@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from deepspeed_sdp.cli.options import written
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.failures import one_report
+from deepspeed_sdp.options import add_dry_run, check_values
 from deepspeed_sdp.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -95,15 +96,7 @@ def _add_pretrain(commands: "Commands") -> None:
         help="ranks to start on this machine (default: one for each of its GPUs; on a CPU the recipe's subnetworks)",
     )
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of those that follow from the recipe")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="say what would be done, and end; one process does, without a launcher"
-    )
-    parser.add_argument(
-        "--world_size",
-        type=int,
-        metavar="N",
-        help="of --dry_run: on so many ranks (default: those launched, or the recipe's subnetworks)",
-    )
+    add_dry_run(parser)
     parser.add_argument(
         "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
     )
@@ -149,19 +142,29 @@ def _start_ranks(args: argparse.Namespace) -> None:
 
     recipe = read_recipe(args.recipe, args.settings)
     accelerator = get_accelerator()
-    on_cpu = accelerator.device_name() == "cpu"
-    ranks = args.gpus or (recipe.sdp.num_subnetworks or 1 if on_cpu else accelerator.device_count())
+    on_cpu, devices = accelerator.device_name() == "cpu", accelerator.device_count()
+    ranks = args.gpus or (recipe.sdp.num_subnetworks or 1 if on_cpu else devices)
+    if ranks > devices and not on_cpu:
+        raise ConfigError(f"--gpus: got {ranks}; takes up to the {devices} of this machine")
+    # What can be known is said before any rank is started.
     recipe.micro_batches(ranks)
+    if recipe.sdp.enabled:
+        recipe.sdp.owners(recipe.sdp.subnetworks(ranks))
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", str(ranks), "--master_port", str(port)]
+    port = os.environ.get("MASTER_PORT") or _free_port()
+    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", str(ranks), "--master_port", port]
     sys.stdout.flush()
     # DeepSpeed looks for tools beside the interpreter.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.execvp("deepspeed", [*launcher, "--module", "deepspeed_sdp.cli", *args.command])
+
+
+def _free_port() -> str:
+    """Two jobs of one machine do not meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def check(args: argparse.Namespace) -> None:
@@ -170,10 +173,10 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: names the option.
     """
-    for option in ("data or --stream", "output_dir"):
-        names = option.split(" or --")
-        if not args.dry_run and all(getattr(args, name) is None for name in names):
-            raise ConfigError(f"--{option}: got none; takes one, or --dry_run")
+    if not args.dry_run and not (args.data or args.stream):
+        raise ConfigError("--data or --stream: got none; takes one, or --dry_run")
+    if not args.dry_run and not args.output_dir:
+        raise ConfigError("--output_dir: got none; takes one, or --dry_run")
     if args.stream and not args.tokenizer:
         raise ConfigError("--tokenizer: got none with --stream; takes a HuggingFace tokenizer, a folder or hub name")
     given = [name for name in _STREAM_OPTIONS if getattr(args, name) is not None]
@@ -187,15 +190,9 @@ def check(args: argparse.Namespace) -> None:
         "stream_heldout_fraction": (fraction is None or 0 < fraction < 1, "a number between 0 and 1"),
         "retries": (args.retries is None or args.retries >= 0, "a number from 0 on"),
         "num_lanes": (args.num_lanes is None or args.num_lanes >= 1, "a number from 1 on"),
-        "world_size": (
-            args.world_size is None or (args.dry_run and args.world_size >= 1),
-            "a number from 1 on, with --dry_run; a job has the ranks that were launched",
-        ),
         "peak_tflops": (args.peak_tflops is None or 0 < args.peak_tflops < math.inf, "a positive number"),
     }
-    for name, (is_fine, what) in takes.items():
-        if not is_fine:
-            raise ConfigError(f"--{name}: got {getattr(args, name)}; takes {what}")
+    check_values(args, takes)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -59,11 +59,7 @@ class _Block(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         if not isinstance(block, Mapping):
             return block
-        return {
-            key: value
-            for key, value in block.items()
-            if not (key in known and isinstance(value, str) and value == "auto")
-        }
+        return {key: value for key, value in block.items() if not (key in known and value == "auto")}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -198,7 +194,7 @@ class SDPConfig(_Block):
     )
     plan: PlanBlock = Field(default_factory=PlanBlock, description="who owns what")
     checkpoint: CheckpointBlock = Field(
-        default_factory=CheckpointBlock, description="how it is written, and what stays"
+        default_factory=CheckpointBlock, description="how they are written, and what stays"
     )
     backward: BackwardBlock = Field(default_factory=BackwardBlock, description="of backward masking alone")
     comm: CommBlock = Field(default_factory=CommBlock, description="what crosses the network, and its checks")

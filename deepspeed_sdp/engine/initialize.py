@@ -3,8 +3,8 @@
 import copy
 import functools
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,8 @@ def initialize(
         )
 
 
-def _building_subnetworks(job: "_Job", optimizer: Any) -> AbstractContextManager[None]:
+@contextmanager
+def _building_subnetworks(job: "_Job", optimizer: Any) -> Iterator[None]:
     """Collective. Cut the model; inside, ``deepspeed.initialize`` builds the engine of what is left."""
     if dist.get_world_size() == 1:
         say_world_of_one()
@@ -117,15 +118,22 @@ def _building_subnetworks(job: "_Job", optimizer: Any) -> AbstractContextManager
     before_cut = list(job.model.parameters())
     subnetwork = agreed(lambda: _cut(job, optimizer, client_map))
     del before_cut
+    groups = OwnerGroups(job.plan.owner_sets, job.workers, job.ranks_per_node)
     build_engine = functools.partial(
         SDPEngine,
         sdp_config=job.sdp,
         subnetwork=subnetwork,
-        groups=OwnerGroups(job.plan.owner_sets, job.workers, job.ranks_per_node),
+        groups=groups,
         client=client_map,
         agreed_weights=on_meta,
     )
-    return patched(deepspeed, "DeepSpeedEngine", build_engine)
+    try:
+        with patched(deepspeed, "DeepSpeedEngine", build_engine):
+            yield
+    except BaseException:
+        # There may be no engine yet to do so.
+        groups.destroy()
+        raise
 
 
 def check_job(

@@ -109,7 +109,7 @@ class Loop:
         settings, engine, report = self.settings, self.engine, self.report
         metrics = Metrics(settings.output, engine, report.facts, settings.peak_flops, first_step=done)
         batches = self.text.batches(
-            dist.get_rank(), dist.get_world_size(), engine.train_micro_batch_size_per_gpu(), engine.global_samples
+            engine.data_rank, dist.get_world_size(), engine.train_micro_batch_size_per_gpu(), engine.global_samples
         )
         progress = progress_bar(settings.steps, dist.get_rank(), done)
         began, clock = time.monotonic() - report.seconds, TrainingClock()

@@ -81,8 +81,8 @@ def recipe_path(recipe: str | Path) -> Path:
         ConfigError: there is neither.
     """
     own = FOLDER / f"{recipe}.json"
-    path = own if own.is_file() and not Path(recipe).exists() else Path(recipe)
-    if not path.exists():
+    path = Path(recipe) if Path(recipe).is_file() else own
+    if not path.is_file():
         raise ConfigError(f"recipe: {recipe} is no file and no recipe; recipes are {', '.join(recipe_names())}")
     return path
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepspeed_sdp.options import dry_world_size
 from deepspeed_sdp.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def dry_run(args: argparse.Namespace) -> None:
     from deepspeed_sdp.pretraining.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, args.settings)
-    world_size = args.world_size or int(os.environ.get("WORLD_SIZE", "0")) or recipe.sdp.num_subnetworks or 1
+    world_size = dry_world_size(args, recipe.sdp.num_subnetworks)
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(recipe, world_size, tokenizer_folder(args, recipe, Path(folder)), args.steps)
     if recipe.sdp.enabled:

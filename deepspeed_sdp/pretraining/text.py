@@ -26,7 +26,7 @@ class Text(Protocol):
     heldout: Any
 
     def batches(self, rank: int, world_size: int, batch_size: int, start_sample: int) -> Iterator[Batch]:
-        """Endless micro-batches ``[batch_size, T]`` of this rank, from global sample ``start_sample`` on."""
+        """Endless micro-batches ``[batch_size, T]`` of ``rank`` (``engine.data_rank``), from ``start_sample`` on."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the number of samples; collective."""

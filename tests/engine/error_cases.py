@@ -203,5 +203,7 @@ def differing(name, rank):
         engine, *_ = deepspeed_sdp.initialize(model=model, config=config, sdp_config={"coverage": 0.5}, **arguments)
     except deepspeed_sdp.SDPError as error:
         return str(error)
+    except TypeError as error:  # the client's own, on the rank that has it; the others are told
+        return f"rank {dist.get_rank()}: TypeError: {error}"
     engine.destroy()
     return None

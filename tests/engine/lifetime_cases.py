@@ -7,6 +7,7 @@ import deepspeed_sdp
 from deepspeed_sdp.errors import StateError
 from deepspeed_sdp.ranks import control_group
 from tests.engine.cases import build_model, ds_config, owned_weights, run_steps
+from tests.engine.error_cases import differing
 from tests.support.models import token_batches
 
 
@@ -33,6 +34,15 @@ def user_collectives_in_backward(stage, sdp, with_user):
     for work in works:
         work.wait()
     return {**result, "sums": [float(total) for total in sums]}
+
+
+def refused(name):
+    """Process groups after one refused ``initialize``, and after another."""
+    counts = []
+    for _ in range(2):
+        differing(name=name, rank=2)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
 
 
 def _hooks(module):

@@ -2,18 +2,11 @@
 
 import pytest
 
+from tests.engine.test_against_oracle import SHARING
 from tests.engine.test_checkpoints import assert_same_tensors, tensors_of
 from tests.support.compare import assert_like, assert_owners_equal, simulate
 
 TWO = {"num_subnetworks": 2, "coverage": 0.5}
-ROWS = [
-    (stage, transport, masking)
-    for stage in range(4)
-    for transport in ("owner_sets", "all_to_all")
-    for masking in ("forward", "backward")
-    # The rest is refused.
-    if (stage, transport) != (0, "all_to_all") and (stage, masking) != (3, "backward")
-]
 # Two workers, four replicas of each, in pairs of pairs; on two nodes, in pairs too.
 pytestmark = pytest.mark.slow
 
@@ -24,7 +17,7 @@ def run(pool, case, levels, **values):
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
-@pytest.mark.parametrize(("stage", "transport", "masking"), ROWS)
+@pytest.mark.parametrize(("stage", "transport", "masking"), SHARING)
 def test_they_train_like_the_simulation(pools, stage, transport, masking, ranks_per_node):
     sdp = {**TWO, "comm": {"transport": transport}, "masking": masking}
     values = {"sdp": sdp, "ds": {"stage": stage, "bucket": 4000, "clip": 1.0}}

@@ -85,6 +85,14 @@ def test_replicas_that_lie_apart_are_cut_too():
     assert Mesh([range(8)], [rank % 8 for rank in range(512)], 8).levels == (8, 8)
 
 
+@given(meshes())
+def test_a_worker_is_dealt_the_same_samples_whatever_its_replicas(mesh):
+    workers = len(set(mesh.workers))
+    places = [mesh.data_rank(rank) for rank in range(len(mesh.workers))]
+    assert sorted(places) == list(range(len(mesh.workers)))
+    assert [place % workers for place in places] == list(mesh.workers)
+
+
 @given(meshes(), st.data())
 def test_a_copy_goes_in_a_circle_of_the_owners_at_one_coordinate(mesh, data):
     index = data.draw(st.integers(0, len(mesh.owner_sets) - 1))

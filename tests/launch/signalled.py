@@ -21,7 +21,8 @@ def run_signalled(workplace, launcher, number, whom="launcher", switches=()):
     """A job that would go on for long is sent ``number`` once it trains.
 
     Args:
-        launcher: a key of ``LAUNCHERS``.
+        workplace: a :class:`Workplace`, or for ``deepspeed-sdp`` a :class:`RecipePlace`.
+        launcher: a key of ``LAUNCHERS``, or ``deepspeed-sdp``, which starts its ranks itself.
         whom: ``launcher``, the process that was started; ``group``: all processes of the terminal, as Ctrl-C does; or a
             part of the command line of the process.
         switches: of the launcher.
@@ -31,12 +32,12 @@ def run_signalled(workplace, launcher, number, whom="launcher", switches=()):
     for variable in RANK_VARIABLES:
         environment.pop(variable, None)
     clear_stale_locks(patience=0)
-    name, *options = LAUNCHERS[launcher](port)
-    options += [*switches, str(TRAIN)]
-    files = {"deepspeed_config": "ds.json", "sdp_config": "sdp.json", "model_config": "model.json", "text": "text.txt"}
-    options += [part for key, file in files.items() for part in (f"--{key}", str(workplace.folder / file))]
-    options += ["--output_dir", str(workplace.output), "--vocab_size", "320", "--seq_length", "32"]
-    options += ["--steps", "1000000", "--eval_interval", "1000000"]
+    if launcher == "deepspeed-sdp":
+        environment["MASTER_PORT"] = str(port)
+        name, options = launcher, workplace.arguments("--steps", "1000000", script=())
+    else:
+        name, *options = LAUNCHERS[launcher](port)
+        options += [*switches, str(TRAIN), *_arguments(workplace)]
     began = time.monotonic()
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name(name)), *options],
@@ -69,6 +70,13 @@ def run_signalled(workplace, launcher, number, whom="launcher", switches=()):
         kill(left)
         remove_shared_buffers(port)
     return Job(process.returncode, output, time.monotonic() - began, commands, 2)
+
+
+def _arguments(workplace):
+    files = {"deepspeed_config": "ds.json", "sdp_config": "sdp.json", "model_config": "model.json", "text": "text.txt"}
+    options = [part for key, file in files.items() for part in (f"--{key}", str(workplace.folder / file))]
+    options += ["--output_dir", str(workplace.output), "--vocab_size", "320", "--seq_length", "32"]
+    return [*options, "--steps", "1000000", "--eval_interval", "1000000"]
 
 
 def was_saved(workplace, job):

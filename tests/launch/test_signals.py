@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from tests.launch.recipe_jobs import RecipePlace
 from tests.launch.signalled import run_signalled, was_saved
 
 USR1, TERM, INT, KILL = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL
@@ -13,6 +14,14 @@ NODE = "deepspeed.launcher.launch"
 def test_a_signal_to_the_deepspeed_command_saves_the_job(workplace):
     job = run_signalled(workplace, "deepspeed", TERM)
     assert was_saved(workplace, job), job.output
+    assert job.left == []
+
+
+@pytest.mark.parametrize("number", [pytest.param(USR1, marks=pytest.mark.slow), TERM])
+def test_a_signal_to_the_pretrain_command_saves_the_job(tmp_path, number):
+    place = RecipePlace(tmp_path)
+    job = run_signalled(place, "deepspeed-sdp", number)
+    assert was_saved(place, job), job.output
     assert job.left == []
 
 

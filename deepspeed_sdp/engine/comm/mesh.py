@@ -82,6 +82,10 @@ class Mesh:
         """All ``K * R`` ranks that own what ``owner_set`` owns, in the order of their shards."""
         return tuple(rank for replica in range(self.replicas) for rank in self.outer(owner_set, replica))
 
+    def data_rank(self, rank: int) -> int:
+        """Where ``rank`` stands where samples are dealt: modulo ``N`` it is its worker, however many ranks that has."""
+        return self.replica(rank) * len(self._ranks) + self.workers[rank]
+
     def place(self, worker: int) -> int:
         """Where ``worker`` stands in every rail."""
         return self._place[worker]

@@ -65,6 +65,11 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
         return dict(self._stopwatch.last_step)
 
     @property
+    def data_rank(self) -> int:
+        """This rank's place where samples are dealt."""
+        return int(self.global_rank)
+
+    @property
     def bytes_sent(self) -> None:
         """Not counted."""
 

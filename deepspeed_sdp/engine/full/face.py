@@ -51,6 +51,11 @@ class FullModelFace:
         return self._subnetwork.index
 
     @property
+    def data_rank(self) -> int:
+        """This rank's place where samples are dealt: each worker sees the same ones, however many ranks it runs on."""
+        return self._owner_groups.data_rank(self._owner_groups.rank)
+
+    @property
     def _weights(self) -> ShardedWeights | None:
         return None if self._parts is None else self._parts.weights
 
