@@ -1,5 +1,6 @@
 """A user's collectives beside the engine's, and what is left of an engine that was destroyed."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -40,7 +41,12 @@ def refused(name):
     """Process groups after one refused ``initialize``, and after another."""
     counts = []
     for _ in range(2):
-        differing(name=name, rank=2)
+        if name == "deepspeed's own config":  # before there is an engine
+            config = ds_config(bucket="large")
+            with pytest.raises(ValueError, match="reduce_bucket_size"):
+                deepspeed_sdp.initialize(model=build_model(), config=config, sdp_config={"coverage": 0.5})
+        else:
+            differing(name=name, rank=2)
         counts.append(len(dist.distributed_c10d._world.pg_map))
     return counts
 

@@ -44,7 +44,7 @@ def test_a_destroyed_engine_refuses_and_leaves_a_plain_module(ranks4, stage, sdp
     assert alone == "done" if stage < 3 else "gathered_weights" in alone
 
 
-@pytest.mark.parametrize("name", ["failing_callable", "scheduler_callable"])
+@pytest.mark.parametrize("name", ["failing_callable", "scheduler_callable", "deepspeed's own config"])
 def test_a_refused_job_leaves_no_process_groups(ranks4, name):
     for first, second in ranks4.run("tests.engine.lifetime_cases:refused", timeout=60, name=name):
         assert first == second
