@@ -122,6 +122,8 @@ def test_a_recipe_on_any_number_of_ranks(dry_run, arguments, ranks):
 def test_a_method_by_options(dry_run):
     _, said = dry_run("--sdp.masking", "backward", "--sdp.granularity", "layer", "--sdp.coverage", "3/4")
     assert "SDP, backward masking by layer, 4 subnetworks, coverage 0.75" in said.out
+    changed = "--sdp.masking backward --sdp.granularity layer --sdp.coverage 3/4"
+    assert f"recipe       15m {changed}\n" in said.out, "a report says how it was made"
     assert "dense" in dry_run("--sdp.enabled", "false")[1].out
 
 

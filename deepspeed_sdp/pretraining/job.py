@@ -195,7 +195,7 @@ def describe(job: Job) -> dict[str, str]:
     batch, micro = (recipe.ds_config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
     against = length.flops / length.dense_flops
     rows = {
-        "recipe": str(recipe.path),
+        "recipe": recipe.title,
         "model": facts["model"],
         "method": facts["method"],
         "ranks": f"{job.world_size}, global batch {batch} sequences of {recipe.about.seq_length} tokens "

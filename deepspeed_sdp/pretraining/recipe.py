@@ -92,13 +92,15 @@ class Recipe:
 
     Attributes:
         path: of the file.
+        title: the recipe and what was changed, as on a command line.
         about: its block ``"pretraining"``.
         ds_config: the rest, a DeepSpeed config with the SDP block; values may still be ``"auto"``.
         sdp: the SDP block, validated; ``enabled`` is false for the dense baseline.
     """
 
-    def __init__(self, path: Path, about: Pretraining, ds_config: dict[str, Any], sdp: SDPConfig) -> None:
+    def __init__(self, path: Path, title: str, about: Pretraining, ds_config: dict[str, Any], sdp: SDPConfig) -> None:
         self.path = path
+        self.title = title
         self.about = about
         self.ds_config = ds_config
         self.sdp = sdp
@@ -172,7 +174,8 @@ def read_recipe(recipe: str | Path, settings: Sequence[tuple[str, str]] = ()) ->
     sdp = SDPConfig.parse(sdp_block).at_length(about.seq_length)
     # The engine reads it from here.
     data[BLOCK] = {**sdp_block, "plan": sdp.plan.model_dump(mode="json", exclude_unset=True)}
-    return Recipe(path, about, data, sdp)
+    title = " ".join([str(recipe), *(f"--{name} {text}" for name, text in settings)])
+    return Recipe(path, title, about, data, sdp)
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
