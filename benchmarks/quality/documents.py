@@ -50,7 +50,11 @@ def documents(results: Path) -> dict[str, dict[str, str]]:
         blocks[size] = f"{main_table(rows)}\n\n{of_size.tuning()}"
         if varied := parents(rows):
             blocks[f"options {size}"] = "\n\n".join(options_table(rows, parent) for parent in varied)
-    return {"quality.md": blocks, "when.md": {"when quality": claims.given_up(sizes)}}
+    return {
+        "quality.md": blocks,
+        "when.md": {"when quality": claims.given_up(sizes)},
+        "../README.md": {"readme quality": claims.in_readme(sizes)},
+    }
 
 
 def read_rows(results: Path, size: str) -> list[dict[str, Any]]:

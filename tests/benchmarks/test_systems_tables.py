@@ -101,6 +101,7 @@ def place(tmp_path):
     for name, keys in {
         "benchmarks": ("systems", "larger", "sweep", "link"),
         "when": ("when", "when on a link"),
+        "../README": ("readme",),
     }.items():
         places = "\n".join(f"before {key}\n<!-- begin {key} -->\nold\n<!-- end {key} -->\nafter" for key in keys)
         (docs / f"{name}.md").write_text(places)
