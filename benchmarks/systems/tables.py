@@ -105,13 +105,18 @@ def columns(results: Results) -> list[Column]:
     ]
 
 
-def contender_table(results: Results) -> str:
-    """All contenders. One that could not run has its reason in the place of figures."""
+def contender_table(results: Results, names: Sequence[str] | None = None) -> str:
+    """All contenders, or those of ``names``. One that could not run has its reason in the place of figures.
+
+    The best of a column is that of all contenders.
+    """
     shown = columns(results)
     rows = measured(results)
     best = {column.title: _best(column, rows) for column in shown}
     lines = [_line(["", *[_title(column) for column in shown]]), "|---" * (len(shown) + 1) + "|"]
     for row in results["rows"]:
+        if names is not None and row["contender"] not in names:
+            continue
         if row.get("reason"):
             lines.append(_line([row["contender"], f"cannot run: {_escape(row['reason'])}", *[""] * (len(shown) - 1)]))
         else:
