@@ -21,7 +21,7 @@ help:
 	@echo "make setup     .venv with pinned dependencies and this package"
 	@echo "make demo      pretrain a small LLaMA with 4 workers on this machine; leaves runs/demo"
 	@echo "make test      the quick tests"
-	@echo "make test-all  all tests"
+	@echo "make test-all  all tests, many hours of two cores; PART=2/8 is the second of eight parts"
 	@echo "make test-lowest  the quick tests with the lowest versions that pyproject.toml allows"
 	@echo "make bench-quality   validation loss of dense training and of SDP's options: many hours of one core; it can be stopped and goes on"
 	@echo "make checks    format, lint and types"
@@ -46,7 +46,7 @@ test: setup
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(PART),--part $(PART))
 
 LOWEST := .venv-lowest
 

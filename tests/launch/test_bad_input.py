@@ -78,7 +78,7 @@ BAD_BLOCKS = {
         {"num_subnetworks": 3, "coverage": 1},
         f"error: {BLOCK}.num_subnetworks: got 3 with a world size of 2; takes a number that divides the world",
     ),
-    "a feature not built": ({**SDP, "sync_interval": 4}, f"error: {BLOCK}.sync_interval: got 4; takes 1"),
+    "a feature not built": ({**SDP, "schedule": {"sync_interval": 4}}, "resampled plans and synchronisation every H steps are not"),
     "a string": ({**SDP, "coverage": "half"}, f'error: {BLOCK}.coverage: got "half"; '),
 }
 

@@ -1,22 +1,23 @@
 """Persistent gloo ranks: started once per test session, sent one case at a time, killed when a case overruns."""
 
 import importlib
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from deepspeed_sdp.engine.deepspeed import tools
 from deepspeed_sdp.engine.deepspeed.start import clear_stale_locks, start_communication
 
 ROOT = Path(__file__).resolve().parents[2]
+# Processes are forked off one that has imported what takes seconds, and neither talked nor computed yet.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.support.preloaded"])
 
 
 def remove_shared_buffers(port):
@@ -67,27 +68,23 @@ class RankPool:
         self.port = free_port()
         deadline = time.monotonic() + timeout
         try:
-            with self.log.open("wb") as log:
-                for rank in range(self.world_size):
-                    env = rank_environment(
-                        RANK=rank,
-                        LOCAL_RANK=rank,
-                        WORLD_SIZE=self.world_size,
-                        LOCAL_SIZE=self.world_size,
-                        LOCAL_WORLD_SIZE=self.world_size,
-                        MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT=self.port,
-                        **self.environment,
-                    )
-                    ours, theirs = Pipe()
-                    with theirs:
-                        command = [sys.executable, "-m", "tests.support.ranks", str(theirs.fileno())]
-                        self.processes.append(
-                            subprocess.Popen(
-                                command, env=env, cwd=ROOT, stdout=log, stderr=log, pass_fds=[theirs.fileno()]
-                            )
-                        )
-                    self.connections.append(ours)
+            for rank in range(self.world_size):
+                env = rank_environment(
+                    RANK=rank,
+                    LOCAL_RANK=rank,
+                    WORLD_SIZE=self.world_size,
+                    LOCAL_SIZE=self.world_size,
+                    LOCAL_WORLD_SIZE=self.world_size,
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=self.port,
+                    **self.environment,
+                )
+                ours, theirs = FORKS.Pipe()
+                with theirs:
+                    process = FORKS.Process(target=serve, args=(theirs, env, str(self.log)), daemon=True)
+                    process.start()
+                    self.processes.append(process)
+                self.connections.append(ours)
             for rank, connection in enumerate(self.connections):
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
                     raise RankFailure(f"rank {rank} did not start in {timeout} s\n{self.tail()}")
@@ -130,7 +127,7 @@ class RankPool:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.wait()
+            process.join()
         for connection in self.connections:
             connection.close()
         if self.processes:
@@ -143,11 +140,23 @@ def check_nothing_is_left():
     assert not tools._users, f"left {tools._users} engine(s) that nobody destroyed"
 
 
-def serve(connection):
+def become(environment, log):
+    """This process is that of a job from here on: with its environment, and what it prints in a file."""
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+
+
+def serve(connection, environment, log):
+    become(environment, log)
     import torch
 
     torch.set_num_threads(1)
-
+    # Read when torch is imported.
+    torch.distributed.set_debug_level_from_env()
     start_communication()
     connection.send("ready")
     while True:
@@ -162,7 +171,3 @@ def serve(connection):
             connection.send_bytes(result)
         except BaseException:
             connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
-
-
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
