@@ -174,6 +174,6 @@ def test_a_cache_folder_with_other_files(workplace):
 
 @pytest.mark.slow
 def test_an_option_wrong_on_one_rank_alone(workplace):
-    """Before the ranks can talk: the one that fails reports, though others wait for it."""
+    """It is named, though the others are fine."""
     script = workplace.script("if os.environ['RANK'] == '1': sys.argv[sys.argv.index('--steps') + 1] = '0'")
-    assert_ended_badly(workplace.launch(script=script), "error: length.steps: got 0; ")
+    assert_ended_badly(workplace.launch(script=script), "error: rank 1: length.steps: got 0; ")
