@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.options import add_dry_run, check_values, split_settings
@@ -66,7 +65,7 @@ def _metavar(known: set[Any]) -> str:
 
 def _help(field: FieldInfo) -> str:
     text = str(field.description).replace("%", "%%")
-    if field.default in (None, PydanticUndefined, ()) or "default:" in text:
+    if field.is_required() or field.default in (None, ()) or "default:" in text:
         return text
     default = field.default
     shown = (

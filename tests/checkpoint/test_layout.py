@@ -62,7 +62,7 @@ def write(folder, layouts, workers):
         (folder / layout_file(worker)).write_text(layout.to_json())
     for rank, worker in enumerate(workers):
         layout = layouts[worker]
-        head, nbytes = header(layout, rank)
+        head = header(layout, rank)
         pieces = []
         for copy, section, kind, _, _ in layout.tensors(rank):
             for bucket in layout.sections[section].buckets:
@@ -71,7 +71,7 @@ def write(folder, layouts, workers):
                 for run in cut(bucket.runs, start, start + bucket.share):
                     pieces.append(memoryview(value_of(kind, run).view(torch.uint8).numpy()))
         described = Streamed([memoryview(head), *pieces]).write(folder / tensor_file(rank))
-        assert described["bytes"] == len(head) + nbytes
+        assert described["bytes"] == len(head) + sum(map(len, pieces))
 
 
 def read(files, runs):

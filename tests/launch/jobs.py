@@ -71,7 +71,7 @@ class Workplace:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         return file
 
-    def launch(self, *switches, script=TRAIN, ranks=2, **changes):
+    def arguments(self, *switches, **changes):
         options = {
             "deepspeed_config": self.folder / "ds.json",
             "sdp_config": self.folder / "sdp.json",
@@ -83,8 +83,11 @@ class Workplace:
             "steps": 6,
             **changes,
         }
-        arguments = [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]
-        return run_job([str(script), *arguments, *switches], self.folder, ranks)
+        typed = [str(part) for key, value in options.items() if value is not None for part in (f"--{key}", value)]
+        return [*typed, *switches]
+
+    def launch(self, *switches, script=TRAIN, ranks=2, **changes):
+        return run_job([str(script), *self.arguments(*switches, **changes)], self.folder, ranks)
 
     def script(self, body):
         """A script that does something to ``loop`` (the module of the training loop) before launch/train.py runs."""
