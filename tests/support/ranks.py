@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from deepspeed_sdp.engine.deepspeed import tools
@@ -154,6 +155,8 @@ def serve(connection, environment, log):
     become(environment, log)
     import torch
 
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("error", category=category, module="deepspeed_sdp|tests")
     torch.set_num_threads(1)
     # Read when torch is imported.
     torch.distributed.set_debug_level_from_env()
