@@ -7,13 +7,14 @@ from math import gcd
 from random import Random
 
 from deepspeed_sdp.errors import PlanError
+from deepspeed_sdp.plan.balanced import balanced_classes
 from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass, complement_class, team_class, window_class
 from deepspeed_sdp.plan.developed import NEARLY_OPTIMAL, developed_classes
 from deepspeed_sdp.plan.mixing import components, spectral_gap, spectral_gap_bound
 from deepspeed_sdp.plan.resolvable import resolvable_classes
 from deepspeed_sdp.plan.weighted import weighted_classes
 
-DESIGN_NAMES = ("auto", "cyclic", "random")
+DESIGN_NAMES = ("auto", "balanced", "cyclic", "random")
 # A random pool that leaves the workers apart is drawn again; at 2 classes of pairs this happens, rarely twice.
 _RANDOM_TRIES = 100
 # A design that mixes no better than this above windows gives way to them.
@@ -27,7 +28,7 @@ class Design:
     Attributes:
         name: `"dense"` (`K = N`), `"resolvable"` (partitions into teams), `"developed"` (base blocks moved around the
             ring of the workers), `"weighted"` (the same, stored, with more turns for some), `"complement"` (what a
-            resolvable or developed design leaves out), `"cyclic"` or `"random"`.
+            resolvable or developed design leaves out), `"balanced"` (searched), `"cyclic"` or `"random"`.
         num_subnetworks: `N`.
         owners_per_unit: `K`.
         classes: one per unit space in turn; every prefix mixes as well as could be found. A class that stands in it
@@ -67,7 +68,7 @@ def make_design(
     design. Cyclic windows where these do not fit into `max_owner_sets` or mix no better. `K = N` is always `"dense"`.
 
     Args:
-        name: `"auto"`, `"cyclic"` or `"random"`.
+        name: `"auto"`, `"balanced"`, `"cyclic"` or `"random"`.
         num_subnetworks: `N`, at least 1.
         owners_per_unit: `K`, from 1 to `N`.
         max_owner_sets: bound on the distinct owner sets; each becomes a process group.
@@ -86,6 +87,10 @@ def make_design(
         return Design("dense", n, k, ((tuple(range(n)),),))
     if name == "random":
         return _random_design(n, k, max_owner_sets, seed)
+    if name == "balanced":
+        per_class = n // gcd(n, k)
+        _check_max_owner_sets("balanced", n, k, per_class if n % k else _fewest_teams(n, k), max_owner_sets)
+        return Design("balanced", n, k, tuple(balanced_classes(n, k, max_owner_sets // per_class, seed)))
     if name == "cyclic":
         return _cyclic_design(n, k, max_owner_sets)
     if n % k == 0:
