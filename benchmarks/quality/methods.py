@@ -240,7 +240,7 @@ def _gap() -> list[Row]:
 
 def _designs() -> list[Row]:
     """What differ in nothing but who owns what (benchmarks/results/designs.md)."""
-    names = ("auto", "balanced", "cyclic", "random")
+    names = ("auto", "cyclic", "random")
     return [
         Row(
             f"{parent}; design {name}",

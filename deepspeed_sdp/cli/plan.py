@@ -46,7 +46,7 @@ def add_commands(commands: "Commands") -> None:
     plan.add_argument("--partition", type=listed(str), metavar="KINDS", help="mlp, attention or mlp,attention")
     plan.add_argument("--shared_modules", nargs="+", metavar="PATTERN", help="modules that all workers own")
     plan.add_argument("--share_ends", type=int, metavar="L", help="first and last layers that all workers own")
-    plan.add_argument("--design", choices=("auto", "balanced", "cyclic", "random"), help="how owner sets are chosen")
+    plan.add_argument("--design", choices=("auto", "cyclic", "random"), help="how owner sets are chosen")
     plan.add_argument("--worker_capacity", type=listed(float), metavar="C,C,...", help="relative speeds of the workers")
     plan.add_argument(
         "--max_owner_sets", type=int, metavar="M", help="bound on process groups (default: 16 up to 8 workers)"

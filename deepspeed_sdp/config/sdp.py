@@ -75,7 +75,7 @@ class _Block(BaseModel):
 class PlanBlock(_Block):
     """``plan``: who owns what."""
 
-    design: Literal["auto", "balanced", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
+    design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the plan and of the unit-wise initialisation")
     chunk_multiple: int = Field(
         64, ge=1, le=_MAX_COUNT, description="chunk borders are multiples of this where sizes allow"
