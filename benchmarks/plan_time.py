@@ -1,22 +1,24 @@
-"""CPU seconds to search designs and to plan a large LLaMA.
+"""CPU seconds to search designs and to plan a large LLaMA in neurons and in branches.
 
 python benchmarks/plan_time.py --results benchmarks/results/plan_time.json
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 from deepspeed_sdp.options import OptionParser
 from deepspeed_sdp.plan import UnitSpace, make_design, make_plan
 
-DESIGNS = ((16, 2), (12, 3), (64, 32), (60, 20))
-PLANS = ((4, 1), (8, 3), (16, 8), (16, 12))
+DESIGNS = ((8, 4), (12, 3), (24, 4), (64, 32))
+PLANS = ((8, 3), (16, 8), (512, 256), (512, 192), (510, 85), (4096, 2048))
 
 
 def main() -> None:
@@ -28,11 +30,11 @@ def main() -> None:
     rows = {}
     for n, k in DESIGNS:
         rows[f"design {n} {k}"] = seconds(lambda n=n, k=k: make_design("auto", n, k), args.repetitions)
-    for n, k in PLANS:
-        plan = lambda n=n, k=k: make_plan(llama(32), n, owners_per_unit=k)  # noqa: E731
-        rows[f"plan of 32 layers {n} {k}"] = seconds(plan, args.repetitions)
+    for (n, k), (granularity, spaces) in itertools.product(PLANS, {"neurons": llama, "branches": branches}.items()):
+        plan = lambda n=n, k=k, spaces=spaces: make_plan(spaces(80), n, owners_per_unit=k)  # noqa: E731
+        rows[f"plan of 80 layers in {granularity} {n} {k}"] = seconds(plan, args.repetitions)
     for name, value in rows.items():
-        print(f"{name:<28}{value:8.3f} s")
+        print(f"{name:<44}{value:8.3f} s")
     if args.results:
         command = f"python benchmarks/plan_time.py --repetitions {args.repetitions}"
         about = {"command": command, "date": f"{date.today()}", "python": platform.python_version()}
@@ -55,6 +57,11 @@ def llama(layers: int) -> list[UnitSpace]:
         spaces.append(UnitSpace(f"model.layers.{layer}.self_attn", "attention", layer, 8, 4096 * 128 * 10))
         spaces.append(UnitSpace(f"model.layers.{layer}.mlp", "mlp", layer, 11008, 3 * 4096))
     return spaces
+
+
+def branches(layers: int) -> list[UnitSpace]:
+    """The same with whole branches as units."""
+    return [replace(s, num_units=1, unit_numel=s.numel) for s in llama(layers)]
 
 
 if __name__ == "__main__":

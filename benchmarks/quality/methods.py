@@ -149,8 +149,8 @@ def _defaults() -> list[Row]:
             no_scaling=with_sdp(NEURON, output_scaling="none"),
             scaling_by_inverse_coverage=with_sdp(NEURON, output_scaling="inverse_coverage"),
             same_split_in_every_layer=Method(NEURON.sdp, same_split=True),
-            random_design=with_sdp(NEURON, design="random"),
-            cyclic_design=with_sdp(NEURON, design="cyclic"),
+            random_design=with_sdp(NEURON, plan={"design": "random"}),
+            cyclic_design=with_sdp(NEURON, plan={"design": "cyclic"}),
             resampled_every_step=Method(NEURON.sdp, resample_interval=1),
             resampled_every_20_steps=Method(NEURON.sdp, resample_interval=20),
             MLP_alone=with_sdp(NEURON, partition=["mlp"]),
@@ -238,5 +238,20 @@ def _gap() -> list[Row]:
     ]
 
 
-GROUPS = ("main", "defaults", "gap", "more", "product")
-ROWS = {row.name: row for row in (*_main(), *_averaged(), *_more(), *_defaults(), *_gap(), *_product())}
+def _designs() -> list[Row]:
+    """What differ in nothing but who owns what (benchmarks/results/designs.md)."""
+    names = ("auto", "cyclic", "random")
+    return [
+        Row(
+            f"{parent}; design {name}",
+            "designs",
+            Method({"coverage": coverage, "plan": {"design": name}}),
+            like=parent,
+            variant=f"design {name}",
+        )
+        for (parent, coverage), name in itertools.product(((_NEURON, 0.5), ("forward, neurons, 1/4", 0.25)), names)
+    ]
+
+
+GROUPS = ("main", "defaults", "gap", "more", "product", "designs")
+ROWS = {row.name: row for row in (*_main(), *_averaged(), *_more(), *_defaults(), *_gap(), *_product(), *_designs())}

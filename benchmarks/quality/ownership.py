@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from benchmarks.quality.parts import Frozen, Owners, Part, Removed
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.plan import SubnetworkPlan
-from deepspeed_sdp.plan.chunks import Chunk
+from deepspeed_sdp.plan import Chunk, SubnetworkPlan
 from deepspeed_sdp.subnetwork import plan_for
 from deepspeed_sdp.subnetwork.cut import output_scale
 

@@ -6,18 +6,15 @@ plan.owners("model.layers.0.mlp", 17)   # (0, 1, 2, 3)
 """
 
 from deepspeed_sdp.plan.build import make_plan
-from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
-from deepspeed_sdp.plan.classes import OwnerSet, ParallelClass
 from deepspeed_sdp.plan.designs import Design, make_design
 from deepspeed_sdp.plan.placement import RankOrder, nodes_of_owners, place_workers
-from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
-from deepspeed_sdp.plan.units import UnitSpace
+from deepspeed_sdp.plan.plan import SubnetworkPlan
+from deepspeed_sdp.plan.units import Chunk, OwnerSet, PlannedSpace, UnitSpace
 
 __all__ = [
     "Chunk",
     "Design",
     "OwnerSet",
-    "ParallelClass",
     "PlannedSpace",
     "RankOrder",
     "SubnetworkPlan",

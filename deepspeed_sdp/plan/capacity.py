@@ -10,8 +10,8 @@ from random import Random
 import numpy as np
 
 from deepspeed_sdp.errors import PlanError
-from deepspeed_sdp.plan.classes import OwnerSet
-from deepspeed_sdp.plan.mixing import spectral_gap
+from deepspeed_sdp.plan.gap import spectral_gap
+from deepspeed_sdp.plan.units import OwnerSet
 
 # Orders of the workers drawn for every arrangement; the one that mixes best is taken.
 _DRAWS = 12

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepspeed_sdp.errors import PlanError
-from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
+from deepspeed_sdp.plan.plan import SubnetworkPlan
 
 RankOrder = Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"]
 

@@ -1,11 +1,15 @@
-"""Unit spaces: what an adapter offers for partitioning."""
+"""Unit spaces, what an adapter offers for partitioning, and the chunks they are cut into."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Training FLOPs per token of a parameter in a linear layer: 2 in the forward and 4 in the backward pass.
 _FLOPS_PER_PARAMETER = 6.0
+
+OwnerSet = tuple[int, ...]
+"""The workers that own a unit, ascending."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,19 @@ class UnitSpace:
     def unit_cost(self) -> float:
         """What a unit counts for in a worker's step time: its training FLOPs per token."""
         return self.unit_flops or _FLOPS_PER_PARAMETER * self.unit_numel
+
+
+class Chunk(NamedTuple):
+    """The units `start … stop-1` of a space, all owned by `plan.owner_sets[owner_set]`."""
+
+    start: int
+    stop: int
+    owner_set: int
+
+
+@dataclass(frozen=True)
+class PlannedSpace:
+    """A unit space cut into chunks: ascending, contiguous, none empty, covering `[0, num_units)`."""
+
+    space: UnitSpace
+    chunks: tuple[Chunk, ...]

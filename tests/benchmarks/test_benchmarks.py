@@ -17,6 +17,11 @@ from tests.support.ranks import ROOT
             ["--stages", "1", "--repetitions", "2", "--steps", "1", "--hidden_size", "64", "--layers", "4"],
             {"time_ratio", "flop_ratio", "bytes_sent"},
         ),
+        (
+            "capacity.py",
+            ["--stages", "1", "--repetitions", "2", "--steps", "1", "--hidden_size", "64"],
+            {"wall_ratio", "cpu_of_the_slowest_rank_ratio"},
+        ),
         ("engine_memory.py", ["--stages", "0", "3", "--hidden_size", "64", "--layers", "4"], {"peak", "design"}),
     ],
 )

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from benchmarks.plan_tables import llama_spaces
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 from deepspeed_sdp.plan.capacity import arrange, capacity_shares
-from deepspeed_sdp.plan.table import llama_spaces
+from tests.support.ranks import ROOT
 
 CAPACITIES = st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.5, 2.0])
 
@@ -116,7 +117,7 @@ def test_kinds_of_different_coverage() -> None:
     spaces = llama_spaces(22, 2048, 8, 5632)
     plan = make_plan(spaces, 8, owners_per_unit={"mlp": 4, "attention": 6})
     assert plan.owners_per_unit == {"attention": 6, "mlp": 4}
-    assert plan.design == "complement+resolvable"
+    assert plan.design == "balanced"
     assert plan.coverage_of_kind("mlp") == 0.5
     numel = {kind: sum(s.numel for s in spaces if s.kind == kind) for kind in ("mlp", "attention")}
     mean = (0.5 * numel["mlp"] + 0.75 * numel["attention"]) / sum(numel.values())
@@ -164,7 +165,7 @@ def test_plan_by_capacity() -> None:
     assert len(plan.used_sets) <= 12
     equal = make_plan(llama_spaces(22, 2048, 8, 5632), 4, owners_per_unit=2, worker_capacity=[3, 3, 3, 3])
     assert equal.worker_capacity is None
-    assert equal.design == "resolvable"
+    assert equal.design == "balanced"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_bad_requests_are_refused_in_words(options: dict[str, Any], message: str
 def test_hashes_are_the_same_in_another_process() -> None:
     program = (
         "from deepspeed_sdp.plan import make_plan\n"
-        "from deepspeed_sdp.plan.table import llama_spaces\n"
+        "from benchmarks.plan_tables import llama_spaces\n"
         "spaces = llama_spaces(6, 512, 4, 640)\n"
         "print(make_plan(spaces, 8, owners_per_unit=3).hash)\n"
         "print(make_plan(spaces, 8, owners_per_unit={'mlp': 3, 'attention': 5}).hash)\n"
@@ -207,7 +208,12 @@ def test_hashes_are_the_same_in_another_process() -> None:
     )
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     }

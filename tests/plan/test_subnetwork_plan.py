@@ -149,7 +149,7 @@ def test_mixing_matrix_is_its_definition(request_: tuple[list[UnitSpace], dict[s
 
 def test_llama_on_eight_workers() -> None:
     plan = make_plan(llama(28), 8, owners_per_unit=4)
-    assert plan.design == "resolvable"
+    assert plan.design == "balanced"
     assert plan.coverage == 0.5
     assert len(plan.owner_sets) == 15
     assert plan.spectral_gap == pytest.approx(6 / 7, abs=1e-9)
@@ -163,7 +163,7 @@ def test_llama_on_eight_workers() -> None:
         "num_subnetworks": 8,
         "owners_per_unit": 4,
         "coverage": 0.5,
-        "design": "resolvable",
+        "design": "balanced",
         "owner_sets": 14,
         "connected": True,
         "spectral_gap": plan.spectral_gap,
@@ -285,7 +285,7 @@ def test_a_single_space_falls_back_to_windows() -> None:
     plan = make_plan(spaces, 8, owners_per_unit=4)
     assert plan.design == "cyclic"
     assert plan.connected
-    assert make_plan([*spaces, UnitSpace("b", "mlp", 1, 512, 10)], 8, owners_per_unit=4).design == "resolvable"
+    assert make_plan([*spaces, UnitSpace("b", "mlp", 1, 512, 10)], 8, owners_per_unit=4).design == "balanced"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_single_space_falls_back_to_windows() -> None:
         (
             [UnitSpace("m", "mlp", 0, 64, 1)],
             {"num_subnetworks": 8, "max_owner_sets": 4, "owners_per_unit": 4},
-            r"too few for a resolvable design; max_owner_sets: got 4, takes 8 or more with the cyclic design",
+            r"too few for a balanced design; max_owner_sets: got 4, takes 8 or more with the cyclic design",
         ),
     ],
 )
@@ -452,10 +452,29 @@ def test_hash_is_the_same_in_another_process() -> None:
     assert outputs[0][1] == make_plan(spaces, 12, owners_per_unit=4).hash
 
 
-def test_hash_of_a_structured_plan_is_pinned() -> None:
+# Of a version that chose owner sets otherwise.
+_OLD_PLAN = (
+    '{"chunk_multiple":64,"design":"resolvable","num_subnetworks":4,"owner_sets":[[0,1,2,3],[0,1],[0,2],[0,3],[1,2],'
+    '[1,3],[2,3]],"owners_per_unit":2,"seed":0,"spaces":[{"chunks":[[0,64,3],[64,128,4]],"kind":"mlp","layer":0,'
+    '"name":"m0","num_units":128,"unit_numel":3},{"chunks":[[0,64,2],[64,128,5]],"kind":"mlp","layer":1,"name":"m1",'
+    '"num_units":128,"unit_numel":3},{"chunks":[[0,64,1],[64,128,6]],"kind":"mlp","layer":2,"name":"m2",'
+    '"num_units":128,"unit_numel":3}],"version":1}'
+)
+
+
+def test_a_plan_of_another_version_keeps_its_owners_and_hash() -> None:
     """Plans are compared between machines and kept in checkpoints: the form may only change with its version."""
-    plan = make_plan([UnitSpace(f"m{i}", "mlp", i, 128, 3) for i in range(3)], 4, owners_per_unit=2)
+    plan = SubnetworkPlan.from_json(_OLD_PLAN)
+    assert plan.owners("m0", 0) == (0, 3)
     assert plan.hash == "f7058e8bdf0b4a78f1ca4f875992e0b2dbe03fe1bec6d7e0d8a2d8c77eb0dd39"
+
+
+def test_hash_of_a_structured_plan_is_pinned() -> None:
+    spaces = [UnitSpace(f"m{i}", "mlp", i, 128, 3) for i in range(3)]
+    cyclic = make_plan(spaces, 4, owners_per_unit=2, design="cyclic")
+    assert cyclic.hash == "ebc0ac92da41fede9d6d6265929b70eb4a209baa3deae8a12175099debd4249a"
+    balanced = make_plan(spaces, 4, owners_per_unit=2)
+    assert balanced.hash == "c74013c6144df5799759c5262b8a87237c642867b92382ce4d6ebbea06569348"
 
 
 def test_the_plan_needs_no_torch() -> None:

@@ -10,11 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.json_text import parse_json, shown
-from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
-from deepspeed_sdp.plan.units import UnitSpace
+from deepspeed_sdp.plan.units import Chunk, PlannedSpace, UnitSpace
 
 if TYPE_CHECKING:
-    from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
+    from deepspeed_sdp.plan.plan import SubnetworkPlan
 
 FORMAT_VERSION = 1
 
@@ -56,35 +55,13 @@ class _Plan(_Form):
     worker_capacity: Annotated[list[_Capacity], Field(max_length=MAX_WORKERS)] | None = None
 
 
-# Left out where they have these values, so that a plan that does not use them keeps its form and hash.
-_OPTIONAL_PLAN_KEYS: dict[str, object] = {"shared_flops": 0.0, "worker_capacity": None}
-_OPTIONAL_SPACE_KEYS: dict[str, object] = {"unit_flops": 0.0}
-
-
 def dump(plan: SubnetworkPlan, indent: int | None = None) -> str:
-    """Sorted keys; without `indent` no blanks. A chunk is `[start, stop, owner_set]`."""
-    document = {
-        "version": FORMAT_VERSION,
-        "num_subnetworks": plan.num_subnetworks,
-        "owners_per_unit": plan.owners_per_unit,
-        "design": plan.design,
-        "seed": plan.seed,
-        "chunk_multiple": plan.chunk_multiple,
-        "owner_sets": plan.owner_sets,
-        **_used(_OPTIONAL_PLAN_KEYS, plan),
-        "spaces": [
-            {
-                **_used(_OPTIONAL_SPACE_KEYS, planned.space),
-                "name": planned.space.name,
-                "kind": planned.space.kind,
-                "layer": planned.space.layer,
-                "num_units": planned.space.num_units,
-                "unit_numel": planned.space.unit_numel,
-                "chunks": [(chunk.start, chunk.stop, chunk.owner_set) for chunk in planned.chunks],
-            }
-            for planned in plan.spaces
-        ],
-    }
+    """Sorted keys, those with their default left out; without `indent` no blanks. A chunk is `[start, stop, set]`."""
+    spaces = [
+        _Space.model_construct(**vars(planned.space), chunks=list(map(list, planned.chunks))) for planned in plan.spaces
+    ]
+    form = _Plan.model_construct(version=FORMAT_VERSION, **{**vars(plan), "spaces": spaces})
+    document = form.model_dump(exclude_defaults=True, warnings=False)
     return json.dumps(document, sort_keys=True, indent=indent, separators=(",", ":") if indent is None else None)
 
 
@@ -128,7 +105,3 @@ def _describe(error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key"
     return f"{where}: got {shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _used(optional: Mapping[str, object], source: object) -> dict[str, object]:
-    return {key: getattr(source, key) for key, default in optional.items() if getattr(source, key) != default}

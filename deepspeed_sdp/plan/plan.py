@@ -11,10 +11,9 @@ from pathlib import Path
 
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.json_text import read_json_text
-from deepspeed_sdp.plan import guarantees, mixing, plan_json
+from deepspeed_sdp.plan import checks, form, gap
 from deepspeed_sdp.plan.capacity import capacity_shares
-from deepspeed_sdp.plan.chunks import Chunk, PlannedSpace
-from deepspeed_sdp.plan.classes import OwnerSet
+from deepspeed_sdp.plan.units import Chunk, OwnerSet, PlannedSpace
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,8 @@ class SubnetworkPlan:
     Attributes:
         num_subnetworks: `N`, the workers `0 … N-1`.
         owners_per_unit: `K`, the owners of every partitioned unit; a dict from kind to `K` where kinds differ.
-        design: `"dense"`, `"resolvable"`, `"complement"`, `"developed"`, `"weighted"`, `"cyclic"`, `"random"`,
-            `"sequence"` (set by set, for spaces of few units) or `"arcs"` (by capacity); several joined by `+` where
-            kinds differ.
+        design: `"dense"`, `"balanced"`, `"cyclic"`, `"random"` or `"arcs"` (by capacity), or another version's name;
+            several joined by `+` where kinds differ.
         seed: the one the plan was made with.
         chunk_multiple: the alignment asked for; a space too small for it has a finer one.
         owner_sets: index 0 is always all workers, the owners of what is shared (and of everything if `K = N`). The
@@ -146,18 +144,18 @@ class SubnetworkPlan:
         """The fraction of the units of a kind that is due to each worker: `K / N`, or by capacity."""
         return capacity_shares(self.worker_capacity, self.num_subnetworks, self.owners_of_kind(kind))
 
-    def mixing_matrix(self) -> mixing.Matrix:
+    def mixing_matrix(self) -> gap.Matrix:
         """`[N, N]` float64, rows summing to 1: `W[w,w'] = 1/|U_w| · Σ_{u ∈ U_w ∩ U_w'} 1/|S_u|`.
 
         Units count by their parameters: a KV head with its query heads is thousands of times an MLP neuron, and what is
         averaged between two workers is parameters. A worker that owns nothing has the row of the identity.
         """
-        return mixing.row_stochastic(mixing.shared_mass(self._owned_masses(), self.num_subnetworks))
+        return gap.row_stochastic(gap.shared_mass(self._owned_masses(), self.num_subnetworks))
 
     @cached_property
     def spectral_gap(self) -> float:
         """`1 - λ₂(W)` in [0, 1]: 1 is data parallelism, 0 workers with nothing in common (arXiv 2507.09029)."""
-        return mixing.spectral_gap(self._owned_masses(), self.num_subnetworks)
+        return gap.spectral_gap(self._owned_masses(), self.num_subnetworks)
 
     @property
     def spectral_gap_bound(self) -> float:
@@ -165,11 +163,11 @@ class SubnetworkPlan:
 
         `K` is `coverage · N`, which holds for kinds of different coverage too.
         """
-        return mixing.spectral_gap_bound(self.num_subnetworks, self.coverage * self.num_subnetworks)
+        return gap.spectral_gap_bound(self.num_subnetworks, self.coverage * self.num_subnetworks)
 
     def components(self) -> list[tuple[int, ...]]:
         """The groups of workers that are linked by common partitioned units, each ascending."""
-        return mixing.components((self.owner_sets[i] for i in self.used_sets), self.num_subnetworks)
+        return gap.components((self.owner_sets[i] for i in self.used_sets), self.num_subnetworks)
 
     @cached_property
     def used_sets(self) -> frozenset[int]:
@@ -190,11 +188,11 @@ class SubnetworkPlan:
         Raises:
             PlanError: naming the first guarantee that does not hold.
         """
-        guarantees.check(self, max_owner_sets)
+        checks.check(self, max_owner_sets)
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON with sorted keys; without `indent` on one line without blanks, the form that is hashed."""
-        return plan_json.dump(self, indent)
+        return form.dump(self, indent)
 
     @classmethod
     def from_json(cls, text: str) -> SubnetworkPlan:
@@ -203,7 +201,7 @@ class SubnetworkPlan:
         Raises:
             PlanError: for malformed JSON, another format version, missing or unknown keys, and broken guarantees.
         """
-        plan = cls(**plan_json.parse(text))
+        plan = cls(**form.parse(text))
         plan.validate()
         return plan
 

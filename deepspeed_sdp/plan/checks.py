@@ -1,21 +1,23 @@
-"""The guarantees of a plan, checked one by one."""
+"""What a plan is asked for, and its guarantees, checked one by one."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.json_text import shown
 from deepspeed_sdp.plan.capacity import check_capacity
-from deepspeed_sdp.plan.coverage import resolve_owners
-from deepspeed_sdp.plan.designs import check_at_least_one
+from deepspeed_sdp.plan.designs import check_at_least_one, check_workers
+from deepspeed_sdp.plan.units import PlannedSpace, UnitSpace
 
 if TYPE_CHECKING:
-    from deepspeed_sdp.plan.chunks import PlannedSpace
-    from deepspeed_sdp.plan.subnetwork_plan import SubnetworkPlan
-    from deepspeed_sdp.plan.units import UnitSpace
+    from deepspeed_sdp.plan.plan import SubnetworkPlan
+
+OwnersPerUnit = int | Mapping[str, int]
+"""`K`, or `K` for every kind of unit."""
 
 # Due units of a worker are sums of floats.
 _ROUNDING = 1e-6
@@ -45,6 +47,27 @@ def check(plan: SubnetworkPlan, max_owner_sets: int | None) -> None:
     partitioned = len(plan.used_sets - {0}) or 1
     if max_owner_sets is not None and partitioned > max_owner_sets:
         raise PlanError(f"max_owner_sets: got {max_owner_sets}, and the plan has {partitioned} owner sets")
+
+
+def resolve_owners(spaces: Sequence[UnitSpace], num_subnetworks: int, owners_per_unit: OwnersPerUnit) -> dict[str, int]:
+    """`K` for every kind that the spaces have, kinds in alphabetic order.
+
+    Raises:
+        PlanError: for `K` outside `1 … N`, and for a mapping that lacks a kind or has one that no space has.
+    """
+    kinds = sorted({space.kind for space in spaces})
+    if not isinstance(owners_per_unit, Mapping):
+        check_workers(num_subnetworks, owners_per_unit)
+        return dict.fromkeys(kinds, owners_per_unit)
+    unknown = sorted(str(kind) for kind in owners_per_unit if kind not in kinds)
+    if unknown or len(owners_per_unit) < len(kinds):
+        raise PlanError(
+            f"owners_per_unit: got {sorted(map(str, owners_per_unit))}, takes one number for each kind of unit space: "
+            f"{', '.join(kinds)}"
+        )
+    for kind in kinds:
+        check_workers(num_subnetworks, owners_per_unit[kind], f"owners_per_unit[{kind!r}]")
+    return {kind: owners_per_unit[kind] for kind in kinds}
 
 
 def check_space(space: UnitSpace, seen: set[str]) -> None:

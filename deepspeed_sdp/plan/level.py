@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepspeed_sdp.plan.cutting import Cut
+from deepspeed_sdp.plan.cut import Cut
 
 # Relative excess of the slowest worker that is left alone, and the one that is aimed at when borders move.
 _TOLERATED, _AIM = 0.005, 0.001
@@ -15,22 +15,25 @@ _LARGEST_CHANGE, _LARGEST_STRAY = 0.25, 0.4
 _SWEEPS = 8
 
 
-def level(cuts: Sequence[Cut], targets: Sequence[float], shared: float) -> None:
-    """Moves units between the chunks of a space, in multiples of its alignment, so that loads approach their targets.
+def level(cuts: Sequence[Cut], shared: float) -> None:
+    """Moves units between the chunks of a space, in multiples of its alignment, so that loads approach what is due.
 
     MLP neurons are fine enough to make up for what attention heads or whole blocks leave uneven. Every worker still
     owns the same of every space, within one chunk.
 
     Args:
         cuts: changed in place, where `adjustable`.
-        targets: FLOPs per token that each worker should own.
         shared: FLOPs per token that every worker has besides.
     """
-    over = [-target for target in targets]
+    num_workers = len(cuts[0].shares)
+    targets, over = [0.0] * num_workers, [0.0] * num_workers
     for cut in cuts:
+        for w, share in enumerate(cut.shares):
+            targets[w] += share * cut.space.num_units * cut.space.unit_cost
         for size, owners in zip(cut.sizes, cut.owners, strict=True):
             for w in owners:
                 over[w] += size * cut.space.unit_cost
+    over = [owned - target for owned, target in zip(over, targets, strict=True)]
 
     def excess() -> float:
         return max((o / (t + shared) for o, t in zip(over, targets, strict=True) if t + shared > 0), default=0.0)
