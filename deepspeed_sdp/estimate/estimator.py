@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.deepspeed.refusals import check_stage
 from deepspeed_sdp.estimate.buckets import Standing, make_layout
 from deepspeed_sdp.estimate.deepspeed_engine import DeepSpeedStep
 from deepspeed_sdp.estimate.flops import FlopsPerToken, flops_per_token
@@ -121,10 +122,12 @@ class Estimator:
         """One job.
 
         Raises:
-            ConfigError, ModelError, PlanError: the SDP block does not fit the model or the number of ranks.
+            ConfigError, ModelError, PlanError: the SDP block does not fit the model, the stage or the number of ranks.
         """
         sdp = job.sdp if job.sdp is not None and job.sdp.enabled else None
         job = replace(job, sdp=sdp)
+        if sdp is not None:
+            check_stage(job.stage, sdp)
         plan = (
             self._once(
                 ("plan", _key(sdp), job.world_size, job.backend),
