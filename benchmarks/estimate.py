@@ -75,7 +75,7 @@ def row(pool: RankPool, name: str, sdp: dict | None, stage: int, shape: str) -> 
         "estimated": expected.peak,
         "measured": measured_peak(measured, sdp),
         "sent_estimated": sum(expected.sent.values()),
-        "sent": max(of_rank["sent"] for of_rank in measured),
+        "sent": max(sum(of_rank.get("sent", {}).values()) for of_rank in measured),
     }
 
 

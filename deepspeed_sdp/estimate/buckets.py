@@ -1,100 +1,114 @@
-"""The rounds and buckets that a worker's engine will make, as numbers."""
+"""The engine's own buckets, rounds, portions and parts of one rank, without weights."""
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
+from deepspeed_sdp.engine.comm.mesh import Mesh, Owners
+from deepspeed_sdp.engine.zero.bucket_shape import BucketShape
+from deepspeed_sdp.engine.zero.refresh import RefreshRules
+from deepspeed_sdp.engine.zero.rounds import Portion, Rounds, Use, by_round, rounds_of
 from deepspeed_sdp.estimate.job import Job
-from deepspeed_sdp.estimate.worker_model import Weight, WorkerModel
-from deepspeed_sdp.plan import SubnetworkPlan
-from deepspeed_sdp.plan.segmentation import Item, Segmentation, segment, shard_numel
+from deepspeed_sdp.estimate.worker_model import WorkerModel
+from deepspeed_sdp.plan import SubnetworkPlan, place_workers
+from deepspeed_sdp.plan.segmentation import Bucket, Item
+from deepspeed_sdp.subnetwork import SHARED
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Weights of one owner set that travel together.
+class Layout(Rounds[BucketShape]):
+    """What a rank holds, and how it is stepped and sent.
 
     Attributes:
-        round: its place in the backward pass.
-        weights: in it, or cut by it.
-        ends: those whose last element is in it.
-        numel: elements.
-        owners: ranks that own it.
-        replicas: of each worker among them.
-        shards: so many ranks hold a part of its state each.
-        in_place: whether its weights lie in larger ones.
+        everyone: all ranks, as this one sees them.
+        levels: of the replicas of a worker.
+        uses: what uses the weights of every part.
+        rules: of what travels after a step.
+        step: the portions, in their order.
     """
 
-    round: int
-    weights: tuple[Weight, ...]
-    ends: tuple[Weight, ...]
-    numel: int
-    owners: int
-    replicas: int
-    shards: int
-    in_place: bool
+    everyone: Owners
+    levels: tuple[int, ...]
+    uses: tuple[Use, ...]
+    rules: RefreshRules
+    step: tuple[Portion[BucketShape], ...]
 
     @property
-    def shard(self) -> int:
-        """Elements of a shard, padding included; a whole one falls into slices."""
-        pieces = self.shards if self.shards > 1 else self.replicas
-        return shard_numel(self.numel, pieces) * pieces // self.shards
-
-    @property
-    def padded(self) -> int:
-        """Elements of all shards."""
-        return self.shard * self.shards
-
-    @property
-    def brought(self) -> int:
-        """Elements in the buffers of an all-to-all that gathers it, or of the all-gather inside that comes after."""
-        return 2 * (self.padded - self.shard) if self.replicas == 1 else self.padded + self.padded // self.replicas
+    def shard_numel(self) -> int:
+        """Elements of this rank's shards."""
+        return sum(bucket.shard_numel for bucket in self.buckets)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Attributes:
-    rounds: the buckets of each round, in the total order.
-    segmentation: the rounds of the full model.
-    first_round: of every part.
-    portions: rounds that are stepped together, in the order of the step.
+class Standing:
+    """Where the first rank that trains a subnetwork stands among the others.
+
+    Attributes:
+        worker: the subnetwork.
+        owners: by owner set.
+        levels: of the replicas of a worker.
+        communicators: that it is in, beside the default one.
     """
 
-    rounds: tuple[tuple[Bucket, ...], ...]
-    segmentation: Segmentation
-    first_round: tuple[int, ...]
-    portions: tuple[range, ...]
+    worker: int
+    owners: tuple[Owners, ...]
+    levels: tuple[int, ...]
+    communicators: int
 
-    @property
-    def buckets(self) -> Iterator[Bucket]:
-        """All of them."""
-        return (bucket for of_round in self.rounds for bucket in of_round)
+    @classmethod
+    def of(cls, plan: SubnetworkPlan, job: Job, ranks_per_node: int, worker: int) -> "Standing":
+        """Of subnetwork ``worker`` in ``job`` under ``plan``."""
+        assert job.sdp is not None
+        workers = place_workers(plan, job.world_size, ranks_per_node, job.sdp.plan.rank_order)
+        mesh = Mesh(plan.owner_sets, workers, ranks_per_node)
+        rank = workers.index(worker)
+        owners = (
+            Owners(mesh.ranks(owner_set), rank, mesh.replicas, mesh.replica(rank))
+            for owner_set in range(len(plan.owner_sets))
+        )
+        return cls(worker, tuple(owners), mesh.levels, len(mesh.groups_of(rank)))
 
 
-def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job) -> Layout:
-    """What ``engine/zero/layout.py`` makes of a worker's weights."""
-    replicas = job.world_size // plan.num_subnetworks
-    breaks = [place for place, (a, b) in enumerate(pairwise(model.parts), start=1) if a != b] if job.stage == 3 else []
-    segmentation = segment(model.numels, job.round_numel, breaks, job.world_size)
-    items = [
+def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job, standing: Standing) -> Layout:
+    """Of a rank whose model is ``model``."""
+    assert job.sdp is not None
+    segmentation = rounds_of(model.numels, model.first_places, job.stage, job.round_numel, job.world_size)
+
+    def make(pieces: Sequence[Bucket], of: Owners) -> list[BucketShape]:
+        return [BucketShape(bucket, of, job.stage > 0) for bucket in pieces]
+
+    trained = [
         Item((weight.place, weight.start), weight.owner_set, 0, weight.numel, index, weight.in_place)
         for index, weight in enumerate(model.trained)
     ]
-    by_round: list[list[Bucket]] = [[] for _ in segmentation.numels]
-    owners_of = [replicas * len(owners) for owners in plan.owner_sets]
-    for found in (bucket for pieces in segmentation.buckets(items, owners_of) for bucket in pieces):
-        owners = owners_of[found.owner_set]
-        weights = tuple(model.trained[index] for index in found.items)
-        ends = tuple(model.trained[index] for index, _, stop in found.ranges if stop == model.trained[index].numel)
-        shards = owners if job.stage else 1
-        by_round[found.round].append(
-            Bucket(found.round, weights, ends, found.numel, owners, replicas, shards, found.in_place)
-        )
-    places = [(bisect_left(model.parts, p), bisect_right(model.parts, p)) for p in range(model.last_part + 1)]
-    return Layout(
-        tuple(map(tuple, by_round)),
+    copies = list(_copies(model, plan, standing.worker)) if job.sdp.masking == "backward" else []
+    of_rank = Rounds(
+        by_round(segmentation, trained, standing.owners, make),
+        by_round(segmentation, copies, standing.owners, make),
+        model.first_places,
         segmentation,
-        tuple(segmentation.within(*of_part).start for of_part in places),
-        tuple(reversed(list(segmentation.groups(job.portion_numel)))),
     )
+    numel = sum(bucket.shard_numel for bucket in of_rank.buckets)
+    rules = RefreshRules.of(job.stage, job.sdp, job.accumulate_dtype, numel)
+    step = of_rank.portions(job.portion_numel, is_gathered=rules.is_gathered, is_exchanged=rules.is_exchanged)
+    return Layout(
+        **vars(of_rank),
+        everyone=standing.owners[SHARED],
+        levels=standing.levels,
+        uses=model.uses,
+        rules=rules,
+        step=tuple(step),
+    )
+
+
+def _copies(model: WorkerModel, plan: SubnetworkPlan, worker: int) -> Iterator[Item]:
+    """What others train and this rank computes with."""
+    planned = {of.space.name: of for of in plan.spaces}
+    index = 0
+    for place, space in enumerate(model.spaces):
+        chunks = planned[space].chunks if space is not None else ()
+        for chunk in chunks:
+            if worker not in plan.owner_sets[chunk.owner_set]:
+                assert space is not None
+                numel = model.numels[place] // planned[space].space.num_units * (chunk.stop - chunk.start)
+                yield Item((place, chunk.start), chunk.owner_set, 0, numel, index, len(chunks) > 1)
+                index += 1

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.estimate.buckets import make_layout
+from deepspeed_sdp.engine.deepspeed.refusals import check_stage
+from deepspeed_sdp.estimate.buckets import Standing, make_layout
 from deepspeed_sdp.estimate.deepspeed_engine import DeepSpeedStep
 from deepspeed_sdp.estimate.flops import FlopsPerToken, flops_per_token
 from deepspeed_sdp.estimate.gpu import Cluster
@@ -16,7 +17,7 @@ from deepspeed_sdp.estimate.ledger import KINDS
 from deepspeed_sdp.estimate.sdp_engine import EngineStep
 from deepspeed_sdp.estimate.step_time import StepTime, step_time
 from deepspeed_sdp.estimate.trace import profiles, told
-from deepspeed_sdp.estimate.traffic import communicators, deepspeed_traffic, sdp_traffic
+from deepspeed_sdp.estimate.traffic import deepspeed_traffic
 from deepspeed_sdp.estimate.worker_model import WorkerModel, worker_model
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import plan_for
@@ -39,7 +40,7 @@ class Estimate:
         peak: that sum.
         phase: of the step in which it is.
         kept_activations: bytes that autograd keeps for the backward pass.
-        host: bytes of state in the host's memory.
+        host: bytes of state in the host's memory; of the SDP engine with the buffers through which it is copied.
         communicators: of that rank, beside the default group's; each takes memory that is no tensor's.
         flops: per token, model FLOPs.
         step_flops: of the slowest rank in a step, recomputed ones included.
@@ -117,21 +118,16 @@ class Estimator:
     cluster: Cluster
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
-    def is_tied(self) -> bool:
-        """Whether the output head's weight is the embedding's."""
-        model: Any = self.full
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        return head is not None and head.weight is embedding.weight
-
     def estimate(self, job: Job) -> Estimate:
         """One job.
 
         Raises:
-            ConfigError, ModelError, PlanError: the SDP block does not fit the model or the number of ranks.
+            ConfigError, ModelError, PlanError: the SDP block does not fit the model, the stage or the number of ranks.
         """
         sdp = job.sdp if job.sdp is not None and job.sdp.enabled else None
         job = replace(job, sdp=sdp)
+        if sdp is not None:
+            check_stage(job.stage, sdp)
         plan = (
             self._once(
                 ("plan", _key(sdp), job.world_size, job.backend),
@@ -157,9 +153,10 @@ class Estimator:
         return replace(max(found, key=lambda one: one.peak), sent=sender.sent, time=sender.time)
 
     def _estimate(self, job: Job, plan: SubnetworkPlan | None, flops: FlopsPerToken, worker: int) -> Estimate:
-        key = (_key(job.sdp), job.world_size if plan else 0, worker, job.dtype)
+        # What the plan depends on.
+        placed = (_key(job.sdp), job.world_size if plan else 0, job.backend, worker)
         model: WorkerModel = self._once(
-            ("model", *key), lambda: worker_model(self.full, job.dtype, job.sdp, plan, worker)
+            ("model", *placed, job.dtype), lambda: worker_model(self.full, job.dtype, job.sdp, plan, worker)
         )
         shape = (job.micro_batch, job.seq_length, job.checkpointing)
         # Whoever has the same kinds of layers computes alike.
@@ -169,13 +166,17 @@ class Estimator:
             ledger = DeepSpeedStep(job, model).run(moments)
             sent = deepspeed_traffic(job, model.numels)
             elements = sum(model.numels) / (job.world_size if job.stage else 1)
-            groups = 0
+            groups, host = 0, _host_bytes(job, elements)
         else:
-            layout = make_layout(model, plan, job)
-            ledger = EngineStep(job, model, plan, layout, self.is_tied).run(moments)
-            sent = sdp_traffic(job, model, plan, layout, self.is_tied)
-            elements = float(sum(bucket.shard for bucket in layout.buckets))
-            groups = communicators(plan, job, self.cluster.per_node, worker)
+            standing = self._once(
+                ("standing", *placed),
+                lambda: Standing.of(plan, job, self.cluster.per_node, worker),
+            )
+            step = EngineStep(job, model, make_layout(model, plan, job, standing))
+            ledger, host = step.run(moments), step.host
+            sent = {kind: float(nbytes) for kind, nbytes in step.sent.items() if nbytes}
+            elements = float(step.layout.shard_numel)
+            groups = standing.communicators
         step_flops = job.tokens * (flops.max + _recomputed(job, flops, self.full))
         return Estimate(
             job,
@@ -185,7 +186,7 @@ class Estimator:
             ledger.peak,
             ledger.phase_of_peak,
             next(moment.live for moment in moments if moment.kind == "loss"),
-            _host_bytes(job, elements),
+            host,
             groups,
             flops,
             step_flops,

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from deepspeed_sdp.config import SDPConfig, default_bucket_numel
+from deepspeed_sdp.engine.deepspeed.settings import REDUCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +34,7 @@ class Job:
         bucket, gather_bucket: ``reduce_bucket_size`` and ``allgather_bucket_size``; ``None``: the default.
         offload_optimizer, offload_param: state, or at ZeRO-3 shards, rest in the host's memory.
         overlap_comm: plain DeepSpeed's second bucket.
-        prefetch: at ZeRO-3 a part is gathered ahead.
+        prefetch: parts that are gathered ahead at ZeRO-3.
         backend: ``"nccl"`` or ``"gloo"``.
     """
 
@@ -54,7 +55,7 @@ class Job:
     offload_optimizer: bool = False
     offload_param: bool = False
     overlap_comm: bool = False
-    prefetch: bool = True
+    prefetch: int = 1
     backend: Literal["nccl", "gloo"] = "nccl"
 
     def __post_init__(self) -> None:
@@ -73,8 +74,8 @@ class Job:
 
     @property
     def reduce_dtype(self) -> torch.dtype:
-        """The dtype of gradients on their way: fp32 by default, but with plain DeepSpeed."""
-        return self.reduce or (torch.float32 if self.sdp else self.dtype)
+        """The dtype of gradients on their way."""
+        return self.reduce or (REDUCE if self.sdp else self.dtype)
 
     @property
     def round_numel(self) -> int:
@@ -85,11 +86,3 @@ class Job:
     def portion_numel(self) -> int:
         """Elements of the full model that are stepped and sent together."""
         return self.gather_bucket or self.round_numel
-
-    def transport(self, payload: Literal["gradients", "weights"]) -> str:
-        """``"owner_sets"`` or ``"all_to_all"``, as ``engine/comm/transport.py`` resolves it."""
-        asked = self.sdp.comm.transport if self.sdp else "auto"
-        if asked != "auto":
-            return asked
-        scatters = self.stage > 0 and (payload == "gradients" or self.stage == 3)
-        return "all_to_all" if self.backend == "gloo" and scatters else "owner_sets"

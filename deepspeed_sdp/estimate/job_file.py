@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from deepspeed_sdp.config import BLOCK, SDPConfig
+from deepspeed_sdp.engine.deepspeed.settings import parts_ahead
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.estimate.job import DTYPES, Job
 
@@ -33,7 +34,7 @@ def job_of(ds_config: Mapping[str, Any], job: Job) -> Job:
         "offload_optimizer": _is_offloaded(zero, "offload_optimizer", job.offload_optimizer),
         "offload_param": _is_offloaded(zero, "offload_param", job.offload_param),
         "overlap_comm": bool(zero.get("overlap_comm") is True),
-        "prefetch": zero.get("stage3_prefetch_bucket_size", 1) != 0,
+        "prefetch": parts_ahead(zero.get("stage3_prefetch_bucket_size", job.prefetch)),
         "accumulate": _dtype(_mapping(ds_config, "data_types").get("grad_accum_dtype"), "data_types.grad_accum_dtype"),
         "reduce": _dtype(ds_config.get("communication_data_type"), "communication_data_type"),
     }

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.deepspeed.refusals import check_stage
 from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.estimate.estimator import Estimate, Estimator
 from deepspeed_sdp.estimate.job import Job
@@ -61,7 +62,7 @@ def strategies(
 ) -> Iterator[Job]:
     """``job`` without SDP at every stage, then with it: masking, granularity, coverage, stage.
 
-    Left out is what the engine refuses: ZeRO-3 with backward masking, and of the default coverages those without a
+    Left out is what the engine refuses (ZeRO-3 with backward masking), and of the default coverages those without a
     whole number of owners. All reduce and gather in pieces of the same size, the SDP engine's unless ``job`` says.
 
     Args:
@@ -90,8 +91,16 @@ def strategies(
                 ).at_length(job.seq_length)
                 sdp.owners(num_subnetworks)
                 for stage in stages:
-                    if not (masking == "backward" and stage == 3):
+                    if not _is_refused(stage, sdp):
                         yield replace(job, stage=stage, sdp=sdp)
+
+
+def _is_refused(stage: int, sdp: SDPConfig) -> bool:
+    try:
+        check_stage(stage, sdp)
+    except ConfigError:
+        return True
+    return False
 
 
 def compare(

@@ -1,6 +1,7 @@
 """A worker's model on the meta device with two layers for every kind of layer in it: small at any depth."""
 
 import copy
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,6 +12,7 @@ from torch import nn
 
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.config import SDPConfig, SDPSource
+from deepspeed_sdp.engine.zero.rounds import Use, first_places, uses
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import SHARED, Subnetwork, cut_model
 
@@ -26,7 +28,6 @@ class Weight:
         local: name in the worker's model, in which layers are numbered as in the full model.
         place: of the full parameter, in forward order.
         start: in the full parameter along its units; several weights may be parts of one.
-        part: 0 before the layers, ``1 + layer``, and one more after them.
         owner_set: index in the plan.
         numel: elements.
         in_place: whether it is a view of a full weight (backward masking).
@@ -35,7 +36,6 @@ class Weight:
     local: str
     place: int
     start: int
-    part: int
     owner_set: int
     numel: int
     in_place: bool
@@ -51,7 +51,8 @@ class WorkerModel:
         stand_in: for every layer of the full model, the kept one that is like it.
         kinds: what tells the kept layers from others; workers with the same ones compute alike.
         numels: elements of every full parameter, in forward order.
-        parts: the part of every full parameter, see :class:`Weight`.
+        first_places, uses: of every part (0 before the layers, ``1 + layer``, and one more after them) the place of
+            its first full parameter, and one more for the end; and what uses its weights.
         spaces: the unit space that it falls into, or ``None``.
         trained: what the worker trains, in forward order.
         held: elements of the other parameters, which it computes with and does not train.
@@ -63,7 +64,8 @@ class WorkerModel:
     stand_in: tuple[int, ...]
     kinds: tuple[tuple[Any, ...], ...]
     numels: tuple[int, ...]
-    parts: tuple[int, ...]
+    first_places: tuple[int, ...]
+    uses: tuple[Use, ...]
     spaces: tuple[str | None, ...]
     trained: tuple[Weight, ...]
     held: int
@@ -98,19 +100,21 @@ def worker_model(
     if plan is not None and sdp is not None:
         subnetwork = _cut(module, SDPConfig.of(sdp), _restricted(plan, layers_name, kept), worker)
     names = [name for name, _ in full.named_parameters()]
-    parts = _parts(names, layers_name, len(kinds))
+    places = first_places(names, layers_name, len(kinds))
+    place_of = {id(parameter): place for place, parameter in enumerate(full.parameters())}
     weights = _Weights(
         module, subnetwork, plan, worker, layers_name, kept, dict(zip(names, range(len(names)), strict=True))
     )
-    trained, held = weights.collect(stand_in, dict(zip(names, parts, strict=True)))
+    trained, held = weights.collect(stand_in)
     return WorkerModel(
         module,
         layers_name,
         stand_in,
         tuple(kinds[layer] for layer in kept),
         tuple(parameter.numel() for parameter in full.parameters()),
-        parts,
-        _spaces(names, parts, subnetwork, layers_name, stand_in),
+        places,
+        tuple(uses(full, list(layers), place_of, places)),
+        _spaces(names, places, subnetwork, layers_name, stand_in),
         tuple(sorted(trained, key=lambda weight: (weight.place, weight.start))),
         held,
         sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
@@ -175,25 +179,16 @@ def _cut(module: nn.Module, sdp: SDPConfig, plan: SubnetworkPlan, worker: int) -
     )
 
 
-def _parts(names: Sequence[str], layers_name: str, layers: int) -> tuple[int, ...]:
-    parts: list[int] = []
-    for name in names:
-        if name.startswith(f"{layers_name}."):
-            parts.append(1 + int(name.removeprefix(f"{layers_name}.").partition(".")[0]))
-        else:
-            parts.append(layers + 1 if parts and parts[-1] > 0 else 0)
-    return tuple(parts)
-
-
 def _spaces(
     names: Sequence[str],
-    parts: Sequence[int],
+    first_places: Sequence[int],
     subnetwork: Subnetwork | None,
     layers_name: str,
     stand_in: Sequence[int],
 ) -> tuple[str | None, ...]:
     spaces: list[str | None] = []
-    for name, part in zip(names, parts, strict=True):
+    for place, name in enumerate(names):
+        part = bisect_right(first_places[:-1], place) - 1
         found = None
         if subnetwork is not None and 0 < part <= len(stand_in):
             old, new = f"{layers_name}.{stand_in[part - 1]}.", f"{layers_name}.{part - 1}."
@@ -219,7 +214,7 @@ class _Weights:
     kept: Sequence[int]
     places: dict[str, int]
 
-    def collect(self, stand_in: Sequence[int], part_of: dict[str, int]) -> tuple[list[Weight], int]:
+    def collect(self, stand_in: Sequence[int]) -> tuple[list[Weight], int]:
         by_place: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.module.named_parameters():
             inside = name.startswith(f"{self.layers_name}.")
@@ -232,14 +227,14 @@ class _Weights:
                 if name in frozen or not parameter.requires_grad:
                     held += parameter.numel()
                 else:
-                    trained.append(self._weight(name, parameter.numel(), layer, place, part_of))
+                    trained.append(self._weight(name, parameter.numel(), layer, place))
         return trained, held
 
     def _layers(self, stand_in: Sequence[int]) -> Iterator[tuple[int | None, int | None]]:
         yield None, None
         yield from enumerate(stand_in)
 
-    def _weight(self, local: str, numel: int, layer: int | None, place: int | None, part_of: dict[str, int]) -> Weight:
+    def _weight(self, local: str, numel: int, layer: int | None, place: int | None) -> Weight:
         fragment = self.subnetwork.fragments[local] if self.subnetwork else None
         old, new = f"{self.layers_name}.{place}.", f"{self.layers_name}.{layer}."
         full_name = _renamed(fragment.full_name if fragment else local, old, new)
@@ -256,6 +251,4 @@ class _Weights:
             chunk = self.plan.owned(_renamed(space, old, new).removesuffix("."), self.worker)[index]
             start, owner_set = chunk.start * parameter.features_per_unit, chunk.owner_set
             in_place = local in self.subnetwork.views
-        return Weight(
-            _renamed(local, old, new), self.places[full_name], start, part_of[full_name], owner_set, numel, in_place
-        )
+        return Weight(_renamed(local, old, new), self.places[full_name], start, owner_set, numel, in_place)

@@ -11,7 +11,7 @@ from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.deepspeed import start
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.estimate import Job
-from deepspeed_sdp.estimate.traffic import communicators
+from deepspeed_sdp.estimate.buckets import Standing
 from deepspeed_sdp.plan import SubnetworkPlan
 from tests.support.recording import COLLECTIVES, WorkOfDevice, recorded
 
@@ -55,7 +55,7 @@ def test_the_estimate_counts_the_communicators(ranks4, sdp):
         groups = [call[1:] for call in calls if call[0] == "new_group" and rank in call[1] and len(call[1]) > 1]
         # On NCCL the package's own group for objects is gloo's.
         made = [ranks for ranks, backend in groups if backend != "gloo"]
-        assert len(made) == communicators(plan, Job(4, 0, SDPConfig(**sdp)), 8, rank % plan.num_subnetworks)
+        assert len(made) == Standing.of(plan, Job(4, 0, SDPConfig(**sdp)), 8, rank % plan.num_subnetworks).communicators
 
 
 @pytest.mark.parametrize(("ds", "sdp"), ROWS)

@@ -44,17 +44,57 @@ def measure(config, ds, sdp, batch, length, checkpointing=False):
     with gradient_peak(engine) as gradients, saved_activations(engine.module) as saved:
         for _ in range(micro_batches):
             _step(engine, ids)
-    sent = engine._traffic.last_step_bytes if sdp is not None else 0
+    own = {} if sdp is None else _seen(engine, deepspeed_sdp.SDPConfig.of(sdp))
     engine.destroy()
     return {
+        **own,
         "weights": state["weights"],
         "optimizer": state["optimizer"],
         "gradients": gradients.nbytes,
         "activations": saved.total // micro_batches,
         **peak,
         "state": state["total"],
+    }
+
+
+def _seen(engine, sdp):
+    """What the engine of a rank is made of, and what it sent in its last step."""
+    refresh, weights = engine._parts.optimizer.refresh, engine._parts.weights
+    sent = dict(engine._traffic.last_step)
+    sent.pop("norm_all_reduce")
+    return {
+        "layout": describe(engine._parts.layout, refresh.portions),
+        "uses": [] if weights is None else [(part.use.stays, part.use.is_needed_backward) for part in weights._parts],
+        "rules": refresh._rules,
+        "worker": engine._parts.groups.subnetwork_index,
         "sent": sent,
     }
+
+
+def describe(rounds, portions):
+    """Buckets, rounds, portions and parts of a rank, of the engine or of an estimate, in plain data."""
+    return {
+        "buckets": [[_bucket(bucket) for bucket in of_round] for of_round in rounds.rounds],
+        "copies": [[_bucket(bucket) for bucket in of_round] for of_round in rounds.copies],
+        "parts": rounds.parts,
+        "portions": [
+            (portion.rounds, *([b.key for b in of] for of in (portion.gathered, portion.exchanged)))
+            for portion in portions
+        ],
+    }
+
+
+def _bucket(bucket):
+    shares = [bucket.share_of(rank) for rank in bucket.owners.ranks]
+    return (
+        bucket.key,
+        bucket.numels,
+        bucket.padded_numel,
+        bucket.shard_numel,
+        bucket.shards,
+        bucket.owners.ranks,
+        shares,
+    )
 
 
 # The peak of a step is the least of so many: threads of gloo let go of a round that is done sooner or later.

@@ -56,6 +56,11 @@ def gather_inside(part: torch.Tensor, groups: Sequence[Group], timed: Callable[[
     return Arriving([work], lambda: [part], nbytes)
 
 
+def gathered_inside(numel: int, levels: Sequence[int]) -> int:
+    """Elements of the buffers of :func:`gather_inside` when its result is there, ``numel`` of them; pure."""
+    return numel + numel // levels[0]
+
+
 class Transport(Protocol):
     """Collective over the world: every rank calls it for the same rounds in the same order, with its own buckets."""
 
@@ -332,13 +337,14 @@ def _mean(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """In their order, in fp32 at least."""
-    total = torch.zeros(pieces[0].shape, dtype=_sum_dtype(pieces[0].dtype), device=pieces[0].device)
+    total = torch.zeros(pieces[0].shape, dtype=sum_dtype(pieces[0].dtype), device=pieces[0].device)
     for piece in pieces:
         total += piece
     return total
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which this rank sums what came in ``dtype``."""
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 

@@ -51,6 +51,24 @@ _COMMUNICATE_THEMSELVES = ("onebit", "zeroone")
 _OF_DEEPSPEED = ("Adam", "AdamW", "Adagrad", "Lion")
 
 
+def check_stage(stage: int, sdp: SDPConfig) -> None:
+    """Refuse what no engine does at a ZeRO stage; ``estimate`` estimates none either.
+
+    Raises:
+        ConfigError: names the key, what it got and what it takes.
+    """
+    if sdp.comm.transport == "all_to_all" and stage == 0:
+        raise ConfigError(
+            f'{BLOCK}.comm.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where '
+            "every owner needs the whole average"
+        )
+    if stage == 3 and sdp.masking == "backward":
+        raise ConfigError(
+            f'{BLOCK}.masking: got "backward" with ZeRO stage 3; takes stage 0, 1 or 2, as every rank computes with '
+            'the whole model, or masking "forward"'
+        )
+
+
 def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, optimizer: Any, mpu: Any) -> None:
     """Refuse what would be ignored or go wrong.
 
@@ -62,16 +80,7 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         if value not in fine:
             raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; {reason}")
     stage = _lookup(ds_config, "zero_optimization.stage", 0)
-    if sdp.comm.transport == "all_to_all" and stage == 0:
-        raise ConfigError(
-            f'{BLOCK}.comm.transport: got "all_to_all" with ZeRO stage 0; takes "auto" or "owner_sets" there, where '
-            "every owner needs the whole average"
-        )
-    if stage == 3 and sdp.masking == "backward":
-        raise ConfigError(
-            f'{BLOCK}.masking: got "backward" with ZeRO stage 3; takes stage 0, 1 or 2, as every rank computes with '
-            'the whole model, or masking "forward"'
-        )
+    check_stage(stage, sdp)
     if stage != 3 and _lookup(ds_config, "zero_optimization.offload_param.device", None) == "cpu":
         raise ConfigError(
             f'DeepSpeed config: zero_optimization.offload_param: got "cpu" with ZeRO stage {stage}; takes it with '

@@ -10,6 +10,15 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScalerBase
 
 from deepspeed_sdp.config import SDPConfig, default_bucket_numel
 
+# The dtype in which gradients travel unless the job says: sums of many ranks lose the small ones in 16 bits, which
+# DeepSpeed would take by default.
+REDUCE = torch.float32
+
+
+def parts_ahead(prefetch_bucket_size: int) -> int:
+    """Parts that are gathered ahead at stage 3."""
+    return 1 if prefetch_bucket_size else 0
+
 
 @dataclass(frozen=True)
 class Place:
@@ -71,12 +80,11 @@ class Settings:
             device=engine.device,
             dtype=dtype,
             accumulate=accumulate,
-            # Sums of many ranks lose the small ones in 16 bits, which DeepSpeed would take by default.
-            reduce=engine._config.communication_data_type or torch.float32,
+            reduce=engine._config.communication_data_type or REDUCE,
             round_numel=round_numel,
             # Gradients are needed in fp32 a portion at a time: whoever asks for small rounds has little memory.
             portion_numel=_asked_numel(engine, "allgather_bucket_size", round_numel),
-            prefetch=1 if zero.prefetch_bucket_size else 0,
+            prefetch=parts_ahead(zero.prefetch_bucket_size),
             state=_place(zero.offload_optimizer, engine.device),
             weights=_place(zero.offload_param, engine.device),
             clip_grad=engine.gradient_clipping(),

@@ -27,7 +27,8 @@ from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
-from deepspeed_sdp.engine.zero.refresh import WeightRefresh
+from deepspeed_sdp.engine.zero.refresh import RefreshRules, WeightRefresh
+from deepspeed_sdp.engine.zero.rounds import last_portion
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.subnetwork import Subnetwork
@@ -163,19 +164,11 @@ def assemble(
 def _refresh(
     settings: Settings, subnetwork: Subnetwork, layout: Layout, transport: Transport, exchange: Exchange | None
 ) -> WeightRefresh:
-    is_gathered = 0 < settings.stage < 3
-    is_lazy = exchange is not None and settings.sdp.backward.overlap_refresh
-    numel = sum(bucket.shard_numel for of_round in layout.rounds for bucket in of_round)
-    refresh = WeightRefresh(
-        layout.portions(settings.portion_numel, is_gathered=is_gathered, is_exchanged=exchange is not None),
-        transport,
-        is_gathered,
-        exchange,
-        # The averaged gradients are gone when weights travel: with no more than they took the peak does not grow.
-        budget=settings.accumulate.itemsize * numel * is_lazy,
-        is_lazy=is_lazy,
-    )
-    if is_lazy:
+    numel = sum(bucket.shard_numel for bucket in layout.buckets)
+    rules = RefreshRules.of(settings.stage, settings.sdp, settings.accumulate, numel)
+    portions = layout.portions(settings.portion_numel, is_gathered=rules.is_gathered, is_exchanged=rules.is_exchanged)
+    refresh = WeightRefresh(portions, rules, transport, exchange)
+    if rules.is_lazy:
         _settle_where_used(subnetwork, layout, refresh)
     return refresh
 
@@ -198,7 +191,8 @@ def _word(dtype: torch.dtype) -> str:
 def _settle_where_used(subnetwork: Subnetwork, layout: Layout, refresh: WeightRefresh) -> None:
     """Weights may still be under way when the next forward pass begins: each module waits for its own."""
     for part in make_parts(subnetwork, layout):
-        needed = [i for i, portion in enumerate(refresh.portions) if set(portion.rounds) & set(part.rounds)]
-        for module in part.modules if needed else ():
-            refresh.settle_before(module, max(needed))
+        needed = last_portion(refresh.portions, part.rounds)
+        if needed is not None:
+            for module in part.modules:
+                refresh.settle_before(module, needed)
     refresh.settle_before_state_dict(subnetwork.module)

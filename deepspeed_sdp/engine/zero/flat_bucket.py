@@ -8,8 +8,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from deepspeed_sdp.engine.comm.mesh import Owners
+from deepspeed_sdp.engine.zero.bucket_shape import padded_numel
 from deepspeed_sdp.engine.zero.flat_weights import FlatWeights
-from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket, padded_numel
+from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.segmentation import Bucket
 
 
@@ -43,8 +44,7 @@ class FlatBucket(OwnerBucket):
         return self.weights.flat.narrow(0, self._start, self.padded_numel)
 
     def master(self, device: torch.device) -> nn.Parameter:
-        if self.shard.dtype == torch.float32 and self.shard.device == device:
-            # fp32 training: the weights are their own master copy.
+        if self.is_own_master(self.shard.dtype, self.shard.device == device):
             return nn.Parameter(self.shard)
         return nn.Parameter(self.shard.to(device, torch.float32, copy=True))
 

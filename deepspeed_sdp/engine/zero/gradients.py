@@ -15,7 +15,7 @@ in a circle.
 """
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,10 +24,8 @@ from torch import nn
 from deepspeed_sdp.engine.comm.stages import Pending
 from deepspeed_sdp.engine.comm.timing import named
 from deepspeed_sdp.engine.comm.transport import Transport
+from deepspeed_sdp.engine.zero.launches import Launches
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-
-# Rounds under way at a time: flat copies of gradients alive beyond the gradients themselves.
-_MAX_IN_FLIGHT = 2
 
 # Seconds for which a hook waits for the oldest of them. A user's own collective in another hook may be what the others
 # wait for: so the hook goes on then, and its rounds stay behind until an earlier one has arrived.
@@ -71,12 +69,7 @@ class GradientPath:
         self._reduce, self._accumulate = reduce, accumulate
         self._is_eager = is_eager
         self._untrained = tuple(untrained)
-        self._members = [{index for bucket in of_round for index in bucket.items} for of_round in self._rounds]
-        self._rounds_of: dict[int, list[int]] = {index: [] for index in parameters}
-        for round_, members in enumerate(self._members):
-            for index in members:
-                self._rounds_of[index].append(round_)
-        self._uses = Counter(index for bucket in self.buckets for index in bucket.items)
+        self._launches = Launches([{index for b in of_round for index in b.items} for of_round in self._rounds])
         self._sums: dict[int, torch.Tensor] = {}
         self._norms: list[tuple[int, torch.Tensor]] = []
         self._in_flight: deque[tuple[tuple[OwnerBucket, ...], Pending]] = deque()
@@ -89,9 +82,7 @@ class GradientPath:
         return [bucket for of_round in self._rounds for bucket in of_round]
 
     def _begin(self) -> None:
-        self._waiting = [set(members) for members in self._members]
-        self._unused = self._uses.copy()
-        self._next = 0
+        self._launches.begin()
         self._is_patient = True
         self.is_half_way = False
 
@@ -111,48 +102,29 @@ class GradientPath:
     def ready(self, index: int) -> None:
         """Parameter ``index`` has its whole gradient: launch what is complete, in order."""
         self.check()
-        for round_ in self._rounds_of[index]:
-            if index not in self._waiting[round_]:
-                raise RuntimeError(
-                    f"gradient {index} came twice in one backward pass; it may have been reduced already"
-                )
-            self._waiting[round_].remove(index)
+        self._launches.arrive(index)
         self.is_half_way = True
-        end = self._complete() if self._is_eager else 0
-        while self._next < end and self._has_room():
+        end = self._launches.complete if self._is_eager else 0
+        while self._launches.next < end and self._has_room():
             self._launch_next()
-
-    def _complete(self) -> int:
-        """The first round that must wait: after it come incomplete rounds, or ones that this rank owns nothing of.
-
-        The latter are always complete. But taking part in them early could mean to wait for ranks that still need
-        something of this one (at ZeRO-3 a gather) to come so far in their backward pass.
-        """
-        end = self._next
-        for round_ in range(self._next, len(self._rounds)):
-            if self._waiting[round_]:
-                break
-            if self._rounds[round_]:
-                end = round_ + 1
-        return end
 
     # -- rounds under way --------------------------------------------------------------------------------------------
 
     def launch_before(self, round_: int) -> None:
         """Launch all rounds before ``round_``: the backward pass is past them, whatever it did not reach."""
-        while self._next < round_:
+        while self._launches.next < round_:
             self._launch_next()
 
     def finish(self) -> None:
         """Launch what is left, parameters without a gradient included, and take every result."""
-        self.launch_before(len(self._rounds))
+        self.launch_before(len(self._launches))
         while self._in_flight:
             self._take()
         self._begin()
 
     def _has_room(self) -> bool:
         """Whether a round may be launched now, after a limited wait, which is not repeated before one has arrived."""
-        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+        while len(self._in_flight) >= self._launches.most:
             if not self._in_flight[0][1].arrives_within(_PATIENCE if self._is_patient else 0.0):
                 self._is_patient = False
                 return False
@@ -160,11 +132,9 @@ class GradientPath:
         return True
 
     def _launch_next(self) -> None:
-        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+        while len(self._in_flight) >= self._launches.most:
             self._take()
-        buckets = self._rounds[self._next]
-        self._waiting[self._next].clear()
-        self._next += 1
+        buckets = self._rounds[self._launches.launch()]
         self.is_half_way = True
         with named("flatten gradients"):
             flats = [self._flatten(bucket) for bucket in buckets]
@@ -183,8 +153,7 @@ class GradientPath:
                 indices.append(index)
                 places.append(place)
                 values.append(gradient.reshape(-1)[start:stop])
-            self._unused[index] -= 1
-            if not self._unused[index]:
+            if self._launches.is_used_up(index):
                 self._forget(index)
         flat[taken:].zero_()
         if values:

@@ -25,8 +25,9 @@ class HostCopies:
     """
 
     def __init__(self, numel: int, dtype: torch.dtype, is_pinned: bool, sends: bool) -> None:
-        self._gradients = deque(_Buffer(numel, torch.float32, is_pinned) for _ in range(_IN_FLIGHT))
-        self._weights = deque(_Buffer(numel if sends else 0, dtype, is_pinned) for _ in range(_IN_FLIGHT))
+        coming, going = buffer_numels(numel, sends)
+        self._gradients = deque(_Buffer(size, torch.float32, is_pinned) for size in coming)
+        self._weights = deque(_Buffer(size, dtype, is_pinned) for size in going)
         self.sends = sends
 
     def fetched(self, portions: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
@@ -48,6 +49,11 @@ class HostCopies:
         if values:
             torch._foreach_copy_(list(weights), buffer.held, non_blocking=True)
             buffer.mark()
+
+
+def buffer_numels(numel: int, sends: bool) -> tuple[list[int], list[int]]:
+    """Elements of the buffers of fp32 gradients, and of weights; see :class:`HostCopies`."""
+    return [numel] * _IN_FLIGHT, [numel * sends] * _IN_FLIGHT
 
 
 class _Buffer:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from enum import Enum, auto
 
 import torch
-from torch import nn
 
 from deepspeed_sdp.engine.comm.stages import Pending
 from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
+from deepspeed_sdp.engine.zero.rounds import Use
 
 
 class State(Enum):
@@ -23,25 +23,15 @@ class Part:
     """The weights of one range of rounds; a parameter that is cut has all its rounds in it.
 
     Args:
-        modules: whose forward pass needs the weights.
+        use: what uses them.
         rounds: its rounds.
         buckets: this rank's buckets in them, in the total order.
-        stays, is_needed_backward: see :class:`~deepspeed_sdp.plan.schedule.Schedule`.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        rounds: range,
-        buckets: Sequence[FlatBucket],
-        stays: bool = False,
-        is_needed_backward: bool = True,
-    ) -> None:
-        self.modules = modules
+    def __init__(self, use: Use, rounds: range, buckets: Sequence[FlatBucket]) -> None:
+        self.use, self.modules = use, use.modules
         self.rounds = rounds
         self.buckets = tuple(buckets)
-        self.stays = stays
-        self.is_needed_backward = is_needed_backward
         self.state = State.UNSHARDED
         self._weights = tuple(dict.fromkeys(bucket.weights for bucket in buckets))
         self._pending: Pending | None = None

@@ -8,36 +8,55 @@ the next forward pass, which waits for a portion where it first needs one.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.engine.comm.exchange import Exchange
 from deepspeed_sdp.engine.comm.stages import Pending
 from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
-
-# Portions that may be under way whatever they take.
-_MIN_IN_FLIGHT = 2
+from deepspeed_sdp.engine.zero.rounds import Portion
 
 
 @dataclass(frozen=True)
-class Portion:
-    """What is stepped, and then travels, together; the same rounds on all ranks.
+class RefreshRules:
+    """What travels after a step, and how much at a time. Pure; ``estimate/`` follows them too.
 
     Attributes:
-        rounds: indices of its rounds, ascending.
-        owned: this rank's buckets in them, by round.
-        gathered: this rank's buckets that the owners gather among themselves.
-        exchanged: buckets that go to all ranks, those of others included; the same on all ranks.
+        is_gathered: whether owners gather at all (ZeRO 1 and 2); then all ranks take part in every portion, for a
+            transport may be one collective over the world.
+        is_exchanged: whether weights go to all ranks (backward masking).
+        is_lazy: whether the last portions may be under way when the step is over.
+        budget: bytes of buffers that may be under way beyond the ``least`` portions.
+        least: portions that may be under way whatever they take.
     """
 
-    rounds: range
-    owned: tuple[tuple[OwnerBucket, ...], ...]
-    gathered: tuple[FlatBucket, ...]
-    exchanged: tuple[OwnerBucket, ...]
+    is_gathered: bool
+    is_exchanged: bool
+    is_lazy: bool
+    budget: int
+    least: int = 2
+
+    @classmethod
+    def of(cls, stage: int, sdp: SDPConfig, accumulate: torch.dtype, numel: int) -> "RefreshRules":
+        """Of a job.
+
+        Args:
+            accumulate: dtype in which gradients wait.
+            numel: elements of this rank's shards.
+        """
+        is_exchanged = sdp.masking == "backward"
+        is_lazy = is_exchanged and sdp.backward.overlap_refresh
+        # The averaged gradients are gone when weights travel: with no more than they took the peak does not grow.
+        return cls(0 < stage < 3, is_exchanged, is_lazy, accumulate.itemsize * numel * is_lazy)
+
+    def must_wait(self, portions: int, nbytes: int) -> bool:
+        """Whether one more may not leave while so many are under way, with so many bytes of buffers."""
+        return portions >= self.least and nbytes >= self.budget
 
 
 class WeightRefresh:
@@ -45,46 +64,40 @@ class WeightRefresh:
 
     Args:
         portions: in forward order.
+        rules: see there.
         transport: for gathers among owners.
-        is_gathered: whether owners gather at all (ZeRO 1 and 2); then all ranks take part in every portion, for a
-            transport may be one collective over the world.
         exchange: for backward masking, else ``None``.
-        budget: bytes of buffers that may be under way beyond two portions.
-        is_lazy: whether the last portions may be under way when the step is over.
     """
 
     def __init__(
         self,
-        portions: Sequence[Portion],
+        portions: Sequence[Portion[OwnerBucket]],
+        rules: RefreshRules,
         transport: Transport,
-        is_gathered: bool,
         exchange: Exchange | None,
-        budget: int = 0,
-        is_lazy: bool = False,
     ) -> None:
         self.portions = tuple(portions)
+        self._rules = rules
         self._transport = transport
-        self._is_gathered = is_gathered
         self._exchange = exchange
         self._routes = [exchange.route(p.exchanged) if p.exchanged else None for p in portions] if exchange else []
-        self._budget = budget
-        self._is_lazy = is_lazy
         self._under_way: deque[tuple[int, list[Pending]]] = deque()
         self._failure: BaseException | None = None
         self._hooks: list[Any] = []
 
     def issue(self, index: int) -> None:
         """Collective. Portion ``index`` is stepped: send it."""
-        while len(self._under_way) >= _MIN_IN_FLIGHT and self.in_flight_bytes >= self._budget:
+        while self._rules.must_wait(len(self._under_way), self.in_flight_bytes):
             self._finish_next()
         pending = []
-        if self._is_gathered:
-            pending.append(self._transport.gather(self.portions[index].gathered, "weight_gather"))
+        if self._rules.is_gathered:
+            gathered = cast("Sequence[FlatBucket]", self.portions[index].gathered)
+            pending.append(self._transport.gather(gathered, "weight_gather"))
         route = self._routes[index] if self._routes else None
         if self._exchange is not None and route is not None:
             pending.append(self._exchange.start(route))
         self._under_way.append((index, pending))
-        if not self._is_lazy and index == len(self.portions) - 1:
+        if not self._rules.is_lazy and index == len(self.portions) - 1:
             self.settle()
 
     def send_all(self) -> None:

@@ -16,8 +16,9 @@ from torch import nn
 
 from deepspeed_sdp.engine.comm.transport import Transport
 from deepspeed_sdp.engine.zero.part import Part, State
+from deepspeed_sdp.engine.zero.rounds import schedule_of
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.plan.schedule import Action, Schedule, Steps
+from deepspeed_sdp.plan.schedule import Action, Steps
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
@@ -55,12 +56,7 @@ class ShardedWeights:
     ) -> None:
         self._parts = tuple(parts)
         self._transport = transport
-        self._schedule = Schedule(
-            len(parts),
-            prefetch,
-            backward=[index for index, part in enumerate(parts) if part.is_needed_backward],
-            stays=[index for index, part in enumerate(parts) if part.stays],
-        )
+        self._schedule = schedule_of([part.use for part in parts], prefetch)
         self._is_paused = False
         self.before_backward: Callable[[int], None] = lambda round_: None
         for part in self._parts:
@@ -127,7 +123,7 @@ class ShardedWeights:
             if self._is_paused or _in_backward():
                 return
             hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, torch.Tensor) and hidden.requires_grad and part.is_needed_backward:
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad and part.use.is_needed_backward:
                 hidden.register_hook(lambda _: self._need_backward(index))  # type: ignore[no-untyped-call]
             if module is part.modules[-1]:
                 self._run(self._schedule.after_forward(index))
