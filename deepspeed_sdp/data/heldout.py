@@ -1,6 +1,7 @@
 """The first held-out sequences of a source, read once and kept in a file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,16 @@ class HeldoutSequences:
         if about["identity"] != json.loads(json.dumps(identity)):
             return None
         return cls(ids, starts, Skipped.from_json(about["skipped"]))
+
+
+def join(parts: Sequence[HeldoutSequences]) -> HeldoutSequences:
+    """Those of several sources, one after another."""
+    before = np.cumsum([0, *(part.ids.size for part in parts)])
+    starts = [part.starts + first for part, first in zip(parts, before, strict=False)]
+    skipped = Skipped()
+    for part in parts:
+        skipped.merge(part.skipped)
+    return HeldoutSequences(np.concatenate([part.ids for part in parts]), np.concatenate(starts), skipped)
 
 
 def read_heldout(

@@ -25,6 +25,7 @@ class SourceSpec:
         config, revision, split: of a hub data set; a split names its files.
         text_column: which column holds the text.
         faults: what happens to broken rows and files, and to lost connections.
+        weight: share of the tokens, where several sources are mixed: in any unit.
         option: by which the command line says it, for messages.
     """
 
@@ -35,6 +36,7 @@ class SourceSpec:
     text_column: str = "text"
     faults: FaultPolicy = field(default_factory=FaultPolicy)
     option: str = field(default="--source", compare=False)
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -55,7 +57,7 @@ class SourceSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Without what changes nothing that is read."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("faults", "option")}
+        kept = {key: value for key, value in asdict(self).items() if key not in ("faults", "option", "weight")}
         return {**kept, "paths": list(self.paths)}
 
 
