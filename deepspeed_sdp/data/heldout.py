@@ -122,7 +122,7 @@ def read_heldout(
     bar = tqdm(total=wanted, unit=" tokens", unit_scale=True, desc="held-out text", disable=not progress, leave=False)
     with bar:
         for text, _ in stream_documents(source, skipped):
-            if is_heldout(text, fraction):
+            if is_heldout(encoder.text(text), fraction):
                 parts += encoder([text])
                 starts.append(filled)
                 filled += len(parts[-1])
