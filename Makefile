@@ -40,10 +40,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/deepspeed --log_level warning --num_accelerators $(RANKS) launch/train.py \
-	    --deepspeed_config ds_configs/demo.json --sdp_config ds_configs/demo_sdp.json \
-	    --model_config ds_configs/demo_model.json --vocab_size 2048 --seq_length 128 --max_text_mb 6 --heldout_fraction 0.02 \
-	    --steps $(DEMO_STEPS) --eval_interval 50 --eval_sequences 0 --compare_dense --output_dir runs/demo
+	$(BIN)/deepspeed-sdp pretrain demo --gpus $(RANKS) --steps $(DEMO_STEPS) --output_dir runs/demo
 
 test: setup
 	$(BIN)/python -m pytest -m 'not slow'

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from deepspeed_sdp.errors import ConfigError
@@ -50,8 +50,10 @@ def _spelt(text: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def split_settings(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def split_settings(args: Sequence[str], known: Collection[str] = ()) -> tuple[list[str], list[tuple[str, str]]]:
     """``args`` without what is typed as ``--SECTION.KEY VALUE`` (or ``=VALUE``), and that: ``("SECTION.KEY", VALUE)``.
+
+    ``known`` options stay.
 
     Raises:
         ValueError: there is no value.
@@ -62,7 +64,7 @@ def split_settings(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
     rest = iter(args[:end])
     for text in rest:
         name, equals, value = text.removeprefix("--").partition("=")
-        if not text.startswith("--") or "." not in name:
+        if not text.startswith("--") or "." not in name or f"--{name.replace('-', '_')}" in known:
             left.append(text)
             continue
         found = value if equals else next(rest, None)

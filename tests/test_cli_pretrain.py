@@ -1,18 +1,21 @@
 """``deepspeed-sdp pretrain``: its options, its dry run, and the ranks that it starts itself."""
 
+import json
 import os
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 
 from deepspeed_sdp.cli import main, make_parser
-from deepspeed_sdp.cli.pretrain import check
 from deepspeed_sdp.data import FaultPolicy, SourceSpec
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.options import split_settings
-from deepspeed_sdp.pretraining.recipe import read_recipe
-from deepspeed_sdp.pretraining.run import stream_source
+from deepspeed_sdp.pretraining.options import check_job_options, parse_run
+from deepspeed_sdp.pretraining.recipe import read_recipe, recipe_names, recipe_path
+from deepspeed_sdp.pretraining.schema import SECTIONS, RunSchema, fields
+from deepspeed_sdp.pretraining.sources import stream_source
 from tests.launch.jobs import RANK_VARIABLES, kill, marked
 from tests.launch.recipe_jobs import RecipePlace
 from tests.support.ranks import ROOT, rank_environment
@@ -21,31 +24,32 @@ STREAM = ["--output_dir", "out", "--stream", "a.parquet", "--tokenizer", "t"]
 
 
 def parsed(*arguments):
-    args = make_parser().parse_args(["pretrain", "15m", *arguments])
-    check(args)
-    return args
+    args = parse_run(make_parser(), ["pretrain", "15m", *arguments])
+    run = read_recipe(args.recipe, args.settings)
+    check_job_options(args, run.data.source)
+    return run.data
 
 
 def test_options_of_a_stream_reach_its_source_and_are_refused_without_one():
     assert stream_source(parsed(*STREAM)) == SourceSpec(("a.parquet",))
     given = ["--on_broken_row", "stop", "--on_broken_file", "skip", "--retries", "0", "--text_column", "content"]
-    args = parsed(*STREAM, *given, "--stream_heldout_fraction", "0.1")
+    data = parsed(*STREAM, *given, "--heldout_fraction", "0.1")
     policy = FaultPolicy("stop", "skip", 0)
-    assert stream_source(args) == SourceSpec(("a.parquet",), text_column="content", faults=policy)
+    assert stream_source(data) == SourceSpec(("a.parquet",), text_column="content", faults=policy)
     shards = ["--output_dir", "out", "--data", "shards"]
-    for name, value in (*zip(given[::2], given[1::2], strict=True), ("--stream_heldout_fraction", "0.1")):
-        with pytest.raises(ConfigError, match=f"{name}: got {value} with --data; takes it with --stream alone"):
+    for name, value in zip(given[::2], given[1::2], strict=True):
+        message = rf"data\.{name[2:]}: got .*{value}.* with data\.path; takes it with data\.stream alone"
+        with pytest.raises(ConfigError, match=message):
             parsed(*shards, name, value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*STREAM, "--retries", "-1"), "--retries: got -1"),
-        ((*STREAM[:4],), "--tokenizer: got none with --stream"),
-        (("--output_dir", "out"), "--data or --stream: got none"),
+        ((*STREAM, "--retries", "-1"), r"data\.retries: got -1"),
+        ((*STREAM[:4],), r"data\.tokenizer: got nothing with data\.stream"),
+        (("--output_dir", "out"), "--data, --stream or --text: got none"),
         (("--data", "shards"), "--output_dir: got none"),
-        ((*STREAM, "--gpus", "0"), "--gpus: got 0; takes a number from 1 on"),
         ((*STREAM, "--world_size", "8"), "--world_size: got 8; takes .* with --dry_run; a job has the ranks"),
     ],
 )
@@ -54,31 +58,70 @@ def test_options_that_do_not_fit_are_named(arguments, message):
         parsed(*arguments)
 
 
+def test_a_source_takes_the_place_of_the_recipe_s():
+    """What the recipe says of its own is gone with it; what is common stays."""
+    args = parse_run(make_parser(), ["pretrain", "demo", "--data", "shards"])
+    data = read_recipe(args.recipe, args.settings).data
+    assert (data.source, data.path, data.text, data.vocab_size, data.seq_length) == ("path", "shards", None, None, 128)
+
+
 def test_settings_stand_anywhere_and_are_spelt_like_options():
     typed = [
         "pretrain",
         "--sdp.num-subnetworks",
         "4",
         "15m",
-        "--pretraining.tokens=1e-3",
+        "--length.tokens=1e-3",
+        "--deepspeed.optimizer.params.lr",
+        "-1",
         "--data",
         "a.b",
-        "--",
-        "--c.d",
+        "--compare-dense",
+        "--sdp.partition",
+        "mlp",
     ]
-    left, settings = split_settings(typed)
-    assert left == ["pretrain", "15m", "--data", "a.b", "--", "--c.d"]
-    assert settings == [("sdp.num_subnetworks", "4"), ("pretraining.tokens", "1e-3")]
+    args = parse_run(make_parser(), typed)
+    assert args.recipe == "15m"
+    assert args.settings == [
+        ("sdp.num_subnetworks", "4"),
+        ("length.tokens", "1e-3"),
+        ("data.path", "a.b"),
+        ("logging.compare_dense", "true"),
+        ("sdp.partition", ["mlp"]),
+        ("deepspeed.optimizer.params.lr", "-1"),
+    ]
+    assert split_settings(["a", "--a.b=1", "--", "--c.d"]) == (["a", "--", "--c.d"], [("a.b", "1")])
     for cut in (["--a.b"], ["--a.b", "--c"]):
         with pytest.raises(ValueError, match=r"--a\.b: got nothing; takes a value"):
             split_settings(cut)
-    assert split_settings(["--a.b", "-1"])[1] == [("a.b", "-1")]
+
+
+def test_every_key_is_in_the_help_and_in_the_schema(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    shown = capsys.readouterr().out
+    assert main(["recipes", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    for name, field in fields():
+        assert f"--{name} " in shown
+        section, *keys = name.split(".")
+        place = schema["properties"][SECTIONS[section]]
+        for key in keys:
+            place = schema["$defs"][place["$ref"].rsplit("/", 1)[1]]["properties"][key]
+        assert place["description"] == field.description
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_editors_take_the_recipes(name):
+    jsonschema.validate(json.loads(recipe_path(name).read_text()), RunSchema.model_json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**json.loads(recipe_path(name).read_text()), "modle": {}}, RunSchema.model_json_schema())
 
 
 def test_a_folder_does_not_hide_a_recipe(monkeypatch, tmp_path):
     (tmp_path / "15m").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert read_recipe("15m").path.is_file()
+    assert read_recipe("15m").model.path == "llama-15m"
 
 
 def test_of_many_ranks_the_first_shows_the_help(capsys, monkeypatch):
@@ -123,7 +166,7 @@ def test_a_method_by_options(dry_run):
     _, said = dry_run("--sdp.masking", "backward", "--sdp.granularity", "layer", "--sdp.coverage", "3/4")
     assert "SDP, backward masking by layer, 4 subnetworks, coverage 0.75" in said.out
     changed = "--sdp.masking backward --sdp.granularity layer --sdp.coverage 3/4"
-    assert f"recipe       15m {changed}\n" in said.out, "a report says how it was made"
+    assert f"run          15m {changed}\n" in said.out, "a report says how it was made"
     assert "dense" in dry_run("--sdp.enabled", "false")[1].out
 
 
@@ -136,23 +179,16 @@ def test_a_method_by_options(dry_run):
         (("--deepspeed.zero_optimization.stage", "7"), "zero_optimization.stage: got 7"),
         (("--sdp.checkpoint.copies", "3"), "checkpoint.copies: got 3 with 2 owners per unit"),
         (("--data", "no/where"), "no/where"),
-        (("--retries", "3"), "--retries: got 3 without --stream"),
+        (("--data", "x", "--retries", "3"), "data.retries: got 3 with data.path"),
     ],
 )
 def test_it_finds_what_a_job_would(arguments, message):
     from deepspeed_sdp.errors import SDPError
     from deepspeed_sdp.pretraining.run import dry_run
 
-    left, settings = split_settings(["pretrain", "15m", "--dry_run", "--verbose", *arguments])
-    args = make_parser().parse_args(left)
-    args.settings = settings
-
-    def done():
-        check(args)
-        dry_run(args)
-
+    args = parse_run(make_parser(), ["pretrain", "15m", "--dry_run", "--verbose", *arguments])
     with pytest.raises(SDPError) as raised:
-        done()
+        dry_run(args, lambda args: read_recipe(args.recipe, args.settings))
     assert message in str(raised.value)
 
 
@@ -210,5 +246,5 @@ def test_recipes_travel_in_the_wheel(tmp_path):
 
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name for name in names if "/recipes/" in name} == {
-        f"deepspeed_sdp/recipes/{size}.json" for size in ("15m", "134m", "500m", "1b")
+        f"deepspeed_sdp/recipes/{size}.json" for size in recipe_names()
     }

@@ -108,7 +108,7 @@ def no_answers(monkeypatch):
 
 def test_a_hostile_model_folder(tmp_path, mark, no_answers):
     unknown = hostile(tmp_path / "unknown", mark, "evil")
-    with pytest.raises(ConfigError, match=r"--model_config: .*unknown.*custom code") as error:
+    with pytest.raises(ConfigError, match=r"--model: .*unknown.*custom code") as error:
         read_model_config(unknown)
     assert "\n" not in str(error.value)
     # A family that transformers knows is built from its own code.
@@ -145,7 +145,7 @@ def test_pickles_in_the_place_of_numbers(tmp_path, mark, make_corpus_spec):
     cache = tmp_path / "cache"
     prepare_corpus(cache, make_corpus_spec(None))
     np.save(cache / "train.npy", np.array([Evil(mark)], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="--data_cache"):
+    with pytest.raises(DataError, match=r"data\.cache"):
         load_corpus(cache)
     with (tmp_path / "heldout.npz").open("wb") as file:
         np.savez(file, ids=np.array([Evil(mark)], dtype=object), starts=np.zeros(1), about=np.array("{}"))

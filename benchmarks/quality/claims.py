@@ -90,6 +90,18 @@ def given_up(sizes: Sizes) -> str:
     )
 
 
+def in_readme(sizes: Sizes) -> str:
+    """What the first page says of losses."""
+    return _items(
+        [
+            "- half of every layer (forward masking, calibrated), beside the dense model of the same FLOPs: "
+            f"{listed(beside(sizes, HALF))} nats per token;",
+            "- a smaller dense model that needs as little memory, beside that half: "
+            f"{listed(beside(sizes, SMALL_DENSE, HALF))}.",
+        ]
+    )
+
+
 def options(sizes: Sizes) -> str:
     """What the options at the longer budget say."""
     long = sizes["long"]

@@ -44,13 +44,22 @@ def documents(results: Path) -> dict[str, dict[str, str]]:
     """
     trained = read_results(results / "quality.jsonl")
     sizes = {size: Results(trained, size) for size in SIZES}
-    blocks = {"in short": claims.in_short(sizes), "notes on options": claims.options(sizes)}
+    tables = {}
     for size, of_size in sizes.items():
         rows = read_rows(results, size)
-        blocks[size] = f"{main_table(rows)}\n\n{of_size.tuning()}"
+        tables[size] = f"{main_table(rows)}\n\n{of_size.tuning()}"
         if varied := parents(rows):
-            blocks[f"options {size}"] = "\n\n".join(options_table(rows, parent) for parent in varied)
-    return {"quality.md": blocks, "when.md": {"when quality": claims.given_up(sizes)}}
+            tables[f"options {size}"] = "\n\n".join(options_table(rows, parent) for parent in varied)
+    return {
+        "../benchmarks/results/quality.md": tables,
+        "quality.md": {
+            "in short": claims.in_short(sizes),
+            "long": main_table(read_rows(results, "long")),
+            "notes on options": claims.options(sizes),
+        },
+        "when.md": {"when quality": claims.given_up(sizes)},
+        "../README.md": {"readme quality": claims.in_readme(sizes)},
+    }
 
 
 def read_rows(results: Path, size: str) -> list[dict[str, Any]]:

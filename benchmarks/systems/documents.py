@@ -13,7 +13,7 @@ from pathlib import Path
 
 from figure import plot
 from sweep_tables import fastest_on_links, link_table, sweep_table
-from tables import Results, contender_table, memory_table, settings_note, summary_table
+from tables import IN_SHORT, SUMMARY, Results, contender_table, memory_table, settings_note, summary_table
 
 from benchmarks.blocks import fill
 from deepspeed_sdp.cli import options
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def write_documents(results: Path, docs: Path) -> list[Path]:
-    """Fill ``benchmarks.md`` and ``when.md``, and draw ``systems.png``; the files written.
+    """Fill ``benchmarks.md``, ``when.md`` and the README beside ``docs``, and draw ``systems.png``; the files written.
 
     Raises:
         DataError: results that are none, or none at all.
@@ -57,7 +57,9 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
         options.written(picture, lambda path: plot(systems, path))
         written.append(picture)
         tables["systems"] = f"{settings_note(systems)}\n\n{contender_table(systems)}"
+        tables["some systems"] = f"{settings_note(systems)}\n\n{contender_table(systems, SUMMARY)}"
         tables["when"] = summary_table(systems)
+        tables["readme"] = summary_table(systems, IN_SHORT)
     if accelerator is not None:
         tables["systems on a GPU"] = f"{settings_note(accelerator)}\n\n{contender_table(accelerator)}"
     if larger is not None:
@@ -70,8 +72,10 @@ def write_documents(results: Path, docs: Path) -> list[Path]:
             if table:
                 tables[name] = table
     places = {
-        "benchmarks.md": ("systems", "larger", "systems on a GPU", "sweep", "link"),
+        "../benchmarks/results/systems.md": ("systems", "sweep"),
+        "benchmarks.md": ("some systems", "larger", "systems on a GPU", "link"),
         "when.md": ("when", "when on a link"),
+        "../README.md": ("readme",),
     }
     for name, keys in places.items():
         fill(docs / name, {key: tables[key] for key in keys if key in tables})

@@ -23,6 +23,15 @@ SUMMARY = (
     "SDP backward neuron 1/2 ZeRO-1",
 )
 
+# Of those, what the first page shows.
+IN_SHORT = (
+    "FSDP2",
+    "DeepSpeed ZeRO-1",
+    "SDP forward neuron 1/2 ZeRO-1",
+    "SDP forward neuron 1/2 ZeRO-1 + checkpointing",
+    "SDP forward neuron 1/4 ZeRO-1",
+)
+
 _OF_MEMORY = (
     "peak MB",
     "weights",
@@ -96,13 +105,18 @@ def columns(results: Results) -> list[Column]:
     ]
 
 
-def contender_table(results: Results) -> str:
-    """All contenders. One that could not run has its reason in the place of figures."""
+def contender_table(results: Results, names: Sequence[str] | None = None) -> str:
+    """All contenders, or those of ``names``. One that could not run has its reason in the place of figures.
+
+    The best of a column is that of all contenders.
+    """
     shown = columns(results)
     rows = measured(results)
     best = {column.title: _best(column, rows) for column in shown}
     lines = [_line(["", *[_title(column) for column in shown]]), "|---" * (len(shown) + 1) + "|"]
     for row in results["rows"]:
+        if names is not None and row["contender"] not in names:
+            continue
         if row.get("reason"):
             lines.append(_line([row["contender"], f"cannot run: {_escape(row['reason'])}", *[""] * (len(shown) - 1)]))
         else:
@@ -126,7 +140,7 @@ def memory_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def summary_table(results: Results) -> str:
+def summary_table(results: Results, names: Sequence[str] = SUMMARY) -> str:
     """A few contenders beside DDP, as ratios of what DDP takes."""
     rows = {row["contender"]: row for row in measured(results)}
     if "DDP" not in rows:
@@ -138,7 +152,7 @@ def summary_table(results: Results) -> str:
         Column("FLOPs", lambda row: row["flops"] / base["flops"], 2),
         Column("sent", lambda row: row["sent"] / base["sent"] if base["sent"] else None, 2),
     ]
-    picked = [rows[name] for name in SUMMARY if name in rows]
+    picked = [rows[name] for name in names if name in rows]
     best = {column.title: _best(column, picked) for column in shown}
     lines = [_line(["DDP = 1", *[column.title for column in shown]]), "|---" * (len(shown) + 1) + "|"]
     lines += [_line([row["contender"], *[_cell(c, row, best[c.title]) for c in shown]]) for row in picked]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -35,8 +34,8 @@ def tensor_file(rank: int) -> str:
     return f"tensors-{rank:05d}.safetensors"
 
 
-def header(layout: Layout, rank: int) -> tuple[bytes, int]:
-    """What a rank's file begins with, and the bytes of the tensors that follow it.
+def header(layout: Layout, rank: int) -> bytes:
+    """What a rank's file begins with; the tensors follow.
 
     Raises:
         CheckpointError: a tensor of any rank has a dtype that files do not hold.
@@ -57,7 +56,7 @@ def header(layout: Layout, rank: int) -> tuple[bytes, int]:
         tensors[tensor_key(copy, section, kind)] = described
     text = json.dumps(tensors, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
+    return len(text).to_bytes(8, "little") + text
 
 
 class Streamed:
@@ -96,16 +95,16 @@ class Streamed:
 class Snapshot:
     """A file's content as it is now, in memory that a process of its own writes from later, beside the training."""
 
-    def __init__(self, content: Iterable[memoryview], nbytes: int) -> None:
+    def __init__(self, content: Iterable[memoryview]) -> None:
         self._error: OSError | None = None
         content = iter(content)
         try:
             # Its memory is free when nothing refers to it any more.
             self._memory = os.fdopen(os.memfd_create("checkpoint"), "w+b", buffering=0)
-            self._memory.truncate(nbytes)
-            with mmap.mmap(self._memory.fileno(), nbytes) as memory:
-                for piece in content:
-                    memory.write(piece)
+            # Not through a map: each of its new pages would be a fault, which takes as long again.
+            for piece in content:
+                while piece:
+                    piece = piece[self._memory.write(piece) :]
         except OSError as error:
             self._error = error
         for _ in content:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from deepspeed_sdp.cli import checkpoints, data, estimate, models, plan, pretrain, report
 from deepspeed_sdp.errors import SDPError
-from deepspeed_sdp.options import OptionParser, split_settings
+from deepspeed_sdp.options import OptionParser
+from deepspeed_sdp.pretraining.options import parse_run
 
 
 def make_parser() -> OptionParser:
@@ -25,14 +26,10 @@ def make_parser() -> OptionParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. An error is one line on stderr."""
     command, parser = list(sys.argv[1:] if argv is None else argv), make_parser()
-    try:
-        left, settings = split_settings(command)
-    except ValueError as error:
-        parser.error(str(error))
-    args = parser.parse_args(left)
-    if settings and not getattr(args, "takes_settings", False):
-        parser.error(f"unrecognized arguments: --{settings[0][0]}")
-    args.command, args.settings = command, settings
+    args = parse_run(parser, command)
+    if args.settings and args.run is not pretrain.run:
+        parser.error(f"unrecognized arguments: --{args.settings[0][0]}")
+    args.command = command
     try:
         args.run(args)
     except SDPError as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deepspeed_sdp.cli.options import Commands
     from deepspeed_sdp.estimate import Job
     from deepspeed_sdp.estimate.gpu import Cluster
+    from deepspeed_sdp.pretraining.recipe import Run
 
 
 def add_commands(commands: "Commands") -> None:
@@ -27,7 +28,11 @@ def add_commands(commands: "Commands") -> None:
     )
     add = own.add_argument
     add("--model", help="HuggingFace config.json, a folder with one, or a preset: " + ", ".join(preset_names()))
-    add("--deepspeed_config", metavar="JSON", help="a job's own settings; its row comes first")
+    own_settings = own.add_mutually_exclusive_group()
+    own_settings.add_argument("--deepspeed_config", metavar="JSON", help="a job's own settings; its row comes first")
+    own_settings.add_argument(
+        "--recipe", metavar="RECIPE", help="instead: all of a job, model and length of its sequences too"
+    )
     add("--sdp_config", metavar="JSON", help="the SDP block of that job, if not in its DeepSpeed config")
     add("--gpus", type=int, default=8, metavar="N", help="ranks (default: 8)")
     add("--num_subnetworks", type=int, metavar="N", help="workers; default: the largest divisor of the ranks up to 8")
@@ -80,29 +85,31 @@ def _estimate(args: argparse.Namespace) -> None:
         strategies,
         to_table,
     )
-    from deepspeed_sdp.estimate.job_file import pretraining
+    from deepspeed_sdp.pretraining.recipe import read_recipe
     from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
     _check(args)
-    ds_config = read_json(args.deepspeed_config, "--deepspeed_config") if args.deepspeed_config else {}
+    recipe = read_recipe(args.recipe) if args.recipe else None
+    ds_config = recipe.ds_config if recipe else {}
+    if args.deepspeed_config:
+        ds_config = read_json(args.deepspeed_config, "--deepspeed_config")
     if args.sdp_config:
         ds_config = {**ds_config, BLOCK: read_block(args.sdp_config, "--sdp_config")}
-    name = args.model or pretraining(ds_config).get("model")
-    if not name:
-        raise ConfigError(
-            "--model: got none, and no pretraining.model in --deepspeed_config; takes a config or a preset"
-        )
-    full = meta_model(read_model_config(model_path(str(name), "--model"), "--model"), "--model")
+    if not (args.model or recipe):
+        raise ConfigError("--model: got none, and no --recipe; takes a config or a preset")
+    file = model_path(args.model, "--model") if args.model or not recipe else recipe.model_file
+    name = args.model or (recipe.model.path if recipe else "")
+    full = meta_model(read_model_config(file, "--model"), "--model")
     cluster = _cluster(args)
     estimator = Estimator(full, cluster)
-    job, workers = _job(args, ds_config)
+    job, workers = _job(args, ds_config, recipe)
     checkpointing = (True,) if args.activation_checkpointing else (False, True)
     own = [choice_of(estimator, job, checkpointing)] if ds_config else []
     jobs = list(strategies(replace(job, sdp=None), workers, **_narrowed(args)))
     choices, refused = compare(estimator, _shown_as_they_go(jobs), checkpointing)
     estimates = [estimate for choice in choices for estimate in choice.variants]
     data = {
-        "model": str(name),
+        "model": name,
         "parameters": sum(parameter.numel() for parameter in full.parameters()),
         "gpu": cluster.gpu.name,
         "job": estimator.estimate(job).to_json() if own else None,
@@ -115,7 +122,7 @@ def _estimate(args: argparse.Namespace) -> None:
         if not fitting:
             refused.append(f"Nothing fits on a {cluster.gpu.name}; shown is what takes least.")
         shown = (fitting or shown)[: args.top]
-    title = _title(str(name), data["parameters"], job, workers, cluster)
+    title = _title(name, data["parameters"], job, workers, cluster)
     print(json.dumps(data, indent=2) if args.json else "\n\n".join([title, to_table(shown, own), *refused, _NOTE]))
     if args.out:
         written(args.out, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
@@ -184,7 +191,7 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
     return Cluster(gpu, args.gpus_per_node, 1e9 * args.network_gb_s, args.mfu, reserved=1e9 * args.reserved_gb)
 
 
-def _job(args: argparse.Namespace, ds_config: dict[str, Any]) -> tuple["Job", int]:
+def _job(args: argparse.Namespace, ds_config: dict[str, Any], recipe: "Run | None") -> tuple["Job", int]:
     """The settings that all strategies share, and how many workers there are."""
     from dataclasses import replace
 
@@ -194,6 +201,9 @@ def _job(args: argparse.Namespace, ds_config: dict[str, Any]) -> tuple["Job", in
 
     is_cpu = args.gpu.lower() == "cpu"
     job = Job(args.gpus, backend="gloo" if is_cpu else "nccl", step_temporaries=2 if is_cpu else 0)
+    if recipe:
+        checkpointing = recipe.model.activation_checkpointing
+        job = replace(job, seq_length=recipe.data.seq_length, checkpointing=checkpointing)
     job = job_of(ds_config, job)
     asked = {
         "micro_batch": args.micro_batch_size,

@@ -1,34 +1,30 @@
 """``pretrain``: a model from a recipe, started here or by a launcher; ``recipes``: those that come with the package."""
 
 import argparse
-import math
+import json
 import os
 import socket
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepspeed_sdp.cli.options import written
 from deepspeed_sdp.errors import ConfigError
-from deepspeed_sdp.failures import one_report
-from deepspeed_sdp.options import add_dry_run, check_values
-from deepspeed_sdp.stopping import StopRequest
+from deepspeed_sdp.options import check_values
+from deepspeed_sdp.pretraining.options import add_job_options, add_run_options, check_job_options
 
 if TYPE_CHECKING:
     from deepspeed_sdp.cli.options import Commands
+    from deepspeed_sdp.pretraining.recipe import Run
 
-_STREAM_OPTIONS = (
-    "tokenizer", "stream_config", "stream_revision", "stream_heldout_fraction", "text_column", "on_broken_row",
-    "on_broken_file", "retries", "num_lanes",
-)  # fmt: skip
-_DESCRIPTION = """Pretrain from a recipe, one file that says all of a run: model, length, method, DeepSpeed's settings.
+_DESCRIPTION = """Pretrain from a recipe, one file that says all of a run: model, data, length, method, DeepSpeed's
+settings.
 
     deepspeed-sdp pretrain 134m --data data/fineweb-1B --output_dir runs/134m --sdp.coverage 1/4
 
-Any value of the recipe can be changed by --SECTION.KEY VALUE, where a section is pretraining, sdp (the SDP block) or
-deepspeed (everything else): --pretraining.tokens 1e8 --sdp.plan.design cyclic --deepspeed.optimizer.params.lr 1e-3.
---sdp.enabled false trains the dense baseline.
+Any value of the recipe can be changed, by the options below or as --deepspeed.KEY VALUE:
+--length.tokens 1e8 --sdp.plan.design cyclic --deepspeed.optimizer.params.lr 1e-3. --sdp.enabled false trains the dense
+baseline.
 
 The ranks of this machine are started here. Where a launcher has started this already, it is one of the ranks:
 deepspeed --module deepspeed_sdp.cli pretrain ..., torchrun -m deepspeed_sdp.cli pretrain ..., or srun."""
@@ -44,6 +40,8 @@ def add_commands(commands: "Commands") -> None:
     shown = kinds.add_parser("show", help="a recipe as it stands")
     shown.add_argument("recipe", metavar="RECIPE", help="its name")
     shown.set_defaults(run=_show)
+    schema = kinds.add_parser("schema", help="the JSON schema of a recipe, for editors")
+    schema.set_defaults(run=_schema)
     copied = kinds.add_parser("copy", help="a recipe into a file, to be edited")
     copied.add_argument("recipe", metavar="RECIPE", help="its name")
     copied.add_argument("file", type=Path, metavar="FILE", help="where to")
@@ -54,81 +52,40 @@ def _add_pretrain(commands: "Commands") -> None:
     parser = commands.add_parser(
         "pretrain",
         help="pretrain from a recipe",
+        usage="deepspeed-sdp pretrain RECIPE --output_dir DIR [OPTION ...]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of one that comes with the package, or a file")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--data", metavar="DIR", help="folder that deepspeed-sdp data made; visible to all nodes")
-    text.add_argument(
-        "--stream",
-        nargs="+",
-        metavar="PATH",
-        help="tokenise on the fly instead: hub:OWNER/NAME, or .parquet and .jsonl files (.gz, .zst) or their folders",
-    )
-    parser.add_argument("--stream_config", metavar="NAME", help="of the hub data set, e.g. sample-10BT")
-    parser.add_argument("--stream_revision", metavar="COMMIT", help="of the hub data set; best a commit")
-    parser.add_argument(
-        "--stream_heldout_fraction",
-        type=float,
-        help="share of the documents that --stream holds out for validation (default: 0.005)",
-    )
-    parser.add_argument("--tokenizer", metavar="PATH", help="HuggingFace tokenizer for --stream, a folder or hub name")
-    parser.add_argument("--text_column", metavar="NAME", help="of --stream (default: text)")
-    skip = ("skip", "stop")
-    parser.add_argument("--on_broken_row", choices=skip, help="of --stream (default: skip, and count)")
-    parser.add_argument("--on_broken_file", choices=skip, help="of --stream (default: stop)")
-    parser.add_argument("--retries", type=int, metavar="N", help="of a connection that --stream loses (default: 8)")
-    parser.add_argument(
-        "--num_lanes",
-        type=int,
-        metavar="N",
-        help="parts in which --stream is read: a multiple of the ranks that divides the global batch; fewer for a "
-        "small source (default: the most up to 64; a run goes on with those it began with)",
-    )
-    parser.add_argument(
-        "--output_dir", metavar="DIR", help="gets hf/, checkpoints/, metrics.jsonl, report.md, loss.png"
-    )
+    add_job_options(parser)
     parser.add_argument(
         "--gpus",
         type=int,
         metavar="N",
         help="ranks to start on this machine (default: one for each of its GPUs; on a CPU the recipe's subnetworks)",
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of those that follow from the recipe")
-    add_dry_run(parser)
-    parser.add_argument(
-        "--restart", action="store_true", help="begin anew; without it a job goes on from its latest checkpoint"
-    )
-    parser.add_argument(
-        "--stop_file",
-        metavar="FILE",
-        help="written when the job saved because it was asked to stop, for its scheduler",
-    )
-    parser.add_argument(
-        "--peak_tflops",
-        type=float,
-        help="matmul TFLOPS of the device, for the MFU; default: by the device's name",
-    )
-    parser.add_argument("--tensorboard", action="store_true", help="figures to OUTPUT_DIR/tensorboard too")
-    parser.add_argument("--wandb", metavar="PROJECT", help="figures to Weights & Biases too")
-    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
-    parser.set_defaults(run=_pretrain, takes_settings=True)
+    add_run_options(parser)
+    parser.set_defaults(run=run)
 
 
-def _pretrain(args: argparse.Namespace) -> None:
-    is_rank = "RANK" in os.environ
-    if not (args.dry_run or is_rank):
-        check(args)
+def run(args: argparse.Namespace) -> None:
+    """``deepspeed-sdp pretrain``: start the ranks, or be one of them.
+
+    Raises:
+        ConfigError: what can be known before any rank is started.
+    """
+    if not (args.dry_run or "RANK" in os.environ):
         _start_ranks(args)
-    with closing(StopRequest()) as stop, one_report():
-        check(args)
-        from deepspeed_sdp.pretraining.run import dry_run, pretrain
+    from deepspeed_sdp.pretraining.run import run_job
 
-        if not args.dry_run:
-            pretrain(args, stop)
-        elif int(os.environ.get("RANK", "0")) == 0:
-            dry_run(args)
+    run_job(args, _read)
+
+
+def _read(args: argparse.Namespace) -> "Run":
+    from deepspeed_sdp.pretraining.recipe import read_recipe
+
+    check_values(args, {"gpus": (args.gpus is None or args.gpus >= 1, "a number from 1 on")})
+    return read_recipe(args.recipe, args.settings)
 
 
 def _start_ranks(args: argparse.Namespace) -> None:
@@ -138,9 +95,8 @@ def _start_ranks(args: argparse.Namespace) -> None:
     quiet(args.verbose)
     from deepspeed.accelerator import get_accelerator
 
-    from deepspeed_sdp.pretraining.recipe import read_recipe
-
-    recipe = read_recipe(args.recipe, args.settings)
+    recipe = _read(args)
+    check_job_options(args, recipe.data.source)
     accelerator = get_accelerator()
     on_cpu, devices = accelerator.device_name() == "cpu", accelerator.device_count()
     ranks = args.gpus or (recipe.sdp.num_subnetworks or 1 if on_cpu else devices)
@@ -167,45 +123,24 @@ def _free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def check(args: argparse.Namespace) -> None:
-    """Whether the options fit each other.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    if not args.dry_run and not (args.data or args.stream):
-        raise ConfigError("--data or --stream: got none; takes one, or --dry_run")
-    if not args.dry_run and not args.output_dir:
-        raise ConfigError("--output_dir: got none; takes one, or --dry_run")
-    if args.stream and not args.tokenizer:
-        raise ConfigError("--tokenizer: got none with --stream; takes a HuggingFace tokenizer, a folder or hub name")
-    given = [name for name in _STREAM_OPTIONS if getattr(args, name) is not None]
-    if not args.stream and given:
-        without = "with --data" if args.data else "without --stream"
-        raise ConfigError(f"--{given[0]}: got {getattr(args, given[0])} {without}; takes it with --stream alone")
-    fraction = args.stream_heldout_fraction
-    takes = {
-        "steps": (args.steps is None or args.steps >= 1, "a number from 1 on"),
-        "gpus": (args.gpus is None or args.gpus >= 1, "a number from 1 on"),
-        "stream_heldout_fraction": (fraction is None or 0 < fraction < 1, "a number between 0 and 1"),
-        "retries": (args.retries is None or args.retries >= 0, "a number from 0 on"),
-        "num_lanes": (args.num_lanes is None or args.num_lanes >= 1, "a number from 1 on"),
-        "peak_tflops": (args.peak_tflops is None or 0 < args.peak_tflops < math.inf, "a positive number"),
-    }
-    check_values(args, takes)
-
-
 def _list(args: argparse.Namespace) -> None:
     from deepspeed_sdp.pretraining.recipe import read_recipe, recipe_names
 
     for name in recipe_names():
         recipe = read_recipe(name)
-        about, sdp = recipe.about, recipe.sdp
+        sdp, length, ranks = recipe.sdp, recipe.length, recipe.sdp.num_subnetworks or 1
+        how_long = f"{length.tokens:.3g} tokens" if length.steps is None else f"{length.steps} steps"
         print(
-            f"{name:<6}{about.model}: {about.tokens:.3g} tokens in sequences of {about.seq_length}, global batch "
-            f"{recipe.ds_config['train_batch_size']}; {sdp.masking} masking by {sdp.granularity}, "
+            f"{name:<6}{recipe.model.path}: {how_long} in sequences of {recipe.data.seq_length}, global batch "
+            f"{recipe.global_batch(ranks)}; {sdp.masking} masking by {sdp.granularity}, "
             f"{sdp.num_subnetworks} subnetworks, coverage {sdp.coverage}"
         )
+
+
+def _schema(args: argparse.Namespace) -> None:
+    from deepspeed_sdp.pretraining.schema import RunSchema
+
+    print(json.dumps(RunSchema.model_json_schema(), indent=2))
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from deepspeed_sdp.config.defaults import default_bucket_numel, default_subnetworks
 from deepspeed_sdp.config.json_file import read_json
+from deepspeed_sdp.config.messages import in_words
 from deepspeed_sdp.config.sdp import (
     BLOCK,
     MAX_WORKERS,
@@ -22,6 +23,7 @@ __all__ = [
     "SDPSource",
     "default_bucket_numel",
     "default_subnetworks",
+    "in_words",
     "more_ranks",
     "read_block",
     "read_coverage",

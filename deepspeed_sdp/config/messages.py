@@ -25,7 +25,7 @@ _ELSEWHERE = {
 
 
 def in_words(error: ValidationError, name: str, model: type[BaseModel], block: Mapping[str, Any]) -> str:
-    """A line for each of the first mistakes in ``block``, called ``name``, of the schema ``model``."""
+    """A line for each of the first mistakes in ``block``, of the schema ``model``; ``name``: of the block, if any."""
     messages: dict[str, None] = {}
     for item in error.errors(include_url=False):
         messages[_describe(item, name, model, block)] = None
@@ -38,18 +38,21 @@ def _describe(item: Any, name: str, model: type[BaseModel], block: Mapping[str, 
     raised = item.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
         return str(raised)
-    first = str(item["loc"][0]) if item["loc"] else ""
+    loc = item["loc"]
+    first = str(loc[0]) if loc else ""
     got = shown(item.get("input"))
     if first in _UNIONS:
         return f"{name}.{first}: got {shown(block[first])}; takes {_UNIONS[first]}"
-    key = ".".join(str(part)[:_LONGEST_KEY] for part in item["loc"])
+    key = ".".join([name] * bool(name) + [str(part)[:_LONGEST_KEY] for part in loc])
     if item["type"] == "extra_forbidden":
-        return f"{name}.{key}: unknown key, got {got}; {_hint(item['loc'], model)}"
+        return f"{key}: unknown key, got {got}; {_hint(loc, model)}"
+    if item["type"] == "missing":
+        return f"{key}: got nothing; takes {_block(loc[:-1], model).model_fields[str(loc[-1])].description}"
     if item["type"] == "model_type":
-        return f"{name}.{key}: got {got}; takes an object with keys"
+        return f"{key}: got {got}; takes an object with keys"
     if raised is not None:
-        return f"{name}.{key}: {raised}"
-    return f"{name}.{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"
+        return f"{key}: {raised}"
+    return f"{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _hint(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
@@ -66,10 +69,15 @@ def _hint(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
         close = difflib.get_close_matches(key, [path.split(".")[-1] for path in keys], n=1)
         near = [path for path in keys if close and path.split(".")[-1] == close[0]]
     hint = f"did you mean {near[0]!r}? " if near else ""
-    place = model
-    for part in loc[:-1]:
-        place = place.model_fields[str(part)].annotation  # type: ignore[assignment]
-    return f"{hint}takes {', '.join(field.alias or name for name, field in place.model_fields.items())}"
+    takes = _block(loc[:-1], model).model_fields
+    return f"{hint}takes {', '.join(field.alias or name for name, field in takes.items())}"
+
+
+def _block(loc: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel]:
+    """The one at ``loc`` within ``model``."""
+    for part in loc:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return model
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

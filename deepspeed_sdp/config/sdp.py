@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -45,7 +46,9 @@ MAX_WORKERS = 2**14
 _MAX_OWNER_SETS = 1024
 _MAX_COUNT = 2**40
 
-Coverage = Annotated[float, BeforeValidator(read_coverage), Field(gt=0, le=1)]
+_NUMBER = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_EITHER = {"anyOf": [_NUMBER, {"type": "string", "pattern": "^[0-9]{1,9}/[0-9]{1,9}$"}]}
+Coverage = Annotated[float, BeforeValidator(read_coverage), Field(gt=0, le=1), WithJsonSchema(_EITHER)]
 Capacity = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 

@@ -108,7 +108,7 @@ def prepare_corpus(folder: Path, spec: CorpusSpec, *, progress: bool = False) ->
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"--data_cache: cannot write {folder}: {error.strerror or error}") from None
+        raise OutputError(f"data.cache: cannot write {folder}: {error.strerror or error}") from None
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -128,7 +128,7 @@ def load_corpus(folder: Path) -> Corpus:
             raise DataError(f"sequences of {train.shape[1]} and {heldout.shape[1]} tokens")
     except Exception as error:  # damaged arrays raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"--data_cache: {folder} holds no prepared text on this node: {reason}") from None
+        raise DataError(f"data.cache: {folder} holds no prepared text on this node: {reason}") from None
     return Corpus(folder / "tokenizer", train, heldout, float(manifest["unigram_val_loss"]))
 
 
@@ -186,7 +186,7 @@ def _check_replaceable(folder: Path) -> None:
     known = {_MANIFEST, "train.npy", "heldout.npy", "tokenizer"}
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
     if foreign:
-        raise OutputError(f"--data_cache: {folder} holds other files ({foreign[0]}); takes a new or a prepared folder")
+        raise OutputError(f"data.cache: {folder} holds other files ({foreign[0]}); takes a new or a prepared folder")
 
 
 def _stat(path: Path) -> list[Any]:

@@ -54,7 +54,7 @@ def check_reset(reset: str) -> Reset:
         ConfigError: it is not.
     """
     if reset not in get_args(Reset):
-        raise ConfigError(f"pretraining.document_reset: got {reset!r}; takes {', '.join(get_args(Reset))}")
+        raise ConfigError(f"data.document_reset: got {reset!r}; takes {', '.join(get_args(Reset))}")
     return cast(Reset, reset)
 
 
@@ -76,7 +76,7 @@ def separate_documents(config: PretrainedConfig, reset: Reset, micro_batch: int)
     attention = str(getattr(config, "_attn_implementation", None))
     if "flash" in attention and micro_batch > 1:
         raise ConfigError(
-            f"pretraining.document_reset: got attention with {attention} and micro-batches of {micro_batch}; takes "
+            f"data.document_reset: got attention with {attention} and micro-batches of {micro_batch}; takes "
             "micro-batches of 1 there, or attn_implementation sdpa"
         )
     config.use_cache = False

@@ -8,15 +8,7 @@ from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.estimate.job import DTYPES, Job
 
-PRETRAINING = "pretraining"
-
 _MOMENTS = {"adam": 2, "adamw": 2, "fusedadam": 2, "sgd": 0, "lion": 1, "adagrad": 1}
-
-
-def pretraining(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The block ``"pretraining"`` of a recipe, or nothing; only some of its keys matter here."""
-    block = ds_config.get(PRETRAINING, {})
-    return dict(block) if isinstance(block, Mapping) else {}
 
 
 def job_of(ds_config: Mapping[str, Any], job: Job) -> Job:
@@ -61,11 +53,6 @@ def job_of(ds_config: Mapping[str, Any], job: Job) -> Job:
         changes["step_temporaries"] = (
             2 if parameters.get("torch_adam") and changes["moments"] == 2 else job.step_temporaries
         )
-    block = pretraining(ds_config)
-    changes["seq_length"] = _number(block, "seq_length", f"{PRETRAINING}.seq_length", job.seq_length)
-    for key in ("activation_checkpointing", "gradient_checkpointing"):
-        if isinstance(block.get(key), bool):
-            changes["checkpointing"] = block[key]
     if ds_config.get(BLOCK) is not None:
         sdp = SDPConfig.parse(ds_config[BLOCK])
         changes["sdp"] = sdp if sdp.enabled else None

@@ -4,7 +4,7 @@ Pure. The full model's parameters fall into *rounds*, contiguous ranges of them 
 on the full model and the bucket size alone. A parameter that is larger than a round is cut at element ranges, into
 several rounds of its own. What a rank owns of a round forms one bucket per owner set (and parameter group of the
 client). All owners of an owner set hold the same fragments of it, so they build the same buckets; and a rank issues its
-buckets in ascending ``key`` order. See docs/architecture.md for why that cannot deadlock.
+buckets in ascending ``key`` order. See docs/internals.md for why that cannot deadlock.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a recipe amounts to on the ranks at hand, and the engine of it."""
+"""What a run amounts to on the ranks at hand, and the engine of it."""
 
 import copy
 from collections.abc import Mapping
@@ -18,18 +18,19 @@ from deepspeed_sdp.estimate.gpu import gpu_of_device
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.pretraining.length import Length, make_length
 from deepspeed_sdp.pretraining.loop import LoopSettings
-from deepspeed_sdp.pretraining.recipe import Recipe
+from deepspeed_sdp.pretraining.recipe import Run
+from deepspeed_sdp.pretraining.sources import expected_vocab
 from deepspeed_sdp.report import RunFacts, count_parameters
 from deepspeed_sdp.report.facts import millions
 from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """A recipe on so many ranks.
+    """A run on so many ranks.
 
     Attributes:
-        recipe: what was read.
+        run: what was read.
         model: the full model, on the meta device; :func:`build_engine` cuts it.
         plan: who owns what; of the dense baseline: everybody everything.
         flops: training FLOPs per token.
@@ -40,7 +41,7 @@ class Job:
         how_long: where the length is from.
     """
 
-    recipe: Recipe
+    run: Run
     model: nn.Module
     plan: SubnetworkPlan
     flops: FlopsPerToken
@@ -52,63 +53,66 @@ class Job:
 
 
 def make_plan_of(
-    recipe: Recipe, world_size: int, tokenizer_folder: Path | None = None, backend: str = "nccl"
+    run: Run, world_size: int, tokenizer_folder: Path | None = None, backend: str = "nccl"
 ) -> SubnetworkPlan:
     """The plan that :func:`make_job` takes; many ranks make it once, as it can take seconds.
 
     Raises:
         ConfigError, ModelError, PlanError: see :func:`make_job`.
     """
-    seq_length = recipe.about.seq_length
-    config = model_config(recipe.model_file, seq_length, tokenizer_folder, "pretraining.model")
-    sdp = recipe.sdp if recipe.sdp.enabled else SDPConfig.parse({"coverage": 1.0}).at_length(seq_length)
-    return plan_for(meta_model(config, "pretraining.model"), sdp, world_size, backend)
+    sdp = run.sdp if run.sdp.enabled else SDPConfig.parse({"coverage": 1.0}).at_length(run.data.seq_length)
+    return plan_for(meta_model(_config(run, tokenizer_folder), "model.path"), sdp, world_size, backend)
 
 
 def make_job(
-    recipe: Recipe,
-    world_size: int,
-    tokenizer_folder: Path | None = None,
-    steps: int | None = None,
-    plan: SubnetworkPlan | None = None,
+    run: Run, world_size: int, tokenizer_folder: Path | None = None, plan: SubnetworkPlan | None = None
 ) -> Job:
     """A pure function of its arguments and of the tokenizer; nothing takes memory.
 
     Args:
-        tokenizer_folder: the model's vocabulary is this tokenizer's; ``None``: as in the model's config.
-        steps: instead of those that follow from the recipe.
+        tokenizer_folder: the model's vocabulary is this tokenizer's; ``None``: as in the model's config, or of the size
+            that a tokenizer will be trained to.
         plan: what :func:`make_plan_of` made; made here if not given.
 
     Raises:
-        ConfigError, ModelError, PlanError: the recipe does not fit the model or the ranks.
+        ConfigError, ModelError, PlanError: the run does not fit the model or the ranks.
     """
-    about = recipe.about
-    config = model_config(recipe.model_file, about.seq_length, tokenizer_folder, "pretraining.model")
+    data = run.data
+    config = _config(run, tokenizer_folder)
+    micro_batches, micro_batch = run.micro_batches(world_size), run.micro_batch(world_size)
     # Whether it can be done; engines turn the cache off themselves, and save the config as it was.
-    separate_documents(copy.copy(config), about.document_reset, int(recipe.ds_config["train_micro_batch_size_per_gpu"]))
-    model = meta_model(config, "pretraining.model")
-    micro_batches = recipe.micro_batches(world_size)
-    plan = plan or make_plan_of(recipe, world_size, tokenizer_folder)
-    flops = flops_per_token(model, about.seq_length, recipe.sdp, plan)
-    tokens_per_step = int(recipe.ds_config["train_batch_size"]) * about.seq_length
-    facts = make_facts(model, recipe.sdp, plan, flops, tokens_per_step)
-    length = make_length(about.tokens, about.match, tokens_per_step, flops.mean, flops.dense)
-    how_long = f"matched by {about.match}"
-    if steps is not None:
-        how_long = "by --steps"
-        length = Length(steps, length.tokens_per_step, flops.mean, flops.dense, about.tokens)
-    return Job(recipe, model, plan, flops, facts, length, micro_batches, world_size, how_long)
+    separate_documents(copy.copy(config), data.document_reset, micro_batch)
+    model = meta_model(config, "model.path")
+    plan = plan or make_plan_of(run, world_size, tokenizer_folder)
+    flops = flops_per_token(model, data.seq_length, run.sdp, plan)
+    tokens_per_step = run.global_batch(world_size) * data.seq_length
+    facts = make_facts(model, run.sdp, plan, flops, tokens_per_step)
+    length, how_long = _length(run, tokens_per_step, flops)
+    return Job(run, model, plan, flops, facts, length, micro_batches, world_size, how_long)
+
+
+def _config(run: Run, tokenizer_folder: Path | None) -> Any:
+    config = model_config(run.model_file, run.data.seq_length, tokenizer_folder)
+    size = expected_vocab(run.data)
+    if tokenizer_folder is None and size is not None:
+        config.vocab_size = size
+    return config
+
+
+def _length(run: Run, tokens_per_step: int, flops: FlopsPerToken) -> tuple[Length, str]:
+    said = run.length
+    if said.steps is None:
+        assert said.tokens is not None
+        length = make_length(said.tokens, said.match, tokens_per_step, flops.mean, flops.dense)
+        return length, f"matched by {said.match}"
+    tokens = said.tokens or said.steps * tokens_per_step
+    return Length(said.steps, tokens_per_step, flops.mean, flops.dense, tokens), "by steps"
 
 
 def make_facts(
-    model: nn.Module, sdp: SDPConfig, plan: SubnetworkPlan, flops: FlopsPerToken, tokens_per_step: int = 0
+    model: nn.Module, sdp: SDPConfig, plan: SubnetworkPlan, flops: FlopsPerToken, tokens_per_step: int
 ) -> RunFacts:
-    """What a run shows of itself.
-
-    Args:
-        model: the full model, not cut yet.
-        tokens_per_step: 0: only the engine will know.
-    """
+    """What a run shows of itself; ``model``: the full one, not cut yet."""
     return RunFacts(
         model_class=type(model).__name__,
         parameters=count_parameters(model),
@@ -121,7 +125,7 @@ def make_facts(
     )
 
 
-def model_config(path: Path, seq_length: int, tokenizer_folder: Path | None, key: str = "--model_config") -> Any:
+def model_config(path: Path, seq_length: int, tokenizer_folder: Path | None, key: str = "model.path") -> Any:
     """The model's config with the tokenizer's vocabulary and room for the sequences.
 
     Raises:
@@ -143,13 +147,13 @@ def build_engine(job: Job) -> Any:
     Raises:
         ConfigError: see :func:`deepspeed_sdp.initialize`.
     """
-    recipe = job.recipe
-    config = recipe.for_steps(job.length.steps)
-    if recipe.about.activation_checkpointing:
+    run = job.run
+    config = run.for_steps(job.length.steps)
+    if run.model.activation_checkpointing:
         model: Any = job.model
         model.gradient_checkpointing_enable()
-    if not recipe.sdp.enabled:
-        return initialize_dense(job.model, config, recipe.sdp.plan.seed)
+    if not run.sdp.enabled:
+        return initialize_dense(job.model, config, run.sdp.plan.seed)
     engine, *_ = initialize(model=job.model, config=config)
     return engine
 
@@ -174,40 +178,41 @@ def peak_flops(ds_config: Mapping[str, Any]) -> float | None:
     return gpu.flops(dtype) if gpu is not None else None
 
 
-def loop_settings(job: Job, output: Path, known_peak: float | None) -> LoopSettings:
-    """How the loop runs; ``known_peak``: FLOPs per second of the device, else by its name."""
-    about = job.recipe.about
+def loop_settings(job: Job, output: Path) -> LoopSettings:
+    """How the loop runs."""
+    said = job.run.logging
+    known_peak = said.peak_tflops and said.peak_tflops * 1e12
     return LoopSettings(
         output=output,
         steps=job.length.steps,
-        peak_flops=known_peak or peak_flops(job.recipe.ds_config),
-        log_interval=about.log_interval,
-        eval_interval=about.eval_interval,
-        checkpoint_interval=about.checkpoint_interval,
-        eval_sequences=about.eval_sequences,
-        calibration_sequences=job.recipe.sdp.calibration_sequences,
+        peak_flops=known_peak or peak_flops(job.run.ds_config),
+        log_interval=said.log_interval,
+        eval_interval=said.eval_interval,
+        checkpoint_interval=said.checkpoint_interval,
+        eval_sequences=said.eval_sequences,
+        calibration_sequences=job.run.sdp.calibration_sequences,
     )
 
 
 def describe(job: Job) -> dict[str, str]:
     """What will be done, for a person."""
-    recipe, length, facts = job.recipe, job.length, job.facts.describe()
-    batch, micro = (recipe.ds_config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
+    run, length, facts = job.run, job.length, job.facts.describe()
+    batch, micro = run.global_batch(job.world_size), run.micro_batch(job.world_size)
     against = length.flops / length.dense_flops
     rows = {
-        "recipe": recipe.title,
+        "run": run.title,
         "model": facts["model"],
         "method": facts["method"],
-        "ranks": f"{job.world_size}, global batch {batch} sequences of {recipe.about.seq_length} tokens "
+        "ranks": f"{job.world_size}, global batch {batch} sequences of {run.data.seq_length} tokens "
         f"({job.micro_batches} micro-batches of {micro} on each)",
         "FLOPs/token": facts["FLOPs/token"],
         "length": f"{job.how_long}: {length.steps:,} steps, {_tokens(length.tokens)}, {length.flops:.3g} FLOPs",
         "baseline": f"{_tokens(length.dense_tokens)}, {length.dense_flops:.3g} FLOPs: this run takes "
         f"{length.tokens / length.dense_tokens:.3f} of its tokens, {against:.3f} of its FLOPs",
     }
-    params = recipe.for_steps(length.steps).get("scheduler", {}).get("params", {})
+    params = run.for_steps(length.steps).get("scheduler", {}).get("params", {})
     if "warmup_num_steps" in params:
-        rows["schedule"] = f"{recipe.ds_config['scheduler']['type']}, warm-up {params['warmup_num_steps']} steps" + (
+        rows["schedule"] = f"{run.ds_config['scheduler']['type']}, warm-up {params['warmup_num_steps']} steps" + (
             f", to the end of {params['total_num_steps']}" if "total_num_steps" in params else ""
         )
     return rows

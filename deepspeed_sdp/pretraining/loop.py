@@ -95,8 +95,8 @@ class Loop:
         done = self._resume()
         if done > settings.steps:
             raise ConfigError(
-                f"--steps: got {settings.steps}; the run in {settings.output} has done {done} already, takes that or "
-                "more, or --restart"
+                f"length.steps: got {settings.steps}; the run in {settings.output} has done {done} already, takes "
+                "that or more, or --restart"
             )
         if done == settings.steps and on_every_rank((settings.output / "report.json").exists):
             return Outcome.WAS_FINISHED

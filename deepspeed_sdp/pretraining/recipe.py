@@ -1,26 +1,38 @@
-"""A recipe: one DeepSpeed config that says all of a pretraining run, its model and length included."""
+"""A run, from a recipe, one file that says all of it, or from the files that ``launch/train.py`` is given."""
 
 import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from deepspeed_sdp.config import BLOCK, SDPConfig, read_json
+from deepspeed_sdp.config import BLOCK, SDPConfig, in_words, read_block, read_json
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.json_text import parse_json, shown
 from deepspeed_sdp.presets import model_path
+from deepspeed_sdp.pretraining.schema import (
+    DEEPSPEED,
+    SECTIONS,
+    SOURCES,
+    DataSection,
+    LengthSection,
+    LoggingSection,
+    ModelSection,
+    RunSchema,
+    fields,
+    kinds,
+    without_other_sources,
+)
 
-PRETRAINING = "pretraining"
-# What a recipe falls into on the command line, ``--sdp.coverage 1/4``: the keys that lead to it in the file.
-SECTIONS = {"pretraining": (PRETRAINING,), "sdp": (BLOCK,), "deepspeed": ()}
 FOLDER = Path(__file__).parents[1] / "recipes"
-# Steps, sequences.
-_MOST = 1 << 60
+# A key of a run and its value as it was typed, several words of a list.
+Setting = tuple[str, str | list[str]]
 _MOST_BATCH = 1 << 31
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _AUTO_STEPS = ("total_num_steps", "warmup_num_steps")
 # Top-level keys of a DeepSpeed config (its documentation's, and those of its config classes).
 _DEEPSPEED_KEYS = frozenset(
@@ -40,38 +52,10 @@ _DEEPSPEED_KEYS = frozenset(
 )
 
 
-class Pretraining(BaseModel):
-    """The block ``"pretraining"`` of a recipe. Every error names the key, what it got and what it takes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    model: str = Field(description="HuggingFace config.json, a folder with one, or a preset")
-    seq_length: int = Field(ge=2, le=1 << 24, description="tokens of one training sequence")
-    tokens: float = Field(ge=1, le=1e18, description="training tokens of the dense baseline, over all ranks")
-    match: Literal["tokens", "flops"] = Field(
-        "tokens", description="as many tokens as the dense baseline, or as many as its FLOPs allow"
-    )
-    warmup_fraction: float = Field(0.02, ge=0, lt=1, description='share of the steps for "warmup_num_steps": "auto"')
-    document_reset: Literal["none", "positions", "attention"] = Field(
-        "none", description="what begins anew at each document of a sequence, besides the end-of-sequence token before"
-    )
-    seed: int = Field(0, ge=0, lt=1 << 63, description="order of the training sequences")
-    activation_checkpointing: bool = Field(
-        False, description="compute each layer's activations again in the backward pass"
-    )
-    log_interval: int = Field(10, ge=1, le=_MOST, description="steps between two lines of metrics")
-    eval_interval: int = Field(200, ge=1, le=_MOST, description="steps between evaluations of the full model")
-    eval_sequences: int = Field(
-        256, ge=0, le=_MOST, description="held-out sequences of an evaluation in mid-run; 0: all"
-    )
-    checkpoint_interval: int = Field(
-        200, ge=0, le=_MOST, description="steps between checkpoints; 0: only when asked to stop"
-    )
-
-
 def recipe_names() -> list[str]:
     """Of the recipes that come with the package, smallest first."""
-    return sorted((path.stem for path in FOLDER.glob("*.json")), key=lambda name: (name[-1] == "b", len(name), name))
+    names = [path.stem for path in FOLDER.glob("*.json")]
+    return sorted(names, key=lambda name: (name != "demo", name[-1] == "b", len(name), name))
 
 
 def recipe_path(recipe: str | Path) -> Path:
@@ -87,23 +71,26 @@ def recipe_path(recipe: str | Path) -> Path:
     return path
 
 
-class Recipe:
-    """A recipe that has been read.
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings have been read.
 
     Attributes:
-        path: of the file.
-        title: the recipe and what was changed, as on a command line.
-        about: its block ``"pretraining"``.
-        ds_config: the rest, a DeepSpeed config with the SDP block; values may still be ``"auto"``.
-        sdp: the SDP block, validated; ``enabled`` is false for the dense baseline.
+        model, data, length, logging: see the schema.
+        sdp: the SDP block, at the run's length; ``enabled`` is false for the dense baseline.
+        ds_config: a DeepSpeed config with the SDP block; of the schedule's values some may still be ``"auto"``.
+        title: where it is from and what was changed, as on a command line.
+        folder: of the recipe, where its model may lie.
     """
 
-    def __init__(self, path: Path, title: str, about: Pretraining, ds_config: dict[str, Any], sdp: SDPConfig) -> None:
-        self.path = path
-        self.title = title
-        self.about = about
-        self.ds_config = ds_config
-        self.sdp = sdp
+    model: ModelSection
+    data: DataSection
+    length: LengthSection
+    logging: LoggingSection
+    sdp: SDPConfig
+    ds_config: dict[str, Any]
+    title: str
+    folder: Path
 
     @property
     def model_file(self) -> Path:
@@ -112,135 +99,196 @@ class Recipe:
         Raises:
             ConfigError: there is none.
         """
-        beside = self.path.parent / self.about.model
-        return beside if beside.exists() else model_path(self.about.model, f"{PRETRAINING}.model")
+        beside = self.folder / self.model.path
+        return beside if beside.exists() else model_path(self.model.path, "model.path")
 
-    def describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """What all ranks must have alike; ``options``: of their command lines."""
-        return {PRETRAINING: self.about.model_dump(), "recipe": self.ds_config, "option": options}
+    def describe(self) -> dict[str, Any]:
+        """What all ranks must have alike."""
+        sections = {name: getattr(self, name).model_dump() for name in ("model", "data", "length", "logging")}
+        ds_config = {key: value for key, value in self.ds_config.items() if key != BLOCK}
+        return {**sections, BLOCK: self.sdp.written(), DEEPSPEED: ds_config}
 
     def micro_batches(self, world_size: int) -> int:
-        """Gradient accumulation steps that ``train_batch_size`` takes on ``world_size`` ranks.
+        """Gradient accumulation steps on ``world_size`` ranks.
 
         Raises:
-            ConfigError: it cannot be reached.
+            ConfigError: the batch sizes do not fit each other or the ranks.
         """
-        batch, micro = (self.ds_config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu"))
-        if batch % (micro * world_size):
+        return self._batch(world_size)[2]
+
+    def micro_batch(self, world_size: int) -> int:
+        """Sequences of a micro-batch on one rank. Raises: see :meth:`micro_batches`."""
+        return self._batch(world_size)[1]
+
+    def global_batch(self, world_size: int) -> int:
+        """Sequences of an optimizer step on all ranks. Raises: see :meth:`micro_batches`."""
+        return self._batch(world_size)[0]
+
+    def _batch(self, world_size: int) -> tuple[int, int, int]:
+        """As DeepSpeed derives what is not said."""
+        # One of the first two is there.
+        batch, micro, steps = (self.ds_config.get(key) for key in _BATCH_KEYS)
+        if batch is None:
+            assert micro is not None
+            return micro * (steps or 1) * world_size, micro, steps or 1
+        micro = micro or batch // (world_size * (steps or 1)) or 1
+        found = batch // (micro * world_size)
+        if batch % (micro * world_size) or (steps or found) != found:
+            each = f"{micro}" if steps is None else f"{micro} and gradient_accumulation_steps {steps}"
+            takes = f"a multiple of {micro * world_size}" if steps is None else f"{micro * world_size * steps}"
             raise ConfigError(
-                f"train_batch_size: got {batch} with {world_size} ranks and train_micro_batch_size_per_gpu {micro}; "
-                f"takes a multiple of {micro * world_size} (--deepspeed.train_micro_batch_size_per_gpu changes it)"
+                f"train_batch_size: got {batch} with {world_size} ranks and train_micro_batch_size_per_gpu {each}; "
+                f"takes {takes} (--deepspeed.train_micro_batch_size_per_gpu changes it)"
             )
-        return int(batch // (micro * world_size))
+        return batch, micro, found
 
     def for_steps(self, steps: int) -> dict[str, Any]:
         """The DeepSpeed config of a run of so many steps: the schedule stretches with them."""
         config = copy.deepcopy(self.ds_config)
         params = config.get("scheduler", {}).get("params", {})
-        values = {"total_num_steps": steps, "warmup_num_steps": max(1, round(self.about.warmup_fraction * steps))}
+        values = {"total_num_steps": steps, "warmup_num_steps": max(1, round(self.length.warmup_fraction * steps))}
         params.update({key: values[key] for key in _AUTO_STEPS if params.get(key) == "auto"})
         return config
 
 
-def read_recipe(recipe: str | Path, settings: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """A recipe by its name or from its file, with ``settings`` such as ``("pretraining.tokens", "1e8")``.
+def read_recipe(recipe: str | Path, settings: Sequence[Setting] = ()) -> Run:
+    """A recipe by its name or from its file, with ``settings`` such as ``("length.tokens", "1e8")``.
 
     Raises:
         ConfigError: names the file and key that is missing, unknown or impossible.
     """
     path = recipe_path(recipe)
     data = read_json(path, "recipe")
-    for name, text in settings:
-        _set(data, name, text)
-    block = data.pop(PRETRAINING, None)
-    if not isinstance(block, Mapping):
+    if not set(data) & {"model", "length", DEEPSPEED}:
         raise ConfigError(
-            f'recipe: {path} has no block "{PRETRAINING}"; takes a recipe such as those of "deepspeed-sdp recipes"'
+            f'recipe: {path} has no sections "model", "length" and "{DEEPSPEED}"; takes a recipe such as those of '
+            '"deepspeed-sdp recipes"'
         )
+    return make_run(data, settings, str(recipe), path.parent)
+
+
+def run_of_files(
+    deepspeed_config: str | Path, sdp_config: str | Path | None, settings: Sequence[Setting], title: str
+) -> Run:
+    """A run of a DeepSpeed config and an SDP block, inside it or in another file; all else is in ``settings``.
+
+    Raises:
+        ConfigError: names the file and key.
+    """
+    ds_config = read_json(deepspeed_config, "--deepspeed_config")
+    if sdp_config is not None and BLOCK in ds_config:
+        raise ConfigError(f'two SDP blocks: --sdp_config is given and the DeepSpeed config holds "{BLOCK}"; takes one')
+    block = ds_config.pop(BLOCK, None) if sdp_config is None else read_block(sdp_config, "--sdp_config")
+    data = {"model": {}, "length": {}, BLOCK: block, DEEPSPEED: ds_config}
+    if block is None:
+        raise ConfigError(f'no SDP block: takes --sdp_config, or "{BLOCK}" in the DeepSpeed config')
+    title = " ".join([title, *map(str, filter(None, (deepspeed_config, sdp_config)))])
+    return make_run(data, settings, title, Path())
+
+
+def make_run(sections: Mapping[str, Any], settings: Sequence[Setting], title: str, folder: Path) -> Run:
+    """A run from its ``sections``, with ``settings``; ``title`` and ``folder``: see :class:`Run`.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    data: dict[str, Any] = copy.deepcopy(dict(sections))
+    sources = [name for name, _ in settings if name in {f"data.{source}" for source in SOURCES}]
+    if sources and isinstance(data.get("data"), dict):
+        data["data"] = without_other_sources(data["data"], sources[-1].removeprefix("data."))
+    for name, value in settings:
+        _set(data, name, value)
+    if data.get(BLOCK) is None:
+        raise ConfigError(
+            f'{BLOCK}: got nothing; takes the SDP block, which for the dense baseline is {{"enabled": false}}'
+        )
+    block = data[BLOCK]
+    sdp = SDPConfig.parse(block)
     try:
-        about = Pretraining(**{**block, "tokens": _as_float(block.get("tokens"))} if "tokens" in block else block)
+        run = RunSchema.model_validate({**data, BLOCK: sdp})
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
-    _check_keys(data)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        value = data.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_BATCH:
-            raise ConfigError(
-                f"{key}: got {shown(value)}; takes a whole number from 1 on, up to {_MOST_BATCH}, in a recipe"
-            )
-    sdp_block = data.get(BLOCK)
-    if sdp_block is None:
-        raise ConfigError(f'recipe: {path} has no block "{BLOCK}"; the dense baseline says {{"enabled": false}}')
-    sdp = SDPConfig.parse(sdp_block).at_length(about.seq_length)
+        raise ConfigError(in_words(error, "", RunSchema, data)) from None
+    if run.length.tokens is None and run.length.steps is None:
+        raise ConfigError("length: got neither tokens nor steps; takes one")
+    _check_deepspeed(run.deepspeed)
+    sdp = sdp.at_length(run.data.seq_length)
     # The engine reads it from here.
-    data[BLOCK] = {**sdp_block, "plan": sdp.plan.model_dump(mode="json", exclude_unset=True)}
-    title = " ".join([str(recipe), *(f"--{name} {text}" for name, text in settings)])
-    return Recipe(path, title, about, data, sdp)
+    ds_config = {**run.deepspeed, BLOCK: {**block, "plan": sdp.plan.model_dump(mode="json", exclude_unset=True)}}
+    title = " ".join([title, *(_typed(name, value) for name, value in settings)])
+    return Run(run.model, run.data, run.length, run.logging, sdp, ds_config, title, folder)
 
 
-def _check_keys(data: Mapping[str, Any]) -> None:
+def _typed(name: str, value: str | list[str]) -> str:
+    return f"--{name} {value if isinstance(value, str) else ' '.join(value)}"
+
+
+def _check_deepspeed(config: Mapping[str, Any]) -> None:
     """DeepSpeed lets keys that it does not know through, so a mistyped one would do nothing."""
-    known = {*_DEEPSPEED_KEYS, BLOCK}
-    for key, value in data.items():
-        if key not in known:
-            inside = [name for name in _inner_names() if name.endswith(f".{key}")]
-            near = inside or difflib.get_close_matches(key, [*known, PRETRAINING], n=1)
+    for key, value in config.items():
+        if key == BLOCK:
+            raise ConfigError(f'{DEEPSPEED}.{BLOCK}: got {shown(value)}; takes it beside "{DEEPSPEED}", not inside')
+        if key not in _DEEPSPEED_KEYS:
+            inside = [name for name, _ in fields() if name.endswith(f".{key}")]
+            near = inside or [f"{DEEPSPEED}.{name}" for name in difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)]
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{key}: got {shown(value)}; takes no such key at the top of a recipe{hint}")
-    if "gradient_accumulation_steps" in data:
-        raise ConfigError(
-            f"gradient_accumulation_steps: got {shown(data['gradient_accumulation_steps'])}; takes none in a "
-            "recipe, it follows from train_batch_size and the number of ranks"
-        )
-    if "scheduler" in data:
-        scheduler = data["scheduler"]
-        if not isinstance(scheduler, Mapping) or not isinstance(scheduler.get("type"), str):
-            raise ConfigError(f'scheduler: got {shown(scheduler)}; takes an object with "type" and "params"')
-        params = scheduler.get("params", {})
-        if not isinstance(params, Mapping):
-            raise ConfigError(f"scheduler.params: got {shown(params)}; takes an object")
-        for key, value in params.items():
-            if value == "auto" and key not in _AUTO_STEPS:
-                raise ConfigError(
-                    f'scheduler.params.{key}: got "auto"; takes that for {" and ".join(_AUTO_STEPS)} alone'
-                )
+            raise ConfigError(f"{DEEPSPEED}.{key}: got {shown(value)}; takes no such key{hint}")
+    for key in _BATCH_KEYS:
+        value = config.get(key)
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_BATCH
+        ):
+            raise ConfigError(
+                f"{DEEPSPEED}.{key}: got {shown(value)}; takes a whole number from 1 on, up to {_MOST_BATCH}"
+            )
+    if all(config.get(key) is None for key in _BATCH_KEYS[:2]):
+        raise ConfigError(f"{DEEPSPEED}: got neither {_BATCH_KEYS[0]} nor {_BATCH_KEYS[1]}; takes one or both")
+    if "scheduler" in config:
+        _check_scheduler(config["scheduler"])
 
 
-def _inner_names() -> list[str]:
-    return [f"{PRETRAINING}.{key}" for key in Pretraining.model_fields] + [
-        f"{BLOCK}.{key}" for key in SDPConfig.model_fields
-    ]
+def _check_scheduler(scheduler: Any) -> None:
+    if not isinstance(scheduler, Mapping) or not isinstance(scheduler.get("type"), str):
+        raise ConfigError(f'{DEEPSPEED}.scheduler: got {shown(scheduler)}; takes an object with "type" and "params"')
+    params = scheduler.get("params", {})
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{DEEPSPEED}.scheduler.params: got {shown(params)}; takes an object")
+    for key, value in params.items():
+        if value == "auto" and key not in _AUTO_STEPS:
+            raise ConfigError(
+                f'{DEEPSPEED}.scheduler.params.{key}: got "auto"; takes that for {" and ".join(_AUTO_STEPS)} alone'
+            )
 
 
-def _set(data: dict[str, Any], name: str, text: str) -> None:
+def _set(data: dict[str, Any], name: str, value: str | list[str]) -> None:
     section, *keys = name.split(".")
-    if section not in SECTIONS or not all(keys):
-        near = difflib.get_close_matches(section, SECTIONS, n=1) or ["deepspeed"] * (section in _DEEPSPEED_KEYS)
-        rest = ".".join(keys if near != ["deepspeed"] else [section, *keys])
+    sections = {**SECTIONS, DEEPSPEED: DEEPSPEED}
+    if section not in sections or not keys or not all(keys):
+        near = difflib.get_close_matches(section, sections, n=1) or [DEEPSPEED] * (section in _DEEPSPEED_KEYS)
+        rest = ".".join(keys if near != [DEEPSPEED] else [section, *keys])
         hint = f"; did you mean --{near[0]}.{rest}?" if near else ""
-        raise ConfigError(f"--{name}: got {text!r}; takes a section {', '.join(SECTIONS)} and a key of it{hint}")
-    keys = [*SECTIONS[section], *keys]
+        raise ConfigError(f"--{name}: got {value!r}; takes a section {', '.join(sections)} and a key of it{hint}")
+    keys = [sections[section], *keys]
     for i, key in enumerate(keys[:-1]):
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--{name}: got {text!r}; {'.'.join(keys[: i + 1])} is no block")
+            raise ConfigError(f"--{name}: got {value!r}; {'.'.join(keys[: i + 1])} is no block")
+    data[keys[-1]] = _value(name, value)
+
+
+def _value(name: str, typed: str | list[str]) -> Any:
+    """What was typed, as JSON where that is what the key takes."""
+    known: set[Any] = next((kinds(field.annotation) for key, field in fields() if key == name), set())
+    words = typed if isinstance(typed, list) else [typed]
+    is_text = str in known
+    if tuple in known and not (len(words) == 1 and words[0].startswith("[")):
+        return words if is_text else [_parsed(word) for word in words]
+    word = " ".join(words)
+    is_plain = is_text and tuple not in known and word not in ("null", "auto") and not word.startswith('"')
+    return word if is_plain else _parsed(word)
+
+
+def _parsed(text: str) -> Any:
     try:
-        data[keys[-1]] = parse_json(text)
+        return parse_json(text)
     except ValueError:
-        data[keys[-1]] = text
-
-
-def _as_float(value: Any) -> Any:
-    """Beyond the largest float it stays what it is, and is refused."""
-    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 1000
-    return float(value) if is_number else value
-
-
-def _describe(item: Any) -> str:
-    key = ".".join([PRETRAINING, *(str(part) for part in item["loc"])])
-    got = shown(item.get("input"))
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key, got {got}; takes {', '.join(Pretraining.model_fields)}"
-    if item["type"] == "missing":
-        return f"{key}: got nothing; takes {Pretraining.model_fields[item['loc'][0]].description}"
-    return f"{key}: got {got}; {item['msg'][0].lower()}{item['msg'][1:]}"
+        return text

@@ -1,38 +1,123 @@
-"""The text of a recipe: shards that were prepared."""
+"""The text of a run: shards that were prepared, a stream, or a small text that is prepared now."""
 
 from pathlib import Path
 
 import numpy as np
+import torch.distributed as dist
 
-from deepspeed_sdp.data import load_tokenizer, open_shards, unigram_loss, vocab_size
+from deepspeed_sdp.agreement import agreed, from_first_rank
+from deepspeed_sdp.data import (
+    CorpusSpec,
+    FaultPolicy,
+    SourceSpec,
+    load_corpus,
+    load_tokenizer,
+    open_shards,
+    prepare_corpus,
+    unigram_loss,
+    vocab_size,
+)
+from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.errors import DataError
-from deepspeed_sdp.pretraining.recipe import Recipe
+from deepspeed_sdp.pretraining.recipe import Run
+from deepspeed_sdp.pretraining.schema import BUILTIN, STREAM_HELDOUT, TEXT_HELDOUT, DataSection
+from deepspeed_sdp.pretraining.streamed_text import StreamedText
 from deepspeed_sdp.pretraining.text import PackedText, Text
 
 # Enough for the frequencies of tokens.
 _COUNTED_SEQUENCES = 4096
+_VOCAB, _TEXT_MB = 4096, 8.0
 
 
-def open_text(folder: Path, recipe: Recipe) -> Text:
+def open_text(run: Run, output: Path) -> Text:
+    """Collective. The text that ``run.data`` names; what is prepared of it lies in ``output``.
+
+    Raises:
+        DataError, OutputError: on all ranks alike: it cannot be read, or nothing be written.
+    """
+    data = run.data
+    if data.path is not None:
+        folder = Path(data.path)
+        return agreed(lambda: open_shard_text(folder, data), lambda found: found.state_dict())
+    if data.stream is not None:
+        assert data.tokenizer is not None
+        return StreamedText(
+            stream_source(data),
+            data.tokenizer,
+            data,
+            output,
+            heldout_sequences=run.logging.eval_sequences,
+            heldout_fraction=data.heldout_fraction or STREAM_HELDOUT,
+            global_batch=run.global_batch(dist.get_world_size()),
+        )
+    cache = Path(data.cache) if data.cache else output / "data"
+    from_first_rank(lambda: _prepare(data, cache))
+    return agreed(lambda: PackedText.of(load_corpus(cache), data.seed), lambda found: found.state_dict())
+
+
+def open_shard_text(folder: Path, data: DataSection) -> Text:
     """The shards in a folder, as ``deepspeed-sdp data`` leaves them.
 
     Raises:
         DataError: there are none, fewer tokens than one sequence, or those of another tokenizer.
     """
-    about = recipe.about
     shards = open_shards(folder)
     size = vocab_size(load_tokenizer(shards.tokenizer_folder))
     if size != shards.vocab_size:
         raise DataError(f"--data: the manifest of {folder} has {shards.vocab_size} ids; its tokenizer has {size}")
-    train = shards.sequences("train", about.seq_length, about.document_reset)
-    heldout = shards.sequences("heldout", about.seq_length, about.document_reset)
+    train = shards.sequences("train", data.seq_length, data.document_reset)
+    heldout = shards.sequences("heldout", data.seq_length, data.document_reset)
     stride = max(1, len(train) // _COUNTED_SEQUENCES)
     counted = np.stack([train[i]["input_ids"].numpy() for i in range(0, len(train), stride)])
     measured = np.stack([heldout[i]["input_ids"].numpy() for i in range(min(len(heldout), _COUNTED_SEQUENCES))])
     loss = unigram_loss(counted, measured, shards.vocab_size)
     identity = {
         "shards": shards.manifest["fingerprint"],
-        "seq_length": about.seq_length,
-        "document_reset": about.document_reset,
+        "seq_length": data.seq_length,
+        "document_reset": data.document_reset,
     }
-    return PackedText(shards.tokenizer_folder, train, heldout, loss, about.seed, identity)
+    return PackedText(shards.tokenizer_folder, train, heldout, loss, data.seed, identity)
+
+
+def stream_source(data: DataSection) -> SourceSpec:
+    """What is read of a stream."""
+    said = {name: getattr(data, name) for name in ("on_broken_row", "on_broken_file", "retries")}
+    policy = FaultPolicy(**{name: value for name, value in said.items() if value is not None})
+    column = {} if data.text_column is None else {"text_column": data.text_column}
+    assert data.stream is not None
+    return SourceSpec(data.stream, data.hub_config, data.hub_revision, faults=policy, option="--stream", **column)
+
+
+def find_tokenizer_folder(run: Run, folder: Path) -> Path | None:
+    """A folder with the text's tokenizer, where there is one already; what has none yet is saved into ``folder``.
+
+    Raises:
+        DataError: it cannot be found.
+    """
+    data = run.data
+    if data.path is not None:
+        return open_shard_text(Path(data.path), data).tokenizer_folder
+    if data.tokenizer is not None:
+        find_tokenizer(data.tokenizer).save_pretrained(folder)
+        return folder
+    return None
+
+
+def expected_vocab(data: DataSection) -> int | None:
+    """Rows of the embedding where a tokenizer will be trained; ``None``: somebody else says."""
+    return (data.vocab_size or _VOCAB) if data.text is not None and data.tokenizer is None else None
+
+
+def _prepare(data: DataSection, cache: Path) -> None:
+    assert data.text is not None
+    print("preparing the text ...", flush=True)
+    spec = CorpusSpec(
+        text_files=() if data.text == (BUILTIN,) else data.text,
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size or _VOCAB,
+        seq_length=data.seq_length,
+        holdout_fraction=data.heldout_fraction or TEXT_HELDOUT,
+        max_bytes=int((data.max_text_mb or _TEXT_MB) * 1e6),
+    )
+    corpus = prepare_corpus(cache, spec, progress=True)
+    print(f"text: {corpus.train_tokens:,} tokens to train on, {corpus.heldout_tokens:,} held out", flush=True)

@@ -15,11 +15,11 @@ from deepspeed_sdp.data.streaming import StreamedSequences, check_lanes
 from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.errors import DataError, OutputError
 from deepspeed_sdp.files import begin_folder, replace_folder
-from deepspeed_sdp.pretraining.recipe import Recipe
+from deepspeed_sdp.pretraining.schema import DataSection
 from deepspeed_sdp.pretraining.text import Batch
 
 HELDOUT = "heldout.npz"
-# Of a stream, where a recipe says all of them.
+# Of a stream, where all of them are asked for.
 _HELDOUT_SEQUENCES = 1024
 
 
@@ -35,12 +35,19 @@ class StreamedText:
         self,
         spec: SourceSpec | Sequence[SourceSpec],
         tokenizer: str,
-        recipe: Recipe,
+        data: DataSection,
         output: Path,
+        *,
+        heldout_sequences: int,
         heldout_fraction: float,
-        num_lanes: int | None = None,
+        global_batch: int,
     ) -> None:
         """Collective.
+
+        Args:
+            data: length and order of the sequences, and the number of lanes.
+            heldout_sequences: of an evaluation; 0: all.
+            global_batch: sequences of a step on all ranks.
 
         Raises:
             ConfigError: ``num_lanes`` is no multiple of the ranks that divides the global batch.
@@ -48,17 +55,17 @@ class StreamedText:
                 see what rank 0 sees.
             OutputError: the tokenizer or the held-out text cannot be saved into ``output``.
         """
-        self._spec, self._recipe, self._heldout_fraction = spec, recipe, heldout_fraction
-        self._num_lanes = num_lanes
-        if num_lanes is not None:  # The held-out text is read first, by one rank, for which any number may do.
-            check_lanes(num_lanes, dist.get_world_size(), int(recipe.ds_config["train_batch_size"]))
+        self._spec, self._data, self._heldout_fraction = spec, data, heldout_fraction
+        self._global_batch = global_batch
+        if data.num_lanes is not None:  # The held-out text is read first, by one rank, for which any number may do.
+            check_lanes(data.num_lanes, dist.get_world_size(), global_batch)
         self._tokenizer = agreed(lambda: find_tokenizer(tokenizer))
         self.tokenizer_folder = output / "tokenizer"
         from_first_rank(self._save_tokenizer)
         self._stream: StreamedSequences | None = None
         self._state: dict[str, Any] = {}
-        heldout = self._read_heldout(output / HELDOUT, recipe.about.eval_sequences or _HELDOUT_SEQUENCES)
-        self.heldout = heldout.examples(recipe.about.document_reset)
+        heldout = self._read_heldout(output / HELDOUT, heldout_sequences or _HELDOUT_SEQUENCES)
+        self.heldout = heldout.examples(data.document_reset)
         self.unigram_val_loss = unigram_loss(heldout.ids, heldout.ids, vocab_size(self._tokenizer))
         # Those of the held-out text are rank 0's, which read it.
         self._heldout_skipped = heldout.skipped if dist.get_rank() == 0 else Skipped()
@@ -119,19 +126,19 @@ class StreamedText:
         return agreed(load)
 
     def _open(self, rank: int, world_size: int, batch_size: int) -> StreamedSequences:
-        about = self._recipe.about
+        data = self._data
         return StreamedSequences(
             self._spec,
             self._tokenizer,
-            about.seq_length,
+            data.seq_length,
             rank=rank,
             world_size=world_size,
             micro_batch=batch_size,
-            global_batch=int(self._recipe.ds_config["train_batch_size"]),
-            num_lanes=self._num_lanes,
-            seed=about.seed,
+            global_batch=self._global_batch,
+            num_lanes=data.num_lanes,
+            seed=data.seed,
             heldout_fraction=self._heldout_fraction,
-            reset=about.document_reset,
+            reset=data.document_reset,
         )
 
     def _save_tokenizer(self) -> None:

@@ -14,7 +14,7 @@ _MOST_LAYERS = 10_000
 _LONGEST_LINE = 300
 
 
-def read_model_config(path: str | Path, key: str = "--model_config") -> Any:
+def read_model_config(path: str | Path, key: str = "--model") -> Any:
     """A ``PretrainedConfig`` from a ``config.json`` or its folder; nothing is looked up on a hub, nor executed.
 
     Raises:
@@ -34,7 +34,7 @@ def read_model_config(path: str | Path, key: str = "--model_config") -> Any:
     return config
 
 
-def meta_model(config: Any, key: str = "--model_config") -> nn.Module:
+def meta_model(config: Any, key: str = "--model") -> nn.Module:
     """The causal language model of ``config`` on the meta device.
 
     Raises:

@@ -95,12 +95,15 @@ def place(tmp_path):
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
     docs.mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     rows = {"systems": CONTENDERS, "systems_134m": CONTENDERS, "sweep": [*sweep_rows(), *link_rows()]}
     for name, of_file in rows.items():
         (results / f"{name}.json").write_text(json.dumps({"settings": SETTINGS, "rows": of_file}))
     for name, keys in {
-        "benchmarks": ("systems", "larger", "sweep", "link"),
+        "benchmarks": ("some systems", "larger", "link"),
+        "../benchmarks/results/systems": ("systems", "sweep"),
         "when": ("when", "when on a link"),
+        "../README": ("readme",),
     }.items():
         places = "\n".join(f"before {key}\n<!-- begin {key} -->\nold\n<!-- end {key} -->\nafter" for key in keys)
         (docs / f"{name}.md").write_text(places)
@@ -110,9 +113,10 @@ def place(tmp_path):
 def test_documents_get_the_measured_figures(documents, place):
     results, docs = place
     documents.write_documents(results, docs)
-    text = (docs / "benchmarks.md").read_text()
+    pages = [docs / "benchmarks.md", docs.parent / "benchmarks" / "results" / "systems.md"]
+    text = "".join(page.read_text() for page in pages)
     assert "old" not in text
-    assert text.count("before") == text.count("after") == 4
+    assert text.count("before") == text.count("after") == 5
     larger = text.partition("<!-- begin larger -->")[2].partition("<!-- end larger -->")[0]
     assert "| peak / DDP |" in larger
     assert "s/step" not in larger

@@ -21,15 +21,14 @@ VALUES = [torch.arange(15).bfloat16(), torch.arange(15.0) / 3, torch.tensor([2**
 
 
 def content():
-    head, nbytes = header(LAYOUT, 0)
-    pieces = [memoryview(value.view(torch.uint8).numpy()) for value in VALUES]
-    return [memoryview(head), *pieces], len(head) + nbytes
+    return [memoryview(header(LAYOUT, 0)), *(memoryview(value.view(torch.uint8).numpy()) for value in VALUES)]
 
 
 @pytest.mark.parametrize("how", ["streamed", "snapshot"])
 def test_a_file_is_what_safetensors_reads(tmp_path, how):
-    pieces, nbytes = content()
-    file = Streamed(pieces) if how == "streamed" else Snapshot(pieces, nbytes)
+    pieces = content()
+    nbytes = sum(map(len, pieces))
+    file = Streamed(pieces) if how == "streamed" else Snapshot(pieces)
     described = file.write(tmp_path / "x")
     data = (tmp_path / "x").read_bytes()
     assert described == {"bytes": nbytes, "sha256": hashlib.sha256(data).hexdigest()}
@@ -41,7 +40,7 @@ def test_a_file_is_what_safetensors_reads(tmp_path, how):
 
 def test_a_snapshot_is_of_the_moment_when_it_was_taken(tmp_path):
     value = torch.arange(5.0)
-    snapshot = Snapshot([memoryview(value.view(torch.uint8).numpy())], 20)
+    snapshot = Snapshot([memoryview(value.view(torch.uint8).numpy())])
     value.zero_()
     snapshot.write(tmp_path / "x")
     assert (tmp_path / "x").read_bytes() == bytes(torch.arange(5.0).view(torch.uint8).numpy())
@@ -49,10 +48,10 @@ def test_a_snapshot_is_of_the_moment_when_it_was_taken(tmp_path):
 
 @pytest.mark.parametrize("how", ["streamed", "snapshot"])
 def test_a_file_that_cannot_be_written_is_an_error_and_its_content_is_made_to_the_end(tmp_path, how):
-    pieces, nbytes = content()
+    pieces = content()
     made = []
     given = (made.append(piece) or piece for piece in pieces)
-    file = Streamed(given) if how == "streamed" else Snapshot(given, nbytes)
+    file = Streamed(given) if how == "streamed" else Snapshot(given)
     with pytest.raises(OSError, match="No such file"):
         file.write(tmp_path / "missing" / "x")
     assert made == pieces
@@ -61,18 +60,18 @@ def test_a_file_that_cannot_be_written_is_an_error_and_its_content_is_made_to_th
 def test_a_writer_that_is_killed_is_an_error_in_words(tmp_path, monkeypatch):
     (tmp_path / "writer.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     monkeypatch.setattr(file_writer, "__file__", str(tmp_path / "writer.py"))
-    pieces, nbytes = content()
+    pieces = content()
     with pytest.raises(OutputError, match=r"cannot write .*/x: the process that writes it is killed by signal 9"):
-        Snapshot(pieces, nbytes).write(tmp_path / "x")
+        Snapshot(pieces).write(tmp_path / "x")
     (tmp_path / "writer.py").write_text("raise MemoryError('none left')\n")
     with pytest.raises(OutputError, match="is MemoryError: none left"):
-        Snapshot(pieces, nbytes).write(tmp_path / "x")
+        Snapshot(pieces).write(tmp_path / "x")
 
 
 def test_the_threads_of_this_process_run_while_the_other_writes(tmp_path):
     """The writer takes no part of the interpreter: what is counted here goes on while megabytes are written."""
     nbytes, counted, done = 64 << 20, 0, threading.Event()
-    snapshot = Snapshot([memoryview(bytearray(nbytes))], nbytes)
+    snapshot = Snapshot([memoryview(bytearray(nbytes))])
     thread = threading.Thread(target=lambda: (snapshot.write(tmp_path / "x"), done.set()))
     thread.start()
     while not done.is_set():

@@ -184,7 +184,7 @@ def test_ranks_that_load_a_damaged_corpus_say_so(prepared, damage):
         file.unlink()
     else:
         file.write_bytes(change(file.read_bytes()) if callable(change) else change)
-    with pytest.raises(DataError, match=f"--data_cache: {prepared} holds no prepared text on this node: "):
+    with pytest.raises(DataError, match=f"data.cache: {prepared} holds no prepared text on this node: "):
         load_corpus(prepared)
 
 
@@ -224,12 +224,12 @@ def test_a_linked_folder_is_filled_where_it_lies(tmp_path, make_spec):
 
 def test_a_folder_that_cannot_be_written(tmp_path, make_spec):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"--data_cache: cannot write .*file/data: (Not a directory|File exists)"):
+    with pytest.raises(OutputError, match=r"data.cache: cannot write .*file/data: (Not a directory|File exists)"):
         prepare_corpus(tmp_path / "file" / "data", make_spec())
-    with pytest.raises(OutputError, match=r"--data_cache: cannot write .*file: Not a directory"):
+    with pytest.raises(OutputError, match=r"data.cache: cannot write .*file: Not a directory"):
         prepare_corpus(tmp_path / "file", make_spec())
     assert (tmp_path / "file").read_text() == "in the way"
-    with pytest.raises(OutputError, match=r"--data_cache: cannot write /proc/data: "):
+    with pytest.raises(OutputError, match=r"data.cache: cannot write /proc/data: "):
         prepare_corpus(Path("/proc/data"), make_spec())
 
 

@@ -57,7 +57,7 @@ def test_positions_restart_and_first_tokens_are_predicted_from_their_document_on
 
 
 def test_what_cannot_be_separated_is_refused():
-    with pytest.raises(ConfigError, match=r"pretraining\.document_reset: got 'all'; takes none, positions, attention"):
+    with pytest.raises(ConfigError, match=r"data\.document_reset: got 'all'; takes none, positions, attention"):
         check_reset("all")
     config = LlamaConfig(attn_implementation="flash_attention_2")
     separate_documents(config, "attention", 1)

@@ -39,14 +39,18 @@ def test_a_table_a_picture_and_a_file(capsys, tmp_path):
 
 def test_a_recipe_s_own_row_comes_first(capsys, tmp_path):
     recipe = {
-        "train_micro_batch_size_per_gpu": 2,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
+        "model": {"path": "llama-15m"},
+        "data": {"seq_length": 128},
+        "length": {"steps": 5},
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": 2,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+        },
         "subnetwork_data_parallel": {"coverage": 0.75, "granularity": "layer", "num_subnetworks": 4},
-        "pretraining": {"model": "llama-15m", "seq_length": 128},
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    arguments = ("--deepspeed_config", str(tmp_path / "recipe.json"), "--coverage", "0.5")
+    arguments = ("--recipe", str(tmp_path / "recipe.json"), "--coverage", "0.5")
     code, out, _ = run(capsys, *arguments, "--top", "3")
     assert code == 0
     assert "2 x 128 tokens" in out

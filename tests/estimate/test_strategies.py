@@ -205,10 +205,9 @@ def test_a_job_s_own_settings():
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1e6, "offload_optimizer": {"device": "cpu"}},
         "subnetwork_data_parallel": {"coverage": 0.25, "num_subnetworks": 4},
-        "pretraining": {"model": "llama-1b", "seq_length": 512, "unknown": 1},
     }
     job = job_of(config, Job(8, accumulation=3))
-    assert (job.stage, job.micro_batch, job.accumulation, job.seq_length, job.bucket) == (2, 6, 3, 512, 1_000_000)
+    assert (job.stage, job.micro_batch, job.accumulation, job.bucket) == (2, 6, 3, 1_000_000)
     assert (job.accumulate_dtype, job.reduce_dtype) == (torch.float32, torch.float32)
     assert (job.offload_optimizer, job.moments, job.step_temporaries) == (True, 2, 2)
     assert job.sdp == SDPConfig(coverage=0.25, num_subnetworks=4)

@@ -75,7 +75,7 @@ class Workplace:
         options = {
             "deepspeed_config": self.folder / "ds.json",
             "sdp_config": self.folder / "sdp.json",
-            "model_config": self.folder / "model.json",
+            "model": self.folder / "model.json",
             "text": self.folder / "text.txt",
             "output_dir": self.output,
             "vocab_size": 320,

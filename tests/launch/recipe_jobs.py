@@ -11,12 +11,12 @@ from tests.launch.jobs import MODEL, run_job
 
 PRETRAIN = ("--module", "deepspeed_sdp.cli")
 SMALL = {
-    "pretraining.seq_length": 32,
-    "pretraining.tokens": 4000,
-    "pretraining.log_interval": 2,
-    "pretraining.eval_interval": 4,
-    "pretraining.eval_sequences": 8,
-    "pretraining.checkpoint_interval": 0,
+    "data.seq_length": 32,
+    "length.tokens": 4000,
+    "logging.log_interval": 2,
+    "logging.eval_interval": 4,
+    "logging.eval_sequences": 8,
+    "logging.checkpoint_interval": 0,
     "deepspeed.train_batch_size": 16,
     "deepspeed.train_micro_batch_size_per_gpu": 2,
     "sdp.num_subnetworks": 2,
@@ -64,7 +64,7 @@ class RecipePlace:
             assert main(["data", str(self.shards), *arguments]) == 0
 
     def arguments(self, *switches, recipe="15m", script=PRETRAIN, **changes):
-        values = {**SMALL, "pretraining.model": str(self.folder / "model.json"), **changes}
+        values = {**SMALL, "model.path": str(self.folder / "model.json"), **changes}
         settings = [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
         text = self.text or ["--data", str(self.shards)]
         return [*script, "pretrain", recipe, "--output_dir", str(self.output), *text, *settings, *switches]

@@ -73,7 +73,7 @@ def run_signalled(workplace, launcher, number, whom="launcher", switches=()):
 
 
 def _arguments(workplace):
-    files = {"deepspeed_config": "ds.json", "sdp_config": "sdp.json", "model_config": "model.json", "text": "text.txt"}
+    files = {"deepspeed_config": "ds.json", "sdp_config": "sdp.json", "model": "model.json", "text": "text.txt"}
     options = [part for key, file in files.items() for part in (f"--{key}", str(workplace.folder / file))]
     options += ["--output_dir", str(workplace.output), "--vocab_size", "320", "--seq_length", "32"]
     return [*options, "--steps", "1000000", "--eval_interval", "1000000"]

@@ -1,32 +1,29 @@
 """The command line: complete help at once, and one message for a wrong option."""
 
-import argparse
 import ast
-import importlib.util
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
+from pydantic_core import PydanticUndefined
 
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.pretraining.options import parse_run
+from deepspeed_sdp.pretraining.schema import fields
 from tests.launch.jobs import TRAIN
 from tests.support.ranks import ROOT, rank_environment
 
 
-@pytest.fixture(scope="module")
-def arguments():
-    spec = importlib.util.spec_from_file_location("launch_arguments", TRAIN.with_name("arguments.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAIN.parent))
+    return import_module("train")
 
 
 @pytest.fixture
-def parser(arguments, monkeypatch):
-    found = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv: found.append(self))
-    arguments.parse_arguments([], "what it does")
-    return found[0]
+def parser(train):
+    return train.make_parser()
 
 
 def run(*argv, **environment):
@@ -57,18 +54,22 @@ def test_help_is_complete(parser):
         assert name in done.stdout
 
 
-def test_the_example_of_the_help_can_be_parsed(arguments):
+def test_the_example_of_the_help_can_be_parsed(train, monkeypatch):
+    monkeypatch.chdir(ROOT)
     docstring = ast.get_docstring(ast.parse(TRAIN.read_text()))
-    words = docstring[docstring.index("deepspeed --") :].replace("\\\n", " ").split()
-    args = arguments.parse_arguments(words[words.index("launch/train.py") + 1 :], None)
-    arguments.check_arguments(args)
-    assert all((ROOT / path).is_file() for path in (args.deepspeed_config, args.sdp_config, args.model_config))
+    words = docstring[docstring.index("deepspeed --") : docstring.index("What ")].replace("\\\n", " ").split()
+    args = parse_run(train.make_parser(), words[words.index("launch/train.py") + 1 :])
+    run = train.read(args)
+    assert run.model_file.is_file()
+    assert (run.data.text, run.length.steps) == (("my.jsonl",), 300)
 
 
-def test_help_says_the_defaults_it_has(parser):
-    for action in parser._actions:
-        if action.default not in (None, False, -1, argparse.SUPPRESS):
-            assert f"{action.default:g}" in action.help, action.option_strings
+def test_help_says_the_defaults_of_the_schema(parser):
+    helps = {action.dest: action.help for action in parser._actions}
+    for name, field in fields():
+        if field.default not in (None, False, (), PydanticUndefined):
+            shown = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+            assert f"(default: {shown})".lower() in helps[name].lower(), name
 
 
 def test_help_imports_nothing_heavy():
@@ -96,8 +97,8 @@ def test_help_comes_from_one_rank():
 
 @pytest.mark.parametrize(
     "argv",
-    [["--bogus"], [], ["--steps", "many"], ["--steps", "1", "--tokens", "1"]],
-    ids=["unknown", "nothing", "no number", "both lengths"],
+    [["--bogus"], [], ["--world_size", "many"], ["--deepspeed.x"]],
+    ids=["unknown", "nothing", "no number", "no value"],
 )
 def test_a_wrong_option_gives_one_message_of_one_rank(argv):
     first, second = run(*argv, RANK=0), run(*argv, RANK=1)
@@ -108,30 +109,32 @@ def test_a_wrong_option_gives_one_message_of_one_rank(argv):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("option", "value", "message"),
     [
-        ({"steps": 0}, "--steps: got 0; takes a number from 1 on"),
-        ({"steps": None, "tokens": 0.0}, "--tokens: got 0.0; takes a number from 1 on"),
-        ({"steps": None, "tokens": float("nan")}, "--tokens: got nan; takes "),
-        ({"steps": None, "tokens": float("inf")}, "--tokens: got inf; takes "),
-        ({"seq_length": 1}, "--seq_length: got 1; takes a number from 2 on"),
-        ({"eval_interval": 0}, "--eval_interval: got 0; takes a number from 1 on"),
-        ({"eval_sequences": -1}, "--eval_sequences: got -1; takes a number from 0 on"),
-        ({"heldout_fraction": 1.0}, "--heldout_fraction: got 1.0; takes a number between 0 and 1"),
-        ({"heldout_fraction": float("nan")}, "--heldout_fraction: got nan; takes"),
-        ({"max_text_mb": 0.0}, "--max_text_mb: got 0.0; takes a positive number"),
-        ({"max_text_mb": float("inf")}, "--max_text_mb: got inf; takes"),
-        ({"seed": -1}, "--seed: got -1; takes"),
+        ("steps", "0", "length.steps: got 0; input should be greater than or equal to 1"),
+        ("steps", "many", 'length.steps: got "many"; input should be a valid integer'),
+        ("tokens", "0.0", "length.tokens: got 0.0; "),
+        ("tokens", "NaN", 'length.tokens: got "NaN"; '),
+        ("tokens", "inf", 'length.tokens: got "inf"; '),
+        ("seq_length", "1", "data.seq_length: got 1; input should be greater than or equal to 2"),
+        ("eval_interval", "0", "logging.eval_interval: got 0; "),
+        ("eval_sequences", "-1", "logging.eval_sequences: got -1; "),
+        ("heldout_fraction", "1.0", "data.heldout_fraction: got 1.0; input should be less than 1"),
+        ("max_text_mb", "0.0", "data.max_text_mb: got 0.0; input should be greater than 0"),
+        ("seed", "-1", "data.seed: got -1; "),
+        ("num_lanes", "4", "data.num_lanes: got 4 with data.text; takes it with data.stream alone"),
+        ("document_reset", "attention", 'data.document_reset: got "attention" with data.text; takes "none" there'),
+        ("match", "time", "length.match: got \"time\"; input should be 'tokens' or 'flops'"),
+        ("sdp.plan.seed", "x", 'subnetwork_data_parallel.plan.seed: got "x"; '),
+        ("data", "shards", "data: got path and text; takes one of path, stream, text"),
     ],
-    ids=str,
 )
-def test_impossible_numbers(arguments, changes, message):
-
-    required = ["--deepspeed_config", "a", "--model_config", "b", "--output_dir", "c", "--steps", "5"]
-    args = arguments.parse_arguments(required, None)
-    arguments.check_arguments(args)
-    for name, value in changes.items():
-        setattr(args, name, value)
+def test_impossible_values(train, tmp_path, option, value, message):
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 4}')
+    (tmp_path / "sdp.json").write_text("{}")
+    files = ["--deepspeed_config", str(tmp_path / "ds.json"), "--sdp_config", str(tmp_path / "sdp.json")]
+    given = [*files, "--model", "llama-demo", "--text", "builtin", "--steps", "5"]
+    train.read(parse_run(train.make_parser(), given))
     with pytest.raises(ConfigError) as raised:
-        arguments.check_arguments(args)
+        train.read(parse_run(train.make_parser(), [*given, f"--{option}", value]))
     assert str(raised.value).startswith(message)

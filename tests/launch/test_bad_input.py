@@ -96,17 +96,17 @@ BAD_FILES = {
     "broken DeepSpeed config": (
         "ds.json",
         b'{"train_batch_size": 8,',
-        "error: deepspeed_config: {} is not valid JSON: line 1",
+        "error: --deepspeed_config: {} is not valid JSON: line 1",
     ),
     "DeepSpeed config of another kind": (
         "ds.json",
         b"[]",
-        "error: deepspeed_config: {} holds a list; takes a JSON object",
+        "error: --deepspeed_config: {} holds a list; takes a JSON object",
     ),
-    "broken SDP block": ("sdp.json", b"{'coverage': 0.5}", "error: sdp_config: {} is not valid JSON: line 1"),
-    "SDP block not UTF-8": ("sdp.json", b"\xff\xfe", "error: sdp_config: {} is not a text file"),
-    "broken model config": ("model.json", b"{", "error: --model_config: "),
-    "model of no known type": ("model.json", b'{"model_type": "llamma"}', "error: --model_config: "),
+    "broken SDP block": ("sdp.json", b"{'coverage': 0.5}", "error: --sdp_config: {} is not valid JSON: line 1"),
+    "SDP block not UTF-8": ("sdp.json", b"\xff\xfe", "error: --sdp_config: {} is not a text file"),
+    "broken model config": ("model.json", b"{", "error: model.path: "),
+    "model of no known type": ("model.json", b'{"model_type": "llamma"}', "error: model.path: "),
     "impossible model": (
         "model.json",
         json.dumps({**MODEL, "num_key_value_heads": 3}).encode(),
@@ -127,9 +127,9 @@ def test_bad_files(workplace, case):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("deepspeed_config", "error: deepspeed_config: cannot read {}: No such file or directory"),
-        ("sdp_config", "error: sdp_config: cannot read {}: No such file or directory"),
-        ("model_config", "error: --model_config: cannot read {}: No such file or directory"),
+        ("deepspeed_config", "error: --deepspeed_config: cannot read {}: No such file or directory"),
+        ("sdp_config", "error: --sdp_config: cannot read {}: No such file or directory"),
+        ("model", "error: model.path: {} is no file, folder or preset; presets are "),
         ("text", "error: {}: does not exist"),
         ("tokenizer", "error: --tokenizer: {} is no folder"),
     ],
@@ -153,8 +153,8 @@ def test_unreadable_text(workplace):
         ({"vocab_size": 100_000}, "error: --vocab_size: got 100000; the text supports at most "),
         ({"vocab_size": 10}, "error: --vocab_size: got 10; the characters of the text alone need "),
         ({"seq_length": 1_000_000}, "tokens are too few for one sequence of 1000000"),
-        ({"steps": 0}, "error: --steps: got 0; takes a number from 1 on"),
-        ({"seed": -1}, "error: --seed: got -1; takes "),
+        ({"steps": 0}, "error: length.steps: got 0; input should be greater than or equal to 1"),
+        ({"seed": -1}, "error: data.seed: got -1; "),
     ],
     ids=str,
 )
@@ -167,8 +167,8 @@ def test_a_cache_folder_with_other_files(workplace):
     cache = workplace.folder / "cache"
     cache.mkdir()
     (cache / "thesis.tex").write_text("years of work")
-    job = workplace.launch(data_cache=cache)
-    assert_ended_badly(job, f"error: --data_cache: {cache} holds other files (thesis.tex)")
+    job = workplace.launch(cache=cache)
+    assert_ended_badly(job, f"error: data.cache: {cache} holds other files (thesis.tex)")
     assert (cache / "thesis.tex").read_text() == "years of work"
 
 
@@ -176,4 +176,4 @@ def test_a_cache_folder_with_other_files(workplace):
 def test_an_option_wrong_on_one_rank_alone(workplace):
     """Before the ranks can talk: the one that fails reports, though others wait for it."""
     script = workplace.script("if os.environ['RANK'] == '1': sys.argv[sys.argv.index('--steps') + 1] = '0'")
-    assert_ended_badly(workplace.launch(script=script), "error: --steps: got 0; takes a number from 1 on")
+    assert_ended_badly(workplace.launch(script=script), "error: length.steps: got 0; ")

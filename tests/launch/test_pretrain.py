@@ -30,7 +30,7 @@ loop.train_step = stopping
 # Ranks split a step's text for the calibration, so its scale is another's on other ranks.
 UNSCALED = {"sdp.calibration_sequences": 0}
 # Restarts of attention at documents reach every layer of the evaluation.
-CHANGES = {"pretraining.document_reset": "attention", "pretraining.checkpoint_interval": 10}
+CHANGES = {"data.document_reset": "attention", "logging.checkpoint_interval": 10}
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +183,9 @@ def test_the_last_step_has_a_checkpoint_which_is_the_final_model(run, place, tmp
 def test_killed_and_resumed_it_ends_with_the_same_weights(place, tmp_path, method, signal):
     options = {
         **method,
-        "pretraining.checkpoint_interval": 3,
-        "pretraining.document_reset": "attention",
-        "pretraining.activation_checkpointing": True,
+        "logging.checkpoint_interval": 3,
+        "data.document_reset": "attention",
+        "model.activation_checkpointing": True,
     }
     whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
     job = whole.launch(**options)
@@ -205,15 +205,15 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(place, tmp_path, metho
     # Beside the lines of the run, one of the step at which it was asked to stop.
     steps = [(line["step"], line.get("full_model_val_loss")) for line in cut.lines() if line["step"] not in (5, 7)]
     assert steps == [(line["step"], line.get("full_model_val_loss")) for line in whole.lines()], "no line twice"
-    again = cut.launch(**options, **{"pretraining.seed": 5})
+    again = cut.launch(**options, **{"data.seed": 5})
     assert_ended_badly(again, "text: the checkpoint was made with another seed (0), this is 5")
     assert all(two[name].equal(value) for name, value in weights(cut).items())
     lines = cut.lines()
-    finished = cut.launch("--steps", str(lines[-1]["step"]), **{**options, "pretraining.checkpoint_interval": 0})
+    finished = cut.launch("--steps", str(lines[-1]["step"]), **{**options, "logging.checkpoint_interval": 0})
     if lines[-1]["step"] % 3 == 0:
         assert (finished.code, finished.output.count("finished before:")) == (0, 1), finished.output
         assert cut.lines() == lines
-        assert_ended_badly(cut.launch("--steps", "4", **options), "--steps: got 4; the run in")
+        assert_ended_badly(cut.launch("--steps", "4", **options), "length.steps: got 4; the run in")
 
 
 @pytest.mark.slow
@@ -247,10 +247,10 @@ def test_the_dense_baseline_starts_from_the_same_weights(place, tmp_path):
 @pytest.mark.parametrize(
     ("switches", "changes", "message"),
     [
-        ([], {"pretraining.sequence": 3}, "error: pretraining.sequence: unknown key, got 3"),
+        ([], {"data.sequence": 3}, "error: data.sequence: unknown key, got 3"),
         ([], {"deepspeed.train_batch_size": 15}, "error: train_batch_size: got 15 with 2 ranks"),
         (["--data", "nowhere"], {}, "error: nowhere"),
-        (["--steps", "0"], {}, "error: --steps: got 0; takes a number from 1 on"),
+        (["--steps", "0"], {}, "error: length.steps: got 0; input should be greater than or equal to 1"),
         ([], {"sdp.coverage": 0.3}, "coverage: got 0.3 with 2 subnetworks"),
         ([], {"deepspeed.zero_optimization.stage": 7}, "zero_optimization"),
     ],
@@ -265,7 +265,7 @@ def test_on_the_fly_it_goes_on_on_other_ranks_with_the_same_sequences(place, tmp
     """Without shards: stopped on two ranks, taken up by four, it ends where an unbroken run ends."""
     whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
     source = ["--stream", str(place.folder / "parquet"), "--tokenizer", str(place.shards / "tokenizer")]
-    source += ["--stream_heldout_fraction", "0.1", "--num_lanes", "4"]
+    source += ["--heldout_fraction", "0.1", "--num_lanes", "4"]
     for one in (whole, cut):
         one.text = source
     job = whole.launch(**UNSCALED)

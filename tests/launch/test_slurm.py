@@ -145,7 +145,7 @@ def test_it_saves_is_requeued_and_ends(tmp_path, whom, number):
     (tmp_path / "bin").mkdir()
     cluster = Cluster(tmp_path / "bin")
     # Long enough that it is still under way when it is told.
-    arguments = place.arguments(script=(), **{"pretraining.tokens": 100_000})[1:]
+    arguments = place.arguments(script=(), **{"length.tokens": 100_000})[1:]
     process = cluster.submit(arguments)
     wait_for(place.output / "metrics.jsonl", process, 200)
     cluster.signal(process, whom, number)

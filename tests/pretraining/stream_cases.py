@@ -20,16 +20,24 @@ def open_and_read(recipe, source, tokenizer, output, policy=None, seq_length=32,
         return heldout(self, count, progress)
 
     changes = {
-        "pretraining.seq_length": seq_length,
-        "pretraining.eval_sequences": sequences,
+        "data.seq_length": seq_length,
+        "logging.eval_sequences": sequences,
         "deepspeed.train_batch_size": 4,
         "deepspeed.train_micro_batch_size_per_gpu": 1,
     }
     settings = [(key, str(value)) for key, value in changes.items()]
     StreamedSequences.heldout = counted
     try:
-        spec = SourceSpec((source,), faults=FaultPolicy(**policy or {}))
-        text = StreamedText(spec, tokenizer, read_recipe(recipe, settings), Path(output), 0.1)
+        spec, run = SourceSpec((source,), faults=FaultPolicy(**policy or {})), read_recipe(recipe, settings)
+        text = StreamedText(
+            spec,
+            tokenizer,
+            run.data,
+            Path(output),
+            heldout_sequences=run.logging.eval_sequences,
+            heldout_fraction=0.1,
+            global_batch=4,
+        )
         batches = text.batches(dist.get_rank(), dist.get_world_size(), 1, 0)
         next(batches)
         ids = [row["input_ids"].tolist() for row in text.heldout]

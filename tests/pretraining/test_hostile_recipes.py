@@ -13,7 +13,7 @@ from deepspeed_sdp.subnetwork import meta_model, read_model_config
 from tests.data.test_manifest import ANY, assert_one_line, paths_of
 from tests.support.ranks import ROOT
 
-RECIPE = ROOT / "ds_configs" / "fineweb" / "15m.json"
+RECIPE = ROOT / "ds_configs" / "recipes" / "15m.json"
 MODEL = {
     "model_type": "llama",
     "vocab_size": 320,
@@ -72,17 +72,17 @@ def test_a_model_with_anything_anywhere_is_built_or_refused(tmp_path_factory, da
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("pretraining.tokens", "1e300", "pretraining.tokens: got 1e"),
-        ("pretraining.tokens", f"{10**39}", "pretraining.tokens: got 1e"),
-        ("pretraining.tokens", "9" * 5000, "pretraining.tokens: got "),
-        ("pretraining.tokens", "[" * 100_000, "pretraining.tokens: got "),
-        ("pretraining.seq_length", "99999999999", "pretraining.seq_length: got 99999999999"),
+        ("length.tokens", "1e300", "length.tokens: got 1e"),
+        ("length.tokens", f"{10**39}", "length.tokens: got 1"),
+        ("length.tokens", "9" * 5000, "length.tokens: got "),
+        ("length.tokens", "[" * 100_000, "length.tokens: got "),
+        ("data.seq_length", "99999999999", "data.seq_length: got 99999999999"),
         (
             "deepspeed.train_batch_size",
             "9999999999999",
             "train_batch_size: got 9999999999999; takes a whole number from 1 on, up to",
         ),
-        ("pretraining.log_interval", "NaN", 'pretraining.log_interval: got "NaN"'),
+        ("logging.log_interval", "NaN", 'logging.log_interval: got "NaN"'),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(key, value, message):

@@ -10,7 +10,7 @@ from deepspeed_sdp.pretraining.job import describe, make_job
 from deepspeed_sdp.pretraining.recipe import read_recipe, recipe_names
 from tests.support.ranks import ROOT
 
-FOLDER = ROOT / "ds_configs" / "fineweb"
+FOLDER = ROOT / "ds_configs" / "recipes"
 EIGHTHS = ("1/4", "3/8", "1/2", "5/8", "3/4")
 # Layers, hidden size, MLP neurons, whether the output head is the embedding.
 SHAPES = {
@@ -40,22 +40,23 @@ METHODS = [
 
 
 def test_recipes_are_found_by_name_and_differ_in_what_their_names_say(capsys, tmp_path):
-    assert recipe_names() == list(SHAPES)
+    names = ["demo", *SHAPES]
+    assert recipe_names() == names
     for size in SHAPES:
         data = json.loads((FOLDER / f"{size}.json").read_text())
-        assert data["pretraining"]["model"] == f"llama-{size}"
+        assert data["model"]["path"] == f"llama-{size}"
         # DeepSpeed's own optimizer, on GPUs too.
-        assert "torch_adam" not in data["optimizer"]["params"]
+        assert "torch_adam" not in data["deepspeed"]["optimizer"]["params"]
         assert main(["recipes", "show", size]) == 0
         assert json.loads(capsys.readouterr().out) == data
     assert main(["recipes", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SHAPES)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
     own = tmp_path / "own.json"
     assert main(["recipes", "copy", "15m", str(own)]) == 0
     assert read_recipe(own).ds_config == read_recipe("15m").ds_config
     assert main(["recipes", "copy", "15m", str(own)]) == 1
     assert main(["recipes", "show", "16m"]) == 1
-    error = "recipe: 16m is no file and no recipe; recipes are 15m, 134m, 500m, 1b"
+    error = "recipe: 16m is no file and no recipe; recipes are demo, 15m, 134m, 500m, 1b"
     assert error in capsys.readouterr().err
 
 
@@ -79,7 +80,7 @@ def test_planned_at_its_real_size(size, method):
         assert job.flops.max / job.flops.mean < (1.08 if recipe.sdp.granularity == "layer" else 1.005)
         layers, hidden, *_ = SHAPES[size]
         # Weights, and scores and weighted values at the full length, forward and backward.
-        in_layers = 6 * weights(size)[0] + 12 * layers * hidden * recipe.about.seq_length
+        in_layers = 6 * weights(size)[0] + 12 * layers * hidden * recipe.data.seq_length
         is_forward = recipe.sdp.masking == "forward"
         saved = (1 - recipe.sdp.coverage) * (in_layers if is_forward else 2 * weights(size)[0])
         assert job.flops.dense == in_layers + 6 * 32000 * hidden
@@ -90,7 +91,7 @@ def test_planned_at_its_real_size(size, method):
 
 
 def test_as_many_tokens_or_as_many_flops():
-    tokens = make_job(read_recipe("134m", [("pretraining.match", "tokens")]), 8)
+    tokens = make_job(read_recipe("134m", [("length.match", "tokens")]), 8)
     flops = make_job(read_recipe("134m"), 8)
     assert tokens.length.tokens == pytest.approx(1e9, rel=2e-4)
     assert flops.length.tokens == pytest.approx(1e9 * flops.flops.dense / flops.flops.mean, rel=2e-4)
@@ -107,23 +108,26 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(world_size):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("pretraining.token", "1", "pretraining.token: unknown key, got 1; takes model, seq_length, tokens"),
-        ("pretraining.tokens", "-1", "pretraining.tokens: got -1"),
-        ("pretraining.match", '"time"', 'pretraining.match: got "time"'),
-        ("pretraining.match", "time", 'pretraining.match: got "time"'),
-        ("pretraining.seq_length", "1", "pretraining.seq_length: got 1"),
-        ("deepspeed.pretraining", "3", 'has no block "pretraining"'),
-        ("deepspeed.subnetwork_data_parallel", "null", 'has no block "subnetwork_data_parallel"'),
+        (
+            "length.token",
+            "1",
+            "length.token: unknown key, got 1; did you mean 'length.tokens'? takes tokens, steps, match",
+        ),
+        ("length.tokens", "-1", "length.tokens: got -1"),
+        ("length.match", '"time"', 'length.match: got "time"'),
+        ("length.match", "time", 'length.match: got "time"'),
+        ("data.seq_length", "1", "data.seq_length: got 1"),
+        ("deepspeed.subnetwork_data_parallel", "{}", 'takes it beside "deepspeed", not inside'),
+        ("sdp", "3", "--sdp: got '3'; takes a section"),
         ("sdp.coverag", "0.5", "did you mean 'coverage'"),
         ("deepspeed.train_batch_size", "0", "train_batch_size: got 0; takes a whole number from 1 on"),
-        ("deepspeed.train_batch_size.x", "1", "--deepspeed.train_batch_size.x: got '1'; train_batch_size is no block"),
+        ("deepspeed.train_batch_size.x", "1", "--deepspeed.train_batch_size.x: got '1'; deepspeed.train_batch_size is"),
         ("deepspeed.", "1", "--deepspeed.: got '1'; takes a section"),
-        ("deepspeed.tokens", "1e6", "tokens: got 1000000.0; takes no such key at the top of a recipe; did you mean"),
-        ("deepspeed.gradient_cliping", "0.1", "did you mean 'gradient_clipping'"),
-        ("pretrainig.tokens", "1e6", "did you mean --pretraining.tokens?"),
+        ("deepspeed.tokens", "1e6", "tokens: got 1000000.0; takes no such key; did you mean 'length.tokens'?"),
+        ("deepspeed.gradient_cliping", "0.1", "did you mean 'deepspeed.gradient_clipping'"),
+        ("lenght.tokens", "1e6", "did you mean --length.tokens?"),
         ("optimizer.params.lr", "1", "did you mean --deepspeed.optimizer.params.lr?"),
-        ("deepspeed.gradient_accumulation_steps", "3", "gradient_accumulation_steps: got 3; takes none in a recipe"),
-        ("pretraining.tokens", "Infinity", 'pretraining.tokens: got "Infinity"'),
+        ("length.tokens", "Infinity", 'length.tokens: got "Infinity"'),
         ("deepspeed.scheduler", "null", 'scheduler: got null; takes an object with "type"'),
         ("deepspeed.scheduler.params", "null", "scheduler.params: got null; takes an object"),
         (
@@ -141,15 +145,17 @@ def test_a_wrong_recipe_is_refused(key, value, message):
 
 def test_what_is_no_recipe_is_refused(tmp_path):
     (tmp_path / "recipe.json").write_text("{}")
-    with pytest.raises(ConfigError, match='has no block "pretraining"'):
+    with pytest.raises(ConfigError, match='has no sections "model", "length" and "deepspeed"'):
         read_recipe(tmp_path / "recipe.json")
-    with pytest.raises(ConfigError, match="is no file and no recipe; recipes are 15m, 134m"):
+    with pytest.raises(ConfigError, match="is no file and no recipe; recipes are demo, 15m, 134m"):
         read_recipe(tmp_path / "none.json")
-    recipe = read_recipe("134m", [("pretraining.model", "llama-135m")])
-    with pytest.raises(ConfigError, match=r"pretraining\.model: llama-135m is no file, folder or preset"):
+    recipe = read_recipe("134m", [("model.path", "llama-135m")])
+    with pytest.raises(ConfigError, match=r"model\.path: llama-135m is no file, folder or preset"):
         make_job(recipe, 8)
     with pytest.raises(ConfigError, match=r"train_batch_size: got 256 with 6 ranks"):
         make_job(read_recipe("134m", [("sdp.enabled", "false")]), 6)
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps 3; takes 384 "):
+        make_job(read_recipe("134m", [("deepspeed.gradient_accumulation_steps", "3")]), 8)
     recipe = read_recipe("134m", [("sdp.num_subnetworks", "4"), ("sdp.coverage", "3/8")])
     with pytest.raises(ConfigError, match=r"coverage: got 0\.375 with 4 subnetworks"):
         make_job(recipe, 4)

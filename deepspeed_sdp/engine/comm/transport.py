@@ -1,7 +1,7 @@
 """How the buckets of a round cross the network: averaging gradients into shards, and gathering weights from them.
 
 Two ways with the same results and, on backends that have a native reduce-scatter, the same volume
-(docs/architecture.md has both side by side):
+(docs/internals.md has both side by side):
 
 - :class:`OwnerSetTransport`: collectives per bucket, on the owners' process groups;
 - :class:`AllToAllTransport`: all buckets of a round in one ``all_to_all_single`` over the workers, summed locally.

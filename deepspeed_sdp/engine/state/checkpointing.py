@@ -54,11 +54,11 @@ def save_checkpoint(
     state, sdp, groups = _state_of(engine), engine.sdp_config, engine._owner_groups
     scalars = state.scalars()
     layout, rank, worker = state.layout(sdp.checkpoint.copies), dist.get_rank(), groups.subnetwork_index
-    head, nbytes = agreed(lambda: header(layout, rank))
+    head = agreed(lambda: header(layout, rank))
     content = chain([memoryview(head)], staged(state.values(sdp.checkpoint.copies), engine.optimizer.device))
     # What training changes from here on is not saved.
     is_async = sdp.checkpoint.is_async
-    tensors = Snapshot(content, len(head) + nbytes) if is_async else Streamed(content)
+    tensors = Snapshot(content) if is_async else Streamed(content)
     write = functools.partial(
         write_checkpoint,
         folder,
