@@ -28,7 +28,7 @@ def lanes_of(state: Mapping[str, Any], sources: int) -> dict[int, Places]:
     """
     check_value(dict(state), _Lanes, DataError, "stream state")
     lanes = state["lanes"]
-    if set(lanes) != set(map(str, range(state["num_lanes"]))):
+    if len(lanes) != state["num_lanes"] or set(lanes) != set(map(str, range(len(lanes)))):
         raise DataError(
             f"stream state: has {len(lanes)} of {state['num_lanes']} lanes; takes the merged state of all ranks"
         )
