@@ -24,7 +24,7 @@ def add_commands(commands: "Commands") -> None:
     source = data.add_argument_group("source")
     source.add_argument(
         "--source", nargs="+", default=(), metavar="PATH",
-        help="hub:OWNER/NAME, or .parquet, .jsonl, .jsonl.gz and .jsonl.zst files, folders or patterns of them",
+        help="hub:OWNER/NAME, or .parquet, .jsonl, .jsonl.gz, .jsonl.zst and .ds files, folders or patterns of them",
     )  # fmt: skip
     source.add_argument("--config", help="of the hub data set, as sample-10BT")
     source.add_argument("--revision", help="branch, tag or commit of the hub data set (default: main)")

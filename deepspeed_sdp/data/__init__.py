@@ -8,7 +8,8 @@ from deepspeed_sdp.data.shard_dataset import Shards, ShardSequences, open_shards
 from deepspeed_sdp.data.shard_options import ShardOptions
 from deepspeed_sdp.data.shards import prepare_shards
 from deepspeed_sdp.data.source import SourceSpec
-from deepspeed_sdp.data.streaming import StreamedSequences, lanes_for, merge_states
+from deepspeed_sdp.data.stream_state import merge_states, sequences_seen
+from deepspeed_sdp.data.streaming import StreamedSequences, lanes_for
 from deepspeed_sdp.data.text_files import read_documents
 from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer, vocab_size
 
@@ -34,6 +35,7 @@ __all__ = [
     "prepare_shards",
     "read_documents",
     "separate_documents",
+    "sequences_seen",
     "tokenize_documents",
     "train_tokenizer",
     "unigram_loss",

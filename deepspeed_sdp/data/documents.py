@@ -4,8 +4,10 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
+from deepspeed_sdp.data.encoding import Document
 from deepspeed_sdp.data.faults import Skipped
-from deepspeed_sdp.data.reading import CHUNK_ROWS, START, Chunk, Place, group_sizes, read_chunks, texts_of
+from deepspeed_sdp.data.reading import CHUNK_ROWS, START, Place, group_sizes, read_chunks
+from deepspeed_sdp.data.rows import Chunk, documents_of
 from deepspeed_sdp.data.shard_worker import Task
 from deepspeed_sdp.data.source import Source
 
@@ -13,15 +15,15 @@ from deepspeed_sdp.data.source import Source
 _ROWS_PER_TASK = 4 * CHUNK_ROWS
 
 
-def stream_documents(source: Source, skipped: Skipped) -> Iterator[tuple[str, str]]:
-    """``(text, place)`` in the order of the files; holds a chunk of rows at a time.
+def stream_documents(source: Source, skipped: Skipped) -> Iterator[tuple[Document, str]]:
+    """``(document, place)`` in the order of the files; holds a chunk of rows at a time.
 
     Raises:
         DataError: as the fault policy says.
     """
     for file in source.files:
         for chunk in read_chunks(file, source.spec, skipped):
-            for text, row in texts_of(chunk, file, source.spec, skipped):
+            for text, row in documents_of(chunk, file, source.spec, skipped):
                 yield text, f"{file.path}: {row}"
 
 

@@ -11,6 +11,8 @@ from deepspeed_sdp.data.tokenizer import vocab_size
 from deepspeed_sdp.errors import DataError
 
 Ids = npt.NDArray[Any]
+#: Text, or the ids that it was tokenised to elsewhere.
+Document = str | Ids
 
 
 class DocumentEncoder:
@@ -37,12 +39,46 @@ class DocumentEncoder:
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
 
-    def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids ``[tokens]`` of each document, in :attr:`dtype`."""
+    def __call__(self, documents: Sequence[Document]) -> list[Ids]:
+        """Ids ``[tokens]`` of each document, in :attr:`dtype`. Tokenised ones get the BOS and EOS that they lack.
+
+        Raises:
+            DataError: an id is past the tokenizer's largest.
+        """
+        encoded = iter(self._encode([document for document in documents if isinstance(document, str)]))
+        return [next(encoded) if isinstance(document, str) else self._whole(document) for document in documents]
+
+    def text(self, document: Document) -> str:
+        """A document's text, of which its hash is taken.
+
+        Raises:
+            DataError: an id is past the tokenizer's largest.
+        """
+        if isinstance(document, str):
+            return document
+        ids = self._checked(document).tolist()
+        ids = ids[1:] if ids[0] == self.tokenizer.bos_token_id and len(ids) > 1 else ids
+        ids = ids[:-1] if ids[-1] == self.eos_token_id else ids
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _whole(self, ids: Ids) -> Ids:
+        begin = self.prefix if ids[0] != self.tokenizer.bos_token_id else []
+        end = [self.eos_token_id] if ids[-1] != self.eos_token_id else []
+        return np.concatenate([begin, self._checked(ids), end], dtype=self.dtype, casting="unsafe")
+
+    def _checked(self, ids: Ids) -> Ids:
+        if ids.max() >= self.vocab_size:
+            raise DataError(
+                f"--tokenizer: got one of {self.vocab_size} ids, and documents that are tokenised hold {ids.max()}; "
+                "takes the one that they were tokenised with"
+            )
+        return ids
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
         if not texts:
             return []
         if self._backend is not None:
-            encoded = [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encoded = [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         else:
-            encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            encoded = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [np.array([*self.prefix, *ids, self.eos_token_id], dtype=self.dtype) for ids in encoded]

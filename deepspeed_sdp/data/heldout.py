@@ -1,6 +1,7 @@
 """The first held-out sequences of a source, read once and kept in a file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ class HeldoutSequences:
         return cls(ids, starts, Skipped.from_json(about["skipped"]))
 
 
+def join(parts: Sequence[HeldoutSequences]) -> HeldoutSequences:
+    """Those of several sources, one after another."""
+    before = np.cumsum([0, *(part.ids.size for part in parts)])
+    starts = [part.starts + first for part, first in zip(parts, before, strict=False)]
+    skipped = Skipped()
+    for part in parts:
+        skipped.merge(part.skipped)
+    return HeldoutSequences(np.concatenate([part.ids for part in parts]), np.concatenate(starts), skipped)
+
+
 def read_heldout(
     source: Source, encoder: DocumentEncoder, fraction: float, seq_length: int, count: int, progress: bool = False
 ) -> HeldoutSequences:
@@ -111,7 +122,7 @@ def read_heldout(
     bar = tqdm(total=wanted, unit=" tokens", unit_scale=True, desc="held-out text", disable=not progress, leave=False)
     with bar:
         for text, _ in stream_documents(source, skipped):
-            if is_heldout(text, fraction):
+            if is_heldout(encoder.text(text), fraction):
                 parts += encoder([text])
                 starts.append(filled)
                 filled += len(parts[-1])

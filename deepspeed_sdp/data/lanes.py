@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from deepspeed_sdp.data.encoding import DocumentEncoder, Ids
 from deepspeed_sdp.data.faults import Skipped
-from deepspeed_sdp.data.reading import CHUNK_ROWS, Chunk, Place, group_sizes, read_chunks, texts_of
+from deepspeed_sdp.data.reading import CHUNK_ROWS, Place, group_sizes, read_chunks
+from deepspeed_sdp.data.rows import Chunk, documents_of
 from deepspeed_sdp.data.source import Source
 from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.errors import DataError
@@ -133,8 +134,8 @@ class LaneReader:
         self, file: int, chunk: Chunk, position: Position, start_row: int, start_token: int
     ) -> Iterator[tuple[Position, Ids]]:
         data, spec = self.source.files[file], self.source.spec
-        texts = [text for text, _ in texts_of(chunk, data, spec, self.skipped)]
-        texts = [text for text in texts if not is_heldout(text, self.heldout_fraction)]
+        texts = [text for text, _ in documents_of(chunk, data, spec, self.skipped)]
+        texts = [text for text in texts if not is_heldout(self.encoder.text(text), self.heldout_fraction)]
         order = self._permutation(len(texts), position.epoch, file, chunk.group, chunk.number)
         for first in range(start_row, len(order), _DOCUMENTS_PER_CALL):
             rows = order[first : first + _DOCUMENTS_PER_CALL]

@@ -208,6 +208,8 @@ class Preparation:
         texts, size = [], 0
         # What is skipped here is met, and counted, again.
         for text, _ in stream_documents(self.source, Skipped()):
+            if not isinstance(text, str):
+                raise DataError("--train_tokenizer: the source is tokenised; takes text, or --tokenizer for what it is")
             if not is_heldout(text, self.options.heldout_fraction):
                 texts.append(text)
                 size += len(text)

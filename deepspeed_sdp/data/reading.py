@@ -1,7 +1,9 @@
-"""Rows of parquet and JSON lines, a chunk at a time, from any chunk on, past broken files and lost connections."""
+"""Rows of parquet, JSON lines and tokenised documents, a chunk at a time and from any chunk on.
+
+Past broken files and lost connections too.
+"""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -12,7 +14,9 @@ import pyarrow.parquet
 
 from deepspeed_sdp.data.background import check_stop
 from deepspeed_sdp.data.faults import Retry, Skipped, is_lost, reason_of
+from deepspeed_sdp.data.rows import BrokenRow, Chunk
 from deepspeed_sdp.data.source import DataFile, SourceSpec
+from deepspeed_sdp.data.token_file import TokenFile
 
 CHUNK_ROWS = 1024
 # A row group of FineWeb's text fits: over the network that is one request.
@@ -22,28 +26,6 @@ _BLOCK = 1 << 15
 # Of the files read last: workers open a file for every row group, and a footer can be a megabyte.
 _FOOTERS = 4
 _footers: dict[DataFile, pyarrow.parquet.FileMetaData] = {}
-
-
-class BrokenRow(NamedTuple):
-    """Stands for a value that could not even be decoded."""
-
-    reason: str
-
-
-class Chunk(NamedTuple):
-    """Consecutive rows of a file.
-
-    Attributes:
-        group: the row group (JSON lines are one).
-        number: of the chunk in the group.
-        first_row: of the file, from 0 on.
-        rows: undecoded lines, or values of the text column.
-    """
-
-    group: int
-    number: int
-    first_row: int
-    rows: Sequence[Any]
 
 
 class Place(NamedTuple):
@@ -128,6 +110,9 @@ def _position(groups: Sequence[int] | None, group: int, place: Place) -> int:
 def _chunks(
     file: DataFile, spec: SourceSpec, start: Place, groups: Sequence[int] | None, chunk_rows: int
 ) -> Iterator[Chunk]:
+    if file.is_tokens:
+        yield from _token_chunks(file, start, chunk_rows)
+        return
     with file.open() as raw:
         if file.is_parquet:
             yield from _parquet_chunks(raw, file, spec.text_column, start, groups, chunk_rows)
@@ -224,6 +209,16 @@ def _line_chunks(raw: BinaryIO, compression: str | None, start: Place, chunk_row
             return
 
 
+def _token_chunks(file: DataFile, start: Place, chunk_rows: int) -> Iterator[Chunk]:
+    try:
+        tokens = TokenFile(file.path)
+        for first in range(start.number * chunk_rows, len(tokens), chunk_rows):
+            check_stop()
+            yield Chunk(0, first // chunk_rows, first, tokens.documents(first, first + chunk_rows))
+    except ValueError as error:
+        raise _Broken(f"damaged tokens: {error}") from None
+
+
 def _lines(raw: BinaryIO, compression: str | None) -> Iterator[bytes]:
     if compression is None:
         yield from raw
@@ -240,50 +235,3 @@ def _lines(raw: BinaryIO, compression: str | None) -> Iterator[bytes]:
         yield from parts
     if rest:
         yield rest
-
-
-def text_of(row: Any, column: str) -> str | BrokenRow:
-    """The text of a row of a chunk, or why it has none."""
-    value = _parsed(row, column) if isinstance(row, bytes) else row
-    if isinstance(value, BrokenRow):
-        return value
-    if value is None:
-        return BrokenRow("text is null")
-    if not isinstance(value, str):
-        return BrokenRow("text is no string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return BrokenRow("text holds half a character")
-    return value
-
-
-def _parsed(line: bytes, column: str) -> Any:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return BrokenRow("line is not UTF-8")
-    except (ValueError, RecursionError):
-        return BrokenRow("line is no valid JSON")
-    if not isinstance(row, dict):
-        return BrokenRow("line is no JSON object")
-    return row[column] if column in row else BrokenRow(f"no column {column!r}")
-
-
-def texts_of(chunk: Chunk, file: DataFile, spec: SourceSpec, skipped: Skipped) -> Iterator[tuple[str, int]]:
-    """The usable texts of a chunk, with their row in the file.
-
-    Raises:
-        DataError: a row is broken, and the policy is to stop.
-    """
-    unit = "row" if file.is_parquet else "line"
-    for number, row in enumerate(chunk.rows, start=chunk.first_row + (0 if file.is_parquet else 1)):
-        if isinstance(row, bytes) and not row.strip():
-            continue
-        text = text_of(row, spec.text_column)
-        if text == "" or (isinstance(text, str) and text.isspace()):
-            skipped.add("row: text is empty", f"{file.path}: {unit} {number}")
-        elif isinstance(text, BrokenRow):
-            skipped.row(text.reason, f"{file.path}: {unit} {number}", spec.faults)
-        else:
-            yield text, number

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepspeed_sdp.data.encoding import DocumentEncoder, Ids
+from deepspeed_sdp.data.encoding import Document, DocumentEncoder, Ids
 from deepspeed_sdp.data.faults import Skipped
-from deepspeed_sdp.data.reading import Chunk, Place, read_chunks, texts_of
+from deepspeed_sdp.data.reading import Place, read_chunks
+from deepspeed_sdp.data.rows import Chunk, documents_of
 from deepspeed_sdp.data.source import Source
 from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.data.tokenizer import load_tokenizer
@@ -78,21 +79,28 @@ class ShardWorker:
         """Raises :class:`DataError` where the fault policy is to stop."""
         skipped = Skipped()
         skipped.merge(task.skipped)
-        texts = self._texts(task, skipped)
+        documents = self._documents(task, skipped)
+        texts = [self.encoder.text(document) for document in documents]
         out = [is_heldout(text, self.heldout_fraction) for text in texts]
-        train = self._encode([text for text, flag in zip(texts, out, strict=True) if not flag])
-        heldout = self._encode([text for text, flag in zip(texts, out, strict=True) if flag])
+        train, heldout = (
+            self._encode(
+                [document for document, flag in zip(documents, out, strict=True) if flag == wanted],
+                [text for text, flag in zip(texts, out, strict=True) if flag == wanted],
+            )
+            for wanted in (False, True)
+        )
         return Block(train, heldout, skipped)
 
-    def _texts(self, task: Task, skipped: Skipped) -> list[str]:
+    def _documents(self, task: Task, skipped: Skipped) -> list[Document]:
         if task.chunk is not None and not task.chunk.rows:
             return []
         file, spec = self.source.files[task.file], self.source.spec
         read = [task.chunk] if task.chunk is not None else read_chunks(file, spec, skipped, groups=[task.place.group])
-        return [text for chunk in read for text, _ in texts_of(chunk, file, spec, skipped)]
+        return [document for chunk in read for document, _ in documents_of(chunk, file, spec, skipped)]
 
-    def _encode(self, texts: list[str]) -> Documents:
-        ids = [row for start in range(0, len(texts), _BATCH) for row in self.encoder(texts[start : start + _BATCH])]
+    def _encode(self, documents: list[Document], texts: list[str]) -> Documents:
+        starts = range(0, len(documents), _BATCH)
+        ids = [row for start in starts for row in self.encoder(documents[start : start + _BATCH])]
         return Documents(
             np.concatenate(ids) if ids else np.zeros(0, self.encoder.dtype),
             np.array([len(row) for row in ids], dtype=np.int64),

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from deepspeed_sdp.data import token_file
 from deepspeed_sdp.data.faults import FaultPolicy, Retry, Skipped, reason_of
 from deepspeed_sdp.errors import ConfigError, DataError
 
 _HUB = "hub:"
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
-_TAKES = "takes .parquet, .jsonl, .jsonl.gz or .jsonl.zst files, folders or patterns of them, or hub:OWNER/NAME"
+_LOCAL_SUFFIXES = (*_SUFFIXES, token_file.SUFFIX)
+_TAKES = "takes .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .ds files, folders or patterns of them, or hub:OWNER/NAME"
 # Paths asked for in one request to the hub.
 _PATHS_PER_REQUEST = 500
 _HUB_BLOCK = 4 << 20
@@ -25,6 +27,7 @@ class SourceSpec:
         config, revision, split: of a hub data set; a split names its files.
         text_column: which column holds the text.
         faults: what happens to broken rows and files, and to lost connections.
+        weight: share of the tokens, where several sources are mixed: in any unit.
         option: by which the command line says it, for messages.
     """
 
@@ -35,6 +38,7 @@ class SourceSpec:
     text_column: str = "text"
     faults: FaultPolicy = field(default_factory=FaultPolicy)
     option: str = field(default="--source", compare=False)
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -55,7 +59,7 @@ class SourceSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Without what changes nothing that is read."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("faults", "option")}
+        kept = {key: value for key, value in asdict(self).items() if key not in ("faults", "option", "weight")}
         return {**kept, "paths": list(self.paths)}
 
 
@@ -75,8 +79,13 @@ class DataFile:
 
     @property
     def is_parquet(self) -> bool:
-        """Else it holds JSON lines."""
+        """Else it holds JSON lines, or tokens."""
         return self.path.endswith(".parquet")
+
+    @property
+    def is_tokens(self) -> bool:
+        """Documents that datatrove has tokenised."""
+        return self.path.endswith(token_file.SUFFIX)
 
     @property
     def compression(self) -> str | None:
@@ -123,11 +132,11 @@ def find_source(spec: SourceSpec, skipped: Skipped) -> Source:
 def _expand(path: str, option: str) -> list[Path]:
     here = Path(path)
     if here.is_file():
-        if not path.endswith(_SUFFIXES):
+        if not path.endswith(_LOCAL_SUFFIXES):
             raise DataError(f"{option}: {path} is of another kind; {_TAKES}")
         return [here]
     inside = here.rglob("*") if here.is_dir() else (Path(name) for name in glob.iglob(path, recursive=True))
-    found = sorted(file for file in inside if file.name.endswith(_SUFFIXES) and file.is_file())
+    found = sorted(file for file in inside if file.name.endswith(_LOCAL_SUFFIXES) and file.is_file())
     if not found:
         what = "holds no such file" if here.is_dir() else "does not exist"
         raise DataError(f"{option}: {path} {what}; {_TAKES}")

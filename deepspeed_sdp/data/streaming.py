@@ -3,47 +3,46 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from deepspeed_sdp.data.background import Ahead, check_stop
 from deepspeed_sdp.data.encoding import DocumentEncoder
 from deepspeed_sdp.data.faults import Skipped
-from deepspeed_sdp.data.heldout import HeldoutSequences, read_heldout
+from deepspeed_sdp.data.heldout import HeldoutSequences, join, read_heldout
 from deepspeed_sdp.data.lanes import LaneReader, LaneSequence, Position
+from deepspeed_sdp.data.mixture import Mixture
 from deepspeed_sdp.data.reading import CHUNK_ROWS
 from deepspeed_sdp.data.separation import Reset, check_reset, packed_example
 from deepspeed_sdp.data.source import Source, SourceSpec, find_source
+from deepspeed_sdp.data.stream_state import Places, lanes_of, merge_states
 from deepspeed_sdp.data.tokenizer import tokenizer_hash
 from deepspeed_sdp.errors import ConfigError, DataError
-from deepspeed_sdp.schemas import Count, Schema, check_value
 
 Example = dict[str, torch.Tensor]
 
-_Rows = list[tuple[int, LaneSequence]]
+# Lane, source and sequence of each row.
+_Rows = list[tuple[int, int, LaneSequence]]
 
 _FORMAT = 1
 _MOST_LANES = 64
 
 
-class _Lanes(Schema):
-    num_lanes: int = Field(ge=1)
-    lanes: dict[str, Annotated[list[Count], Field(min_length=7, max_length=7)]]
-
-
 class StreamedSequences:
     """Micro-batches of this rank, without end.
 
-    The source is dealt to ``num_lanes`` lanes (:mod:`deepspeed_sdp.data.lanes`). Lane ``l`` is read by rank
+    A source is dealt to ``num_lanes`` lanes (:mod:`deepspeed_sdp.data.lanes`). Lane ``l`` is read by rank
     ``l % world_size``. Round ``k`` is the ``k``-th sequence of every lane, and a global batch is ``global_batch /
     num_lanes`` consecutive rounds, of which a rank takes those of its lanes, lanes ascending within a round. So a
     global batch is the same set of sequences for every number of ranks that divides the lanes, and every micro-batch.
 
+    Of several sources each is dealt to all lanes, and which of them a lane's next sequence is of follows from its
+    number (:class:`Mixture`). A source that comes to its end begins its own next epoch.
+
     Args:
-        spec: what to read.
+        spec: what to read; several sources are mixed by their ``weight``.
         tokenizer: has an end-of-sequence token, which is put after each document.
         seq_length: tokens per sequence, ``T``.
         rank, world_size: of this process.
@@ -57,13 +56,13 @@ class StreamedSequences:
         prefetch: micro-batches that are made ahead, in a thread.
 
     Raises:
-        ConfigError: numbers that do not divide one another.
+        ConfigError: numbers that do not divide one another, or a weight that is not positive.
         DataError: the source cannot be found.
     """
 
     def __init__(
         self,
-        spec: SourceSpec,
+        spec: SourceSpec | Sequence[SourceSpec],
         tokenizer: PreTrainedTokenizerBase,
         seq_length: int,
         *,
@@ -91,9 +90,12 @@ class StreamedSequences:
         self.prefetch = prefetch
         #: What this process skipped or tried again; rows that are read again after a resumption count again.
         self.skipped = Skipped()
-        source = find_source(spec, self.skipped)
+        specs = [spec] if isinstance(spec, SourceSpec) else list(spec)
+        self._mixture = Mixture([spec.weight for spec in specs], seed)
+        #: With the files, and the commits of hub data sets.
+        self.sources = [find_source(spec, self.skipped) for spec in specs]
         self._identity = {
-            "source": hashlib.sha256(json.dumps(source.identity(), sort_keys=True).encode()).hexdigest(),
+            "source": _sha256(self.sources, self._mixture),
             "tokenizer": tokenizer_hash(tokenizer),
             "seq_length": seq_length,
             "seed": seed,
@@ -103,22 +105,18 @@ class StreamedSequences:
         }
         lanes = lanes_for(global_batch, world_size) if num_lanes is None else num_lanes
         encoder = DocumentEncoder(tokenizer, add_bos)
-        self._reader = LaneReader(
-            source, encoder, seq_length, lanes, seed, heldout_fraction, self.skipped, chunk_rows
-        )  # fmt: skip
-        self._positions: dict[int, Position] = {}
+        self._readers = [
+            LaneReader(source, encoder, seq_length, lanes, seed, heldout_fraction, self.skipped, chunk_rows)
+            for source in self.sources
+        ]
+        self._positions: dict[int, Places] = {}
         self._ahead: Ahead[_Rows] | None = None
         self._set_lanes(lanes, {})
 
     @property
-    def source(self) -> Source:
-        """With the files, and the commit of a hub data set."""
-        return self._reader.source
-
-    @property
     def num_lanes(self) -> int:
         """Also after :meth:`load_state_dict`."""
-        return self._reader.num_lanes
+        return self._readers[0].num_lanes
 
     def __iter__(self) -> Iterator[Example]:
         return self
@@ -130,12 +128,13 @@ class StreamedSequences:
             DataError: a fault at which the policy is to stop, or a lane without documents.
         """
         if self._ahead is None:
-            batches = _micro_batches(self._reader, dict(self._positions), self.micro_batch)
+            batches = _micro_batches(self._readers, self._mixture, dict(self._positions), self.micro_batch)
             self._ahead = Ahead(batches, self.prefetch, self)
         rows = self._ahead.take()
-        for lane, row in rows:
-            self._positions[lane] = row.after
-        examples = [packed_example(row.ids, row.starts, self.reset) for _, row in rows]
+        for lane, source, row in rows:
+            places = self._positions[lane]
+            self._positions[lane] = (*places[:source], row.after, *places[source + 1 :])
+        examples = [packed_example(row.ids, row.starts, self.reset) for _, _, row in rows]
         return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
     def close(self) -> None:
@@ -146,7 +145,7 @@ class StreamedSequences:
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank's lanes are, as JSON. Take it between optimizer steps, and merge those of all ranks."""
-        lanes = {str(lane): list(position) for lane, position in sorted(self._positions.items())}
+        lanes = {str(lane): [n for place in places for n in place] for lane, places in sorted(self._positions.items())}
         return {"format": _FORMAT, **self._identity, "num_lanes": self.num_lanes, "lanes": lanes}
 
     def gather_state(self) -> dict[str, Any]:
@@ -169,38 +168,37 @@ class StreamedSequences:
         other = [key for key, value in {"format": _FORMAT, **self._identity}.items() if state.get(key) != value]
         if other:
             raise DataError(f"stream state: was saved with another {', '.join(other)}; takes the same to go on")
-        check_value(dict(state), _Lanes, DataError, "stream state")
-        lanes = {lane: Position(*position) for lane, position in state["lanes"].items()}
-        if len(lanes) != state["num_lanes"] or set(lanes) != set(map(str, range(state["num_lanes"]))):
-            raise DataError(
-                f"stream state: has {len(lanes)} of {state['num_lanes']} lanes; takes the merged state of all ranks"
-            )
-        self._set_lanes(state["num_lanes"], {int(lane): position for lane, position in lanes.items()})
+        self._set_lanes(state["num_lanes"], lanes_of(state, len(self.sources)))
 
     def heldout(self, count: int, progress: bool = False) -> HeldoutSequences:
         """The first ``count`` sequences of held-out documents, in the order of the source: the same on every rank.
 
-        Reads about ``count * seq_length / heldout_fraction`` tokens of text for it.
+        Reads about ``count * seq_length / heldout_fraction`` tokens of text for it. Of several sources each gives its
+        share, one after another.
 
         Raises:
             DataError: there are fewer, or a fault at which the policy is to stop.
         """
-        reader = self._reader
-        return read_heldout(
-            self.source, reader.encoder, reader.heldout_fraction, reader.seq_length, count, progress
-        )  # fmt: skip
+        return join(
+            [
+                read_heldout(reader.source, reader.encoder, reader.heldout_fraction, reader.seq_length, share, progress)
+                for reader, share in zip(self._readers, self._mixture.counts(count), strict=True)
+                if share
+            ]
+        )
 
     def heldout_identity(self, count: int) -> dict[str, Any]:
         """Of everything that decides over :meth:`heldout`, as JSON."""
         keys = ("source", "tokenizer", "seq_length", "heldout_fraction", "add_bos")
         return {"format": _FORMAT, **{key: self._identity[key] for key in keys}, "count": count}
 
-    def _set_lanes(self, lanes: int, positions: Mapping[int, Position]) -> None:
+    def _set_lanes(self, lanes: int, positions: Mapping[int, Places]) -> None:
         check_lanes(lanes, self.world_size, self.global_batch)
         self.close()
-        self._reader.num_lanes = lanes
-        own = range(self.rank, lanes, self.world_size)
-        self._positions = {lane: positions.get(lane, Position()) for lane in own}
+        for reader in self._readers:
+            reader.num_lanes = lanes
+        begin = (Position(),) * len(self.sources)
+        self._positions = {lane: positions.get(lane, begin) for lane in range(self.rank, lanes, self.world_size)}
 
 
 def check_lanes(lanes: int, world_size: int, global_batch: int) -> None:
@@ -228,34 +226,31 @@ def lanes_for(global_batch: int, world_size: int) -> int:
     return max(n for n in range(world_size, most + 1, world_size) if global_batch % n == 0)
 
 
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks as one.
-
-    Raises:
-        DataError: they are not of one stream, or two hold the same lane.
-    """
-    merged = {**states[0], "lanes": {}}
-    for state in states:
-        if {**state, "lanes": {}} != {**states[0], "lanes": {}}:
-            raise DataError("stream state: those of two ranks are of different streams")
-        if merged["lanes"].keys() & state["lanes"].keys():
-            raise DataError("stream state: two ranks hold the same lane")
-        merged["lanes"] |= state["lanes"]
-    merged["lanes"] = {lane: merged["lanes"][lane] for lane in sorted(merged["lanes"], key=int)}
-    return merged
+def _sha256(sources: Sequence[Source], mixture: Mixture) -> str:
+    stated = [source.identity() for source in sources]
+    what = stated[0] if len(stated) == 1 else {"sources": stated, "shares": mixture.shares}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _micro_batches(reader: LaneReader, positions: Mapping[int, Position], micro_batch: int) -> Iterator[_Rows]:
-    sequences = _sequences(reader, positions)
+def _micro_batches(
+    readers: Sequence[LaneReader], mixture: Mixture, positions: Mapping[int, Places], micro_batch: int
+) -> Iterator[_Rows]:
+    sequences = _sequences(readers, mixture, positions)
     while True:
         yield [next(sequences) for _ in range(micro_batch)]
 
 
-def _sequences(reader: LaneReader, positions: Mapping[int, Position]) -> Iterator[tuple[int, LaneSequence]]:
-    streams = {lane: reader.sequences(lane, position) for lane, position in positions.items()}
-    delivered = {lane: position.sequences for lane, position in positions.items()}
+def _sequences(
+    readers: Sequence[LaneReader], mixture: Mixture, positions: Mapping[int, Places]
+) -> Iterator[tuple[int, int, LaneSequence]]:
+    streams = {
+        lane: [reader.sequences(lane, place) for reader, place in zip(readers, places, strict=True)]
+        for lane, places in positions.items()
+    }
+    delivered = {lane: sum(place.sequences for place in places) for lane, places in positions.items()}
     while True:
         check_stop()
         lane = min(delivered, key=lambda lane: (delivered[lane], lane))
+        source = mixture.of(delivered[lane] * readers[0].num_lanes + lane)
         delivered[lane] += 1
-        yield lane, next(streams[lane])
+        yield lane, source, next(streams[lane][source])

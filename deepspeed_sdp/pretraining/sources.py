@@ -83,9 +83,11 @@ def stream_source(data: DataSection) -> SourceSpec:
     """What is read of a stream."""
     said = {name: getattr(data, name) for name in ("on_broken_row", "on_broken_file", "retries")}
     policy = FaultPolicy(**{name: value for name, value in said.items() if value is not None})
-    column = {} if data.text_column is None else {"text_column": data.text_column}
+    column = SourceSpec.text_column if data.text_column is None else data.text_column
     assert data.stream is not None
-    return SourceSpec(data.stream, data.hub_config, data.hub_revision, faults=policy, option="--stream", **column)
+    return SourceSpec(
+        data.stream, data.hub_config, data.hub_revision, text_column=column, faults=policy, option="--stream"
+    )
 
 
 def find_tokenizer_folder(run: Run, folder: Path) -> Path | None:

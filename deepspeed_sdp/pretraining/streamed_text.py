@@ -1,6 +1,6 @@
 """The text of a recipe: a source that is tokenised on the fly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class StreamedText:
 
     def __init__(
         self,
-        spec: SourceSpec,
+        spec: SourceSpec | Sequence[SourceSpec],
         tokenizer: str,
         data: DataSection,
         output: Path,

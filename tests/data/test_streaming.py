@@ -1,14 +1,16 @@
 """On the fly: the same order over any ranks, and from any step on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepspeed_sdp.data import FaultPolicy, SourceSpec, StreamedSequences, lanes_for, merge_states
+from deepspeed_sdp.data import FaultPolicy, SourceSpec, StreamedSequences, lanes_for, merge_states, sequences_seen
 from deepspeed_sdp.data.heldout import HeldoutSequences
+from deepspeed_sdp.data.mixture import Mixture
 from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.errors import ConfigError, DataError, OutputError
 from tests.data.conftest import make_documents
@@ -96,9 +98,9 @@ def test_an_epoch_is_every_training_document_once_and_the_next_has_another_order
     seen = {lane: [] for lane in range(4)}
     epochs = [{}, {}]
     for one in streams:
-        reader = one._reader
+        (reader,) = one._readers
         for lane in range(one.rank, 4, 2):
-            for position, ids in reader._documents(lane, one._positions[lane]):
+            for position, ids in reader._documents(lane, *one._positions[lane]):
                 if position.epoch == 2:
                     break
                 epochs[position.epoch].setdefault(lane, []).append(tokenizer.decode(ids[:-1]))
@@ -203,6 +205,61 @@ def test_lanes_divide_the_batch_and_are_dealt_to_all_ranks():
     assert lanes_for(200, 8) == 40
     with pytest.raises(ConfigError, match="global_batch: got 10"):
         lanes_for(10, 4)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, spec):
+    """Two sources, of which the smaller makes up three quarters."""
+    texts = [f"{number} {'Q' * 50}" for number in range(80)]
+    path = write_parquet(tmp_path_factory.mktemp("other") / "a.parquet", texts, rows_per_group=4)
+    return [replace(spec, weight=0.5), SourceSpec((str(path),), weight=1.5)]
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.sampled_from(SHAPES), second=st.sampled_from(SHAPES), done=st.integers(0, 25))
+def test_a_mixture_is_the_same_over_any_ranks_and_goes_on_at_the_exact_sequence(stream, mixed, first, second, done):
+    alone = ranks(stream, 1, 8, spec=mixed)
+    reference = steps(alone, done + 8)
+    close(alone)
+    streams = ranks(stream, *first, spec=mixed)
+    assert steps(streams, done) == reference[:done]
+    state = close(streams)
+    resumed = ranks(stream, *second, state=state, spec=mixed)
+    assert steps(resumed, 8) == reference[done:]
+    seen = sequences_seen(close(resumed))
+    assert sum(seen) == 8 * (done + 8)
+    assert seen[1] == pytest.approx(0.75 * sum(seen), abs=3)
+
+
+def test_a_mixture_holds_the_share_of_each_source_and_holds_out_of_each(stream, mixed, tokenizer):
+    one = stream(spec=mixed)
+    rows = [row for batch in steps([one], 25) for row in batch]
+    state = close([one])
+    is_other = ["Q" in tokenizer.decode(row) for row in rows]
+    assert sequences_seen(state) == [is_other.count(False), is_other.count(True)]
+    heldout = one.heldout(8)
+    assert ["Q" in tokenizer.decode(row) for row in heldout.ids] == [False] * 2 + [True] * 6
+    texts = tokenizer.decode(heldout.ids[2:].flatten()).split(tokenizer.eos_token)
+    assert all(is_heldout(text, 0.1) for text in texts[:-1])
+    rows = heldout.examples("attention")
+    assert [row["input_ids"].tolist() for row in rows] == heldout.ids.tolist()
+    assert rows[2]["labels"][0] == -100, "documents of the other source begin with its first sequence"
+    with pytest.raises(DataError, match="another source"):
+        one.load_state_dict(stream(spec=mixed[::-1]).state_dict())
+    with pytest.raises(DataError, match="takes 7 numbers for each source"):
+        one.load_state_dict(state | {"lanes": {lane: numbers[:7] for lane, numbers in state["lanes"].items()}})
+    with pytest.raises(ConfigError, match="weight: got -1"):
+        stream(spec=[mixed[0], replace(mixed[1], weight=-1)])
+
+
+def test_samples_of_a_mixture_are_spread_evenly():
+    mixture = Mixture([1, 2, 7], seed=3)
+    assert Mixture([10, 20, 70], seed=3).counts(500) == mixture.counts(500)
+    assert mixture.counts(10_000) == pytest.approx([1000, 2000, 7000], abs=5)
+    picks = [mixture.of(sample) for sample in range(2000)]
+    assert [Mixture([1, 2, 7], seed=4).of(sample) for sample in range(2000)] != picks
+    for first in range(0, 1900, 100):
+        assert [picks[first : first + 100].count(n) for n in range(3)] == pytest.approx([10, 20, 70], abs=4)
 
 
 @pytest.mark.slow
