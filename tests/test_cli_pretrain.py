@@ -12,10 +12,11 @@ from deepspeed_sdp.cli import main, make_parser
 from deepspeed_sdp.data import FaultPolicy, SourceSpec
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.options import split_settings
+from deepspeed_sdp.pretraining.job import describe, make_job
 from deepspeed_sdp.pretraining.options import check_job_options, parse_run
 from deepspeed_sdp.pretraining.recipe import read_recipe, recipe_names, recipe_path
 from deepspeed_sdp.pretraining.schema import SECTIONS, RunSchema, fields
-from deepspeed_sdp.pretraining.sources import stream_source
+from deepspeed_sdp.pretraining.sources import stream_sources
 from tests.launch.jobs import RANK_VARIABLES, kill, marked
 from tests.launch.recipe_jobs import RecipePlace
 from tests.support.ranks import ROOT, rank_environment
@@ -31,16 +32,31 @@ def parsed(*arguments):
 
 
 def test_options_of_a_stream_reach_its_source_and_are_refused_without_one():
-    assert stream_source(parsed(*STREAM)) == SourceSpec(("a.parquet",))
+    assert stream_sources(parsed(*STREAM)) == [SourceSpec(("a.parquet",))]
     given = ["--on_broken_row", "stop", "--on_broken_file", "skip", "--retries", "0", "--text_column", "content"]
     data = parsed(*STREAM, *given, "--heldout_fraction", "0.1")
     policy = FaultPolicy("stop", "skip", 0)
-    assert stream_source(data) == SourceSpec(("a.parquet",), text_column="content", faults=policy)
+    assert stream_sources(data) == [SourceSpec(("a.parquet",), text_column="content", faults=policy)]
     shards = ["--output_dir", "out", "--data", "shards"]
     for name, value in zip(given[::2], given[1::2], strict=True):
         message = rf"data\.{name[2:]}: got .*{value}.* with data\.path; takes it with data\.stream alone"
         with pytest.raises(ConfigError, match=message):
             parsed(*shards, name, value)
+
+
+def test_paths_with_weights_are_sources_of_their_own(capsys):
+    paths = ["--stream", "hub:HuggingFaceFW/fineweb", "code.jsonl", "--tokenizer", "t", "--output_dir", "out"]
+    mixed = ["--weights", "3", "1", "--hub_config", "sample-10BT"]
+    web, code = stream_sources(parsed(*paths, *mixed))
+    assert (web.paths, web.config, web.weight) == (("hub:HuggingFaceFW/fineweb",), "sample-10BT", 3.0)
+    assert (code.paths, code.config, code.weight) == (("code.jsonl",), None, 1.0)
+    run = read_recipe("15m", parse_run(make_parser(), ["pretrain", "15m", *paths, *mixed]).settings)
+    assert "data" in (shown := describe(make_job(run, 4)))
+    assert shown["data"] == "stream, mixed: 75.0% hub:HuggingFaceFW/fineweb, 25.0% code.jsonl"
+    with pytest.raises(ConfigError, match=r"data\.weights: got 1 weights; takes one for each of the 2 paths"):
+        parsed(*paths, "--weights", "1")
+    with pytest.raises(ConfigError, match=r"data\.weights\.1: got 0"):
+        parsed(*paths, "--weights", "1", "0")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def given_up(sizes: Sizes) -> str:
             f"backward masking by {listed(tokens[BACKWARD])};",
             "- at equal **FLOPs** forward masking at 1/2 of every layer, beside dense: "
             f"{listed(beside(sizes, HALF))}. That is with the calibrated full model, which is the default;",
-            "- what is **shared** matters: with the first and the last layer whole and the rest at 1/4, "
+            "- with the first and the last layer **shared** and the rest at 1/4, "
             f"{listed(ends)} beside dense. {_ends_caveat(sizes)}",
             f"- **a dense model as small as a subnetwork**, on the same FLOPs, beside 1/2 of every layer: "
             f"{listed(beside(sizes, SMALL_DENSE, HALF))}; beside shared ends: "
@@ -143,9 +143,9 @@ def _items(items: Sequence[str]) -> str:
 def _ends_caveat(sizes: Sizes) -> str:
     count = sum(len(flops(sizes, size, ENDS_SHARED)) for size in sizes)
     return (
-        f"Those are {_count(count, 'training')} in all, and they do not tell what the masked layers add: the "
-        "control, a dense model of the shared layers alone on the same FLOPs, is not among the rows, so this is no "
-        "evidence for masking."
+        f"Those are {_count(count, 'training')} in all, and two controls have still to be measured: the trained model "
+        "with its cut layers left out, and a dense model of the shared layers alone on the same FLOPs. Until then any "
+        "parity may be that of the shared layers alone."
     )
 
 

@@ -9,7 +9,7 @@ from deepspeed_sdp.data import token_file
 from deepspeed_sdp.data.faults import FaultPolicy, Retry, Skipped, reason_of
 from deepspeed_sdp.errors import ConfigError, DataError
 
-_HUB = "hub:"
+HUB = "hub:"
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 _LOCAL_SUFFIXES = (*_SUFFIXES, token_file.SUFFIX)
 _TAKES = "takes .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .ds files, folders or patterns of them, or hub:OWNER/NAME"
@@ -43,7 +43,7 @@ class SourceSpec:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError(f"{self.option}: got nothing; {_TAKES}")
-        if any(path.startswith(_HUB) for path in self.paths):
+        if any(path.startswith(HUB) for path in self.paths):
             if len(self.paths) > 1:
                 raise ConfigError(f"{self.option}: got a hub data set beside others; takes it alone")
         elif self.config is not None or self.revision is not None:
@@ -55,7 +55,7 @@ class SourceSpec:
     @property
     def hub_name(self) -> str | None:
         """``OWNER/NAME`` of a hub data set."""
-        return self.paths[0].removeprefix(_HUB) if self.paths[0].startswith(_HUB) else None
+        return self.paths[0].removeprefix(HUB) if self.paths[0].startswith(HUB) else None
 
     def to_json(self) -> dict[str, Any]:
         """Without what changes nothing that is read."""

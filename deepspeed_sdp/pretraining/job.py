@@ -203,6 +203,7 @@ def describe(job: Job) -> dict[str, str]:
         "run": run.title,
         "model": facts["model"],
         "method": facts["method"],
+        **_source_row(run),
         "ranks": f"{job.world_size}, global batch {batch} sequences of {run.data.seq_length} tokens "
         f"({job.micro_batches} micro-batches of {micro} on each)",
         "FLOPs/token": facts["FLOPs/token"],
@@ -216,6 +217,18 @@ def describe(job: Job) -> dict[str, str]:
             f", to the end of {params['total_num_steps']}" if "total_num_steps" in params else ""
         )
     return rows
+
+
+def _source_row(run: Run) -> dict[str, str]:
+    data = run.data
+    if data.source is None:
+        return {}
+    said = getattr(data, data.source)
+    if data.weights is not None:
+        total = sum(data.weights)
+        shares = zip(said, data.weights, strict=True)
+        return {"data": "stream, mixed: " + ", ".join(f"{share / total:.1%} {path}" for path, share in shares)}
+    return {"data": f"{data.source} {said if isinstance(said, str) else ' '.join(said)}"}
 
 
 def _tokens(count: float) -> str:

@@ -31,6 +31,7 @@ def _as_tuple(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_as_float)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Weights = Annotated[tuple[Annotated[Number, Field(gt=0, le=1e9)], ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
 class _Section(BaseModel):
@@ -50,7 +51,16 @@ SOURCES = ("path", "stream", "text")
 # What only some sources take.
 _OF_SOURCES = {
     **dict.fromkeys(
-        ("hub_config", "hub_revision", "text_column", "on_broken_row", "on_broken_file", "retries", "num_lanes"),
+        (
+            "weights",
+            "hub_config",
+            "hub_revision",
+            "text_column",
+            "on_broken_row",
+            "on_broken_file",
+            "retries",
+            "num_lanes",
+        ),
         ("stream",),
     ),
     **dict.fromkeys(("vocab_size", "max_text_mb", "cache"), ("text",)),
@@ -99,6 +109,11 @@ class DataSection(_Section):
         None, gt=0, le=1e9, description="size of the built-in text in MB, at most; default: 8"
     )
     cache: str | None = Field(None, description="prepared text; default: OUTPUT_DIR/data. Must be visible to all nodes")
+    weights: Weights | None = Field(
+        None,
+        description="of the paths of a stream, one for each, in any unit: shares of the tokens; each path is then a "
+        "source of its own. Default: all of them are one source",
+    )
     hub_config: str | None = Field(None, description="of a stream from the hub, e.g. sample-10BT")
     hub_revision: str | None = Field(None, description="of a stream from the hub; best a commit")
     text_column: str | None = Field(None, description="of a stream; default: text")
@@ -133,6 +148,11 @@ class DataSection(_Section):
         if self.stream is not None and self.tokenizer is None:
             raise ConfigError(
                 "data.tokenizer: got nothing with data.stream; takes a HuggingFace tokenizer, a folder or hub name"
+            )
+        if self.weights is not None and self.stream is not None and len(self.weights) != len(self.stream):
+            raise ConfigError(
+                f"data.weights: got {len(self.weights)} weights; takes one for each of the {len(self.stream)} paths of "
+                "data.stream"
             )
         if self.text is not None and self.document_reset != "none":
             raise ConfigError(

@@ -17,6 +17,7 @@ from deepspeed_sdp.data import (
     unigram_loss,
     vocab_size,
 )
+from deepspeed_sdp.data.source import HUB
 from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.errors import DataError
 from deepspeed_sdp.pretraining.recipe import Run
@@ -42,7 +43,7 @@ def open_text(run: Run, output: Path) -> Text:
     if data.stream is not None:
         assert data.tokenizer is not None
         return StreamedText(
-            stream_source(data),
+            stream_sources(data),
             data.tokenizer,
             data,
             output,
@@ -79,15 +80,25 @@ def open_shard_text(folder: Path, data: DataSection) -> Text:
     return PackedText(shards.tokenizer_folder, train, heldout, loss, data.seed, identity)
 
 
-def stream_source(data: DataSection) -> SourceSpec:
-    """What is read of a stream."""
+def stream_sources(data: DataSection) -> list[SourceSpec]:
+    """What is read of a stream: its paths as one source, or each with a weight."""
     said = {name: getattr(data, name) for name in ("on_broken_row", "on_broken_file", "retries")}
     policy = FaultPolicy(**{name: value for name, value in said.items() if value is not None})
     column = SourceSpec.text_column if data.text_column is None else data.text_column
     assert data.stream is not None
-    return SourceSpec(
-        data.stream, data.hub_config, data.hub_revision, text_column=column, faults=policy, option="--stream"
-    )
+    if data.weights is None:
+        parts = [(data.stream, 1.0)]
+    else:
+        parts = [((path,), weight) for path, weight in zip(data.stream, data.weights, strict=True)]
+    sources = []
+    for paths, weight in parts:
+        # Beside a hub data set there may be local files, which have neither.
+        is_local = len(parts) > 1 and not paths[0].startswith(HUB)
+        config, revision = (None, None) if is_local else (data.hub_config, data.hub_revision)
+        sources.append(
+            SourceSpec(paths, config, revision, text_column=column, faults=policy, option="--stream", weight=weight)
+        )
+    return sources
 
 
 def find_tokenizer_folder(run: Run, folder: Path) -> Path | None:
