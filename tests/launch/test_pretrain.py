@@ -260,20 +260,27 @@ def test_a_wrong_recipe_ends_the_job_with_one_message(place, tmp_path, switches,
     assert_ended_badly(other.launch(*switches, **changes), message)
 
 
-@pytest.mark.slow
-def test_on_the_fly_it_goes_on_on_other_ranks_with_the_same_sequences(place, tmp_path):
-    """Without shards: stopped on two ranks, taken up by four, it ends where an unbroken run ends."""
+def test_killed_on_the_fly_it_goes_on_on_other_ranks_and_is_exported(place, tmp_path):
+    """What the README claims, in one: without shards, a rank killed on two ranks, taken up by four, it ends where an
+    unbroken run ends, and its checkpoint is the model.
+    """
     whole, cut = RecipePlace(tmp_path / "whole", place.shards), RecipePlace(tmp_path / "cut", place.shards)
     source = ["--stream", str(place.folder / "parquet"), "--tokenizer", str(place.shards / "tokenizer")]
     source += ["--heldout_fraction", "0.1", "--num_lanes", "4"]
     for one in (whole, cut):
         one.text = source
-    job = whole.launch(**UNSCALED)
+    changes = {**UNSCALED, "logging.checkpoint_interval": 3}
+    job = whole.launch(**changes)
     assert job.code == 0, job.output
-    first = cut.launch(script=cut.script(STOP_AT_5.format("SIGUSR1")), **UNSCALED)
-    assert first.code == 0, first.output
-    second = cut.launch(ranks=4, **UNSCALED)
+    first = cut.launch(script=cut.script(STOP_AT_5.format("SIGKILL")), **changes)
+    assert first.code != 0, first.output
+    assert first.left == []
+    second = cut.launch(ranks=4, **changes)
     assert second.code == 0, second.output
+    assert "going on from" in second.output
     one, two = weights(whole), weights(cut)
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 2e-4
     assert any(not one[name].equal(two[name]) for name in one)
+    assert main(["export", str(cut.output / "checkpoints"), str(tmp_path / "exported")]) == 0
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(exported[name].equal(two[name]) for name in two)
