@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepspeed_sdp.agreement import from_first_rank
-from deepspeed_sdp.data import Corpus, CorpusSpec, PackedDataset, RankSampler, prepare_corpus
+from deepspeed_sdp.data import RankSampler, ShardOptions, Shards, SourceSpec, open_shards, prepare_shards
 from deepspeed_sdp.engine import gradient_peak, model_state_bytes
+from deepspeed_sdp.pretraining.text import stack
 from deepspeed_sdp.report.saved_activations import saved_activations
 
 BLOCKS = {"granularity": "layer"}
@@ -59,34 +60,34 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     start()
-    corpus = load(args)
-    rows = [row for stage in args.stages for row in run_stage(args, corpus, stage)]
+    shards = load(args)
+    rows = [row for stage in args.stages for row in run_stage(args, shards, stage)]
     if args.plot and dist.get_rank() == 0:
         plot(rows, args.plot)
     report(args, rows, table)
 
 
-def load(args: argparse.Namespace) -> Corpus:
-    spec = CorpusSpec((), None, args.vocab_size, args.sequence, holdout_fraction=0.02, max_bytes=6_000_000)
-    from_first_rank(lambda: prepare_corpus(args.data, spec) and None)
-    return prepare_corpus(args.data, spec)
+def load(args: argparse.Namespace) -> Shards:
+    options = ShardOptions(SourceSpec(("builtin:6",)), train_tokenizer=args.vocab_size, heldout_fraction=0.02)
+    from_first_rank(lambda: prepare_shards(args.data, options, workers=1, overwrite="outdated") and None)
+    return open_shards(args.data)
 
 
-def run_stage(args: argparse.Namespace, corpus: Corpus, stage: int) -> Rows:
-    timed = time_in_turn(args, corpus, stage)
+def run_stage(args: argparse.Namespace, shards: Shards, stage: int) -> Rows:
+    timed = time_in_turn(args, shards, stage)
     rows = []
     for name in CONTENDERS:
         row = {"stage": stage, "contender": name, **timed[name]}
         dense_flops = rows[0]["flops"] if rows else None
-        rows.append({**row, **run(args, corpus, stage, name, dense_flops)})
+        rows.append({**row, **run(args, shards, stage, name, dense_flops)})
         if dist.get_rank() == 0:
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
 
-def time_in_turn(args: argparse.Namespace, corpus: Corpus, stage: int) -> dict[str, dict[str, Any]]:
+def time_in_turn(args: argparse.Namespace, shards: Shards, stage: int) -> dict[str, dict[str, Any]]:
     engines = {name: build(args, stage, name) for name in CONTENDERS}
-    batches = {name: batches_of(args, corpus) for name in engines}
+    batches = {name: batches_of(args, shards) for name in engines}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for repetition in range(-1, args.repetitions):
         # The order turns, so that no contender always follows the same one.
@@ -112,8 +113,8 @@ def ratios(mine: list[float], dense: list[float]) -> dict[str, Any]:
     return {"seconds_per_step": statistics.median(mine), "time_ratio": median, "time_ratio_quartiles": [low, high]}
 
 
-def run(args: argparse.Namespace, corpus: Corpus, stage: int, name: str, dense_flops: float | None) -> dict[str, Any]:
-    engine, batches = build(args, stage, name), batches_of(args, corpus)
+def run(args: argparse.Namespace, shards: Shards, stage: int, name: str, dense_flops: float | None) -> dict[str, Any]:
+    engine, batches = build(args, stage, name), batches_of(args, shards)
     with FlopCounterMode(display=False) as counter, saved_activations(engine.module) as activations:
         step(engine, next(batches))
     with gradient_peak(engine) as peak:
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace, corpus: Corpus, stage: int, name: str, dense_f
     for done in range(3, steps + 1):
         step(engine, next(batches))
         if done % args.evaluate_every == 0 or done in (args.steps, steps):
-            losses.append({"step": done, "flops": done * flops, "loss": evaluate(args, corpus, engine)})
+            losses.append({"step": done, "flops": done * flops, "loss": evaluate(args, shards, engine)})
     state, stats = model_state_bytes(engine), engine.sdp_stats()
     memory = {
         "weights": largest(state["weights"]),
@@ -161,22 +162,18 @@ def build(args: argparse.Namespace, stage: int, name: str) -> Any:
     return build_engine(build_llama(args, head_size=32), config, {"coverage": args.coverage, **CONTENDERS[name]})
 
 
-def batches_of(args: argparse.Namespace, corpus: Corpus) -> Any:
-    dataset = PackedDataset(corpus.train)
+def batches_of(args: argparse.Namespace, shards: Shards) -> Any:
+    dataset = shards.sequences("train", args.sequence)
     sampler = RankSampler(len(dataset), seed=0)
     for indices in sampler.batches(dist.get_rank(), dist.get_world_size(), args.micro_batch):
         yield torch.stack([dataset[int(i)]["input_ids"] for i in indices])
 
 
-def evaluate(args: argparse.Namespace, corpus: Corpus, engine: Any) -> float:
-    dataset = PackedDataset(corpus.heldout[dist.get_rank() :: dist.get_world_size()])
-    starts = range(0, len(dataset), args.micro_batch)
-    batches = [
-        {key: torch.stack([dataset[i][key] for i in range(start, min(start + args.micro_batch, len(dataset)))])
-         for key in ("input_ids", "labels")}
-        for start in starts
-    ]  # fmt: skip
-    return float(engine.evaluate_full(batches))
+def evaluate(args: argparse.Namespace, shards: Shards, engine: Any) -> float:
+    dataset = shards.sequences("heldout", args.sequence)
+    mine = range(dist.get_rank(), len(dataset), dist.get_world_size())
+    parts = [mine[start : start + args.micro_batch] for start in range(0, len(mine), args.micro_batch)]
+    return float(engine.evaluate_full([stack([dataset[i] for i in part]) for part in parts]))
 
 
 def table(rows: Rows) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepspeed_sdp.checkpoint.reading import load_state
-from deepspeed_sdp.data import load_corpus, load_tokenizer, prepare_corpus
+from deepspeed_sdp.data import ShardOptions, SourceSpec, load_tokenizer, open_shards, prepare_shards
 from deepspeed_sdp.data.heldout import HeldoutSequences
 from deepspeed_sdp.errors import CheckpointError, ConfigError, DataError
 from deepspeed_sdp.pretraining.job import model_config
@@ -118,7 +118,7 @@ def test_a_hostile_model_folder(tmp_path, mark, no_answers):
     assert not mark.exists()
 
 
-def test_a_hostile_tokenizer_folder(tmp_path, mark, no_answers, make_corpus_spec):
+def test_a_hostile_tokenizer_folder(tmp_path, mark, no_answers):
     folder = hostile(tmp_path / "tokenizer", mark, "evil")
     for name in ("tokenizer.json", "tokenizer.model", "vocab.pkl", "added_tokens.json"):
         (folder / name).write_bytes(pickle.dumps(Evil(mark)))
@@ -126,27 +126,22 @@ def test_a_hostile_tokenizer_folder(tmp_path, mark, no_answers, make_corpus_spec
         load_tokenizer(folder)
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="custom code"):
-        prepare_corpus(tmp_path / "cache", make_corpus_spec(str(folder)))
+        prepare_shards(tmp_path / "cache", ShardOptions(SourceSpec(("builtin",)), str(folder)), workers=1)
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(DataError, match="--tokenizer"):
         load_tokenizer(folder)
     assert not mark.exists()
 
 
-@pytest.fixture
-def make_corpus_spec(tmp_path):
-    from deepspeed_sdp.data import CorpusSpec
-
+def test_pickles_in_the_place_of_numbers(tmp_path, mark):
     (tmp_path / "text.txt").write_text("\n\n\n".join(make_documents(60)))
-    return lambda tokenizer: CorpusSpec((str(tmp_path / "text.txt"),), tokenizer, 320, 32, 0.1, 2_000_000)
-
-
-def test_pickles_in_the_place_of_numbers(tmp_path, mark, make_corpus_spec):
-    cache = tmp_path / "cache"
-    prepare_corpus(cache, make_corpus_spec(None))
-    np.save(cache / "train.npy", np.array([Evil(mark)], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"data\.cache"):
-        load_corpus(cache)
+    options = ShardOptions(SourceSpec((str(tmp_path / "text.txt"),)), train_tokenizer=320, heldout_fraction=0.1)
+    prepare_shards(tmp_path / "cache", options, workers=1)
+    pickled = pickle.dumps(Evil(mark))
+    with (tmp_path / "cache" / "train-00000.bin").open("r+b") as file:
+        file.write(pickled)
+    with pytest.raises(DataError, match=r"train-00000.bin: holds the id"):
+        open_shards(tmp_path / "cache").sequences("train", 32)[0]
     with (tmp_path / "heldout.npz").open("wb") as file:
         np.savez(file, ids=np.array([Evil(mark)], dtype=object), starts=np.zeros(1), about=np.array("{}"))
     assert HeldoutSequences.load(tmp_path / "heldout.npz", {"count": 1, "seq_length": 8}) is None

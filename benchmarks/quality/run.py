@@ -19,17 +19,18 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.quality.methods import GROUPS, ROWS, SIZES, Row
 from benchmarks.quality.training import Method, Size, train, with_sdp
-from deepspeed_sdp.data import Corpus, CorpusSpec, prepare_corpus
+from deepspeed_sdp.data import ShardOptions, SourceSpec, open_shards, prepare_shards
 from deepspeed_sdp.options import OptionParser
 
-_TEXT_BYTES, _HELDOUT = 10_000_000, 0.02
+_TEXT_MB, _HELDOUT = 10, 0.02
 # Every fourth sequence of what is held out: 31 thousand tokens.
 _HELDOUT_STRIDE = 4
 QUICK = ("dense", "forward, neurons, 1/2", "forward, neurons, 1/2; last 10 percent dense", "backward, blocks, 1/2")
@@ -67,21 +68,28 @@ def main(arguments: list[str] | None = None) -> None:
         sweep.run(row)
 
 
-def load(args: argparse.Namespace) -> Corpus:
+class Text(NamedTuple):
+    """Sequences int32 ``[n, T]``."""
+
+    train: npt.NDArray[np.int32]
+    heldout: npt.NDArray[np.int32]
+
+
+def load(args: argparse.Namespace) -> Text:
     size = SIZES[args.size]
-    spec = CorpusSpec((), None, size.vocab, size.length, holdout_fraction=_HELDOUT, max_bytes=_TEXT_BYTES)
-    return prepare_corpus(args.data, spec)
+    options = ShardOptions(SourceSpec((f"builtin:{_TEXT_MB}",)), train_tokenizer=size.vocab, heldout_fraction=_HELDOUT)
+    prepare_shards(args.data, options, workers=1, overwrite="outdated")
+    splits = [open_shards(args.data).sequences(split, size.length) for split in ("train", "heldout")]
+    return Text(*(split.ids(range(len(split))).astype(np.int32) for split in splits))
 
 
 class Sweep:
     """Runs what is missing in the file of results."""
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
-        self.args, self.corpus, self.size = args, corpus, SIZES[args.size]
+    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+        self.args, self.sequences, self.size = args, text, SIZES[args.size]
         # Trainings on another text are others: the built-in one follows the packages that are installed.
-        self.text = hashlib.sha256(
-            b"".join(np.ascontiguousarray(t) for t in (corpus.train, corpus.heldout))
-        ).hexdigest()[:16]
+        self.text = hashlib.sha256(b"".join(text)).hexdigest()[:16]
 
     def run(self, row: Row) -> None:
         """All trainings of a row: its tuning, its seeds, and those at equal tokens."""
@@ -118,8 +126,8 @@ class Sweep:
             done["method"] = {**asdict(Method()), **done["method"]}  # of before an attribute was added
             if all(done.get(key) == value for key, value in job.items() if key != "group"):
                 return done
-        heldout = self.corpus.heldout[::_HELDOUT_STRIDE]
-        result = train(method, self.size, self.corpus.train, heldout, lr=lr, seed=seed, equal=equal)
+        heldout = self.sequences.heldout[::_HELDOUT_STRIDE]
+        result = train(method, self.size, self.sequences.train, heldout, lr=lr, seed=seed, equal=equal)
         result = {**job, **result, "versions": _versions(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
         append_result(self.args.output, result)
         print(

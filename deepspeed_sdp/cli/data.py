@@ -24,7 +24,8 @@ def add_commands(commands: "Commands") -> None:
     source = data.add_argument_group("source")
     source.add_argument(
         "--source", nargs="+", default=(), metavar="PATH",
-        help="hub:OWNER/NAME, or .parquet, .jsonl, .jsonl.gz, .jsonl.zst and .ds files, folders or patterns of them",
+        help="hub:OWNER/NAME, or .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt and .ds files, folders or patterns of "
+        "them, or builtin: Python's own documentation",
     )  # fmt: skip
     source.add_argument("--config", help="of the hub data set, as sample-10BT")
     source.add_argument("--revision", help="branch, tag or commit of the hub data set (default: main)")
@@ -70,7 +71,7 @@ def _data(args: argparse.Namespace) -> None:
         return
     from deepspeed_sdp.data.faults import FaultPolicy
     from deepspeed_sdp.data.shard_options import ShardOptions
-    from deepspeed_sdp.data.shards import prepare_shards
+    from deepspeed_sdp.data.shards import Overwrite, prepare_shards
     from deepspeed_sdp.data.source import SourceSpec
 
     policy = FaultPolicy(args.on_broken_row, args.on_broken_file, args.retries)
@@ -79,9 +80,8 @@ def _data(args: argparse.Namespace) -> None:
         source, args.tokenizer, args.train_tokenizer, args.max_tokens, args.heldout_fraction, args.max_heldout_tokens,
         args.shard_tokens, args.add_bos,
     )  # fmt: skip
-    manifest = prepare_shards(
-        args.folder, options, workers=args.workers, overwrite=args.overwrite, progress=not args.quiet
-    )
+    overwrite: Overwrite = "always" if args.overwrite else "never"
+    manifest = prepare_shards(args.folder, options, workers=args.workers, overwrite=overwrite, progress=not args.quiet)
     _print(args.folder, manifest, args.json)
 
 

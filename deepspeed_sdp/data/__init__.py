@@ -1,8 +1,7 @@
-"""From raw text to packed training sequences."""
+"""From raw text to training sequences."""
 
-from deepspeed_sdp.data.corpus import Corpus, CorpusSpec, load_corpus, prepare_corpus
 from deepspeed_sdp.data.faults import FaultPolicy
-from deepspeed_sdp.data.packing import PackedDataset, RankSampler, pack, tokenize_documents, unigram_loss
+from deepspeed_sdp.data.packing import RankSampler, unigram_loss
 from deepspeed_sdp.data.separation import check_reset, separate_documents
 from deepspeed_sdp.data.shard_dataset import Shards, ShardSequences, open_shards
 from deepspeed_sdp.data.shard_options import ShardOptions
@@ -10,14 +9,10 @@ from deepspeed_sdp.data.shards import prepare_shards
 from deepspeed_sdp.data.source import SourceSpec
 from deepspeed_sdp.data.stream_state import merge_states, sequences_seen
 from deepspeed_sdp.data.streaming import StreamedSequences, lanes_for
-from deepspeed_sdp.data.text_files import read_documents
 from deepspeed_sdp.data.tokenizer import load_tokenizer, train_tokenizer, vocab_size
 
 __all__ = [
-    "Corpus",
-    "CorpusSpec",
     "FaultPolicy",
-    "PackedDataset",
     "RankSampler",
     "ShardOptions",
     "ShardSequences",
@@ -26,17 +21,12 @@ __all__ = [
     "StreamedSequences",
     "check_reset",
     "lanes_for",
-    "load_corpus",
     "load_tokenizer",
     "merge_states",
     "open_shards",
-    "pack",
-    "prepare_corpus",
     "prepare_shards",
-    "read_documents",
     "separate_documents",
     "sequences_seen",
-    "tokenize_documents",
     "train_tokenizer",
     "unigram_loss",
     "vocab_size",

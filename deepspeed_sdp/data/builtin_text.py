@@ -1,10 +1,15 @@
 """Real text that every Python installation carries: the language reference and the docstrings of what is installed.
 
-Docstrings are read from source files with ``ast``; nothing is imported, so nothing runs.
+As a source it is called ``builtin``, or ``builtin:20`` for 20 MB of it. Docstrings are read from source files with
+``ast``; nothing is imported, so nothing runs.
 """
 
 import ast
+import functools
+import hashlib
 import inspect
+import math
+import platform
 import re
 import sysconfig
 import textwrap
@@ -12,12 +17,15 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from deepspeed_sdp.errors import DataError
 
+NAME = "builtin"
 MIN_BYTES = 2_000_000
+_MEGABYTES = 8.0
 
 # In this order until the size asked for is reached; what is not installed is passed over.
 _PACKAGES = (
@@ -37,16 +45,42 @@ _RUN_CHARACTERS = 60
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def builtin_documents(max_bytes: int = 8_000_000) -> list[str]:
+def megabytes(path: str) -> float | None:
+    """The size that a source asks for; ``None`` if it is not the built-in text.
+
+    Raises:
+        DataError: what stands after the colon is no size.
+    """
+    name, colon, size = path.partition(":")
+    if name != NAME:
+        return None
+    if not colon:
+        return _MEGABYTES
+    try:
+        value = float(size)
+    except ValueError:
+        value = math.nan
+    if not MIN_BYTES <= value * 1e6 < math.inf:
+        raise DataError(f"{path}: takes {NAME}:MB, a size in megabytes from {MIN_BYTES / 1e6:g} on, or {NAME} alone")
+    return value
+
+
+def stamp() -> str:
+    """Changes with what is installed of the packages that it is from."""
+    installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
+    versions = {name: installed.get(name.lower()) for name in _PACKAGES}
+    return hashlib.sha256(repr((platform.python_version(), versions)).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def builtin_documents(max_bytes: int = int(_MEGABYTES * 1e6)) -> tuple[str, ...]:
     """Cleaned documents of at least 200 characters, in a fixed order, up to ``max_bytes`` of UTF-8.
 
     Paragraphs that repeat an earlier document are left out, and documents that mostly do.
 
     Raises:
-        DataError: this installation holds less than 2 MB of such text, or less is asked for.
+        DataError: this installation holds less than 2 MB of such text.
     """
-    if max_bytes < MIN_BYTES:
-        raise DataError(f"built-in text: got a size of {max_bytes / 1e6:g} MB; takes at least {MIN_BYTES / 1e6:g} MB")
     documents: list[str] = []
     seen: set[int] = set()
     size = 0
@@ -63,9 +97,9 @@ def builtin_documents(max_bytes: int = 8_000_000) -> list[str]:
     if size < MIN_BYTES:
         raise DataError(
             f"built-in text: found {size / 1e6:.1f} MB in this Python installation; needs {MIN_BYTES / 1e6:g} MB: give "
-            "text files instead (--text)"
+            "text files instead"
         )
-    return documents
+    return tuple(documents)
 
 
 def clean(text: str) -> str:

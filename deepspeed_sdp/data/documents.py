@@ -44,7 +44,7 @@ def stream_tasks(source: Source, start: tuple[int, Place] = (0, START)) -> Itera
 
 def _file_tasks(source: Source, number: int, skipped: Skipped, place: Place) -> Iterator[Task]:
     file, spec = source.files[number], source.spec
-    if not file.is_parquet:
+    if file.kind != "parquet":
         for chunk in read_chunks(file, spec, skipped, place):
             yield Task(number, Place(0, chunk.number), chunk)
         return

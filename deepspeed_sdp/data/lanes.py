@@ -121,7 +121,7 @@ class LaneReader:
         """Own chunks of a file."""
         data, spec = self.source.files[file], self.source.spec
         groups: list[int] | None = None
-        if data.is_parquet:
+        if data.kind == "parquet":
             order = self._permutation(len(self._group_sizes(file)), start.epoch, file)
             groups = [int(group) for group in order if self._has_own(lane, file, int(group))]
         begin = Place(start.group, start.chunk)

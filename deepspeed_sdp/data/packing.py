@@ -1,64 +1,16 @@
-"""From documents to training sequences, and which rank sees which."""
+"""Which rank sees which sequence, and what a model without context pays for them."""
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from deepspeed_sdp.errors import DataError
 
-Tokens = npt.NDArray[np.int32]
-
-_DOCUMENTS_PER_CALL = 512
-
-
-def tokenize_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, progress: bool = False
-) -> Tokens:
-    """One int32 stream ``[tokens]``: every document followed by the end-of-sequence token."""
-    pieces = []
-    starts = range(0, len(documents), _DOCUMENTS_PER_CALL)
-    for start in tqdm(starts, desc="tokenize", disable=not progress, leave=False):
-        batch = list(documents[start : start + _DOCUMENTS_PER_CALL])
-        # A "</s>" in a text is text, not the end of a document.
-        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for ids in encoded:
-            pieces.append(np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32))
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32)
-
-
-def pack(stream: Tokens, seq_length: int, what: str = "text") -> Tokens:
-    """Cut a stream into sequences, ``[tokens] -> [sequences, seq_length]``; the rest is dropped.
-
-    Raises:
-        DataError: ``what``, the stream, is shorter than one sequence.
-    """
-    count = len(stream) // seq_length
-    if not count:
-        raise DataError(
-            f"{what}: {len(stream)} tokens are too few for one sequence of {seq_length}; give more text or a smaller "
-            "--seq_length"
-        )
-    return stream[: count * seq_length].reshape(count, seq_length)
-
-
-class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Packed sequences ``[n, T]`` as ``{"input_ids": int64 [T], "labels": int64 [T]}``; models shift the labels."""
-
-    def __init__(self, sequences: Tokens) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(np.asarray(self.sequences[index], dtype=np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
+Tokens = npt.NDArray[Any]
 
 
 class RankSampler:

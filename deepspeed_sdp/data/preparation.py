@@ -156,11 +156,11 @@ class Preparation:
         self.train.close()
         self.heldout.close()
         if not self.train.counts["tokens"]:
-            raise DataError(f"{', '.join(self.source.spec.paths)}: holds no text (skipped: {self.skipped.counts})")
+            raise self._no_text(self.skipped)
         if self.options.heldout_fraction and not self.heldout.counts["tokens"]:
             raise DataError(
                 f"--heldout_fraction: got {self.options.heldout_fraction}, by which none of "
-                f"{self.train.counts['documents']} documents is held out; takes more, or 0"
+                f"{self.train.counts['documents']} documents is held out; takes a larger share, or more documents"
             )
         write_text(self.staging / manifests.NAME, json.dumps(self._manifest(), indent=2) + "\n")
 
@@ -207,7 +207,8 @@ class Preparation:
     def _first_documents(self) -> list[str]:
         texts, size = [], 0
         # What is skipped here is met, and counted, again.
-        for text, _ in stream_documents(self.source, Skipped()):
+        skipped = Skipped()
+        for text, _ in stream_documents(self.source, skipped):
             if not isinstance(text, str):
                 raise DataError("--train_tokenizer: the source is tokenised; takes text, or --tokenizer for what it is")
             if not is_heldout(text, self.options.heldout_fraction):
@@ -215,7 +216,13 @@ class Preparation:
                 size += len(text)
             if size >= _TOKENIZER_CHARACTERS:
                 break
+        if not texts:
+            raise self._no_text(skipped)
         return texts
+
+    def _no_text(self, skipped: Skipped) -> DataError:
+        about = "; ".join(f"{count} x {reason}" for reason, count in sorted(skipped.counts.items()))
+        return DataError(f"{', '.join(self.source.spec.paths)}: holds no text{about and f' (skipped: {about})'}")
 
     def _writer(self, split: str, limit: int | None, counts: dict[str, dict[str, int]]) -> SplitWriter:
         return SplitWriter(self.staging, split, self.encoder.dtype, self.options.shard_tokens, limit, counts.get(split))

@@ -1,9 +1,10 @@
-"""Rows of parquet, JSON lines and tokenised documents, a chunk at a time and from any chunk on.
+"""Rows of parquet, JSON lines, plain text and tokenised documents, a chunk at a time and from any chunk on.
 
 Past broken files and lost connections too.
 """
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -13,7 +14,9 @@ import pyarrow
 import pyarrow.parquet
 
 from deepspeed_sdp.data.background import check_stop
+from deepspeed_sdp.data.builtin_text import builtin_documents
 from deepspeed_sdp.data.faults import Retry, Skipped, is_lost, reason_of
+from deepspeed_sdp.data.plain_text import split_text
 from deepspeed_sdp.data.rows import BrokenRow, Chunk
 from deepspeed_sdp.data.source import DataFile, SourceSpec
 from deepspeed_sdp.data.token_file import TokenFile
@@ -110,14 +113,19 @@ def _position(groups: Sequence[int] | None, group: int, place: Place) -> int:
 def _chunks(
     file: DataFile, spec: SourceSpec, start: Place, groups: Sequence[int] | None, chunk_rows: int
 ) -> Iterator[Chunk]:
-    if file.is_tokens:
+    if file.kind == "tokens":
         yield from _token_chunks(file, start, chunk_rows)
         return
+    if file.kind == "builtin":
+        yield from _in_chunks(iter(builtin_documents(file.size)), start, chunk_rows)
+        return
     with file.open() as raw:
-        if file.is_parquet:
+        if file.kind == "parquet":
             yield from _parquet_chunks(raw, file, spec.text_column, start, groups, chunk_rows)
+        elif file.kind == "text":
+            yield from _in_chunks(_documents(raw), start, chunk_rows)
         else:
-            yield from _line_chunks(raw, file.compression, start, chunk_rows)
+            yield from _in_chunks(_lines(raw, file.compression), start, chunk_rows)
 
 
 def _parquet(raw: BinaryIO, file: DataFile, column: str) -> pyarrow.parquet.ParquetFile:
@@ -188,25 +196,32 @@ def _value(scalar: Any) -> Any:
         return BrokenRow("text is not UTF-8")
 
 
-def _line_chunks(raw: BinaryIO, compression: str | None, start: Place, chunk_rows: int) -> Iterator[Chunk]:
-    lines = _lines(raw, compression)
+def _in_chunks(rows: Iterator[Any], start: Place, chunk_rows: int) -> Iterator[Chunk]:
     for index in range(1 << 62):
         check_stop()
-        rows: list[bytes] = []
+        part: list[Any] = []
         broken = None
         try:
-            for line in islice(lines, chunk_rows):
-                rows.append(line)
+            for row in islice(rows, chunk_rows):
+                part.append(row)
+        except UnicodeDecodeError:
+            broken = "text is not UTF-8"
         except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
             if is_lost(error):
                 raise
-            broken = error
-        if rows and index >= start.number:
-            yield Chunk(0, index, index * chunk_rows, rows)
+            broken = f"damaged or cut off in its compressed data: {reason_of(error)}"
+        if part and index >= start.number:
+            yield Chunk(0, index, index * chunk_rows, part)
         if broken is not None:
-            raise _Broken(f"damaged or cut off in its compressed data: {reason_of(broken)}")
-        if len(rows) < chunk_rows:
+            raise _Broken(broken)
+        if len(part) < chunk_rows:
             return
+
+
+def _documents(raw: BinaryIO) -> Iterator[str]:
+    # With or without the byte order mark of Windows' editors.
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig")
+    return (document for document in split_text(text.read) if not document.isspace() and document)
 
 
 def _token_chunks(file: DataFile, start: Place, chunk_rows: int) -> Iterator[Chunk]:

@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
         group: the row group (of other files all is one).
         number: of the chunk in the group.
         first_row: of the file, from 0 on.
-        rows: undecoded lines, values of the text column, or ids of documents.
+        rows: undecoded lines, values of the text column, or documents, as text or as ids.
     """
 
     group: int
@@ -69,7 +69,7 @@ def documents_of(chunk: Chunk, file: DataFile, spec: SourceSpec, skipped: Skippe
     Raises:
         DataError: a row is broken, and the policy is to stop.
     """
-    unit, first = ("row", 0) if file.is_parquet or file.is_tokens else ("line", 1)
+    unit, first = {"lines": ("line", 1), "text": ("document", 1)}.get(file.kind, ("row", 0))
     for number, row in enumerate(chunk.rows, start=chunk.first_row + first):
         if isinstance(row, np.ndarray) and len(row):
             yield row, number

@@ -1,6 +1,7 @@
 """Finished shards as training sequences, mapped from disk."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,11 @@ class Shards:
     def tokens(self, split: Split) -> int:
         """Of one split."""
         return int(self.manifest["splits"][split]["tokens"])
+
+    def content(self, split: Split) -> str:
+        """SHA-256 of the split's ids and documents, in hex, wherever the shards were made."""
+        files = sorted((f["name"], f["sha256"]) for f in self.manifest["files"] if f["name"].startswith(f"{split}-"))
+        return hashlib.sha256(repr(files).encode()).hexdigest()
 
     def sequences(self, split: Split, seq_length: int, reset: Reset = "none") -> "ShardSequences":
         """The split cut into sequences; ``reset`` keeps documents apart: see :func:`packed_example`.
@@ -102,6 +108,10 @@ class ShardSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"sequence {index} of {self._length}")
         first = int(index) % self._length * self.seq_length
         return packed_example(self.tokens(first), self.starts(first), self.reset)
+
+    def ids(self, which: Iterable[int]) -> npt.NDArray[Any]:
+        """``[n, T]`` ids of some sequences."""
+        return np.stack([self.tokens(number * self.seq_length) for number in which])
 
     def tokens(self, first: int) -> npt.NDArray[Any]:
         """``T`` ids from token ``first`` of the split on.

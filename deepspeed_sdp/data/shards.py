@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepspeed_sdp.data import manifest as manifests
 from deepspeed_sdp.data.faults import Skipped
@@ -18,6 +18,8 @@ from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.errors import ConfigError, DataError, OutputError
 from deepspeed_sdp.files import recover_folder, replace_folder
 
+Overwrite = Literal["never", "outdated", "always"]
+
 # What there is in a folder of shards.
 _OWN = re.compile(
     rf"(train|heldout)-(\d+\.bin|documents\.idx)|{manifests.TOKENIZER}|{manifests.NAME}|{PROGRESS}|{LOCK}"
@@ -25,16 +27,25 @@ _OWN = re.compile(
 
 
 def prepare_shards(
-    folder: Path, options: ShardOptions, *, workers: int | None = None, overwrite: bool = False, progress: bool = False
+    folder: Path,
+    options: ShardOptions,
+    *,
+    workers: int | None = None,
+    overwrite: Overwrite = "never",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Make ``folder``, go on with it, or find it finished. Returns its manifest.
 
     The files do not depend on ``workers`` (default: one per core), nor on interruptions. Until it is finished
     everything lies in ``.NAME.partial`` beside it.
 
+    Args:
+        overwrite: which finished shards in ``folder`` are made anew; ``outdated``: those that were made of something
+            else, or are damaged.
+
     Raises:
         DataError: unusable source or tokenizer, or a fault at which the policy is to stop.
-        OutputError: ``folder`` cannot be written, holds something else, or other shards and not ``overwrite``.
+        OutputError: ``folder`` cannot be written, or holds what is not to be overwritten.
     """
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
@@ -60,6 +71,7 @@ def prepare_shards(
             if found is not None:
                 _remove_replaced(staging, folder)
                 return found
+            _check_replaceable(folder)
             if not _is_made(staging, request):
                 Preparation(staging, options, source, tokenizer, request, skipped, progress).run(workers)
             _publish(staging, folder)
@@ -70,21 +82,25 @@ def prepare_shards(
     return manifests.read_manifest(folder)
 
 
-def _finished(folder: Path, request: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _finished(folder: Path, request: dict[str, Any], overwrite: Overwrite) -> dict[str, Any] | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / manifests.NAME).is_file():
+        raise OutputError(f"{folder}: holds something else than shards; takes a new folder")
+    if overwrite == "always":
         return None
     try:
         manifest = manifests.read_manifest(folder)
+        is_the_same = manifest["fingerprint"] == manifests.fingerprint(request)
+        if is_the_same:
+            manifests.check_files(folder, manifest)
     except DataError as error:
-        if not (folder / manifests.NAME).is_file():
-            raise OutputError(f"{folder}: holds something else than shards; takes a new folder") from None
-        if overwrite:
+        if overwrite == "outdated":
             return None
         raise OutputError(f"{error}; --overwrite makes it anew") from None
-    if manifest["fingerprint"] == manifests.fingerprint(request) and not overwrite:
-        manifests.check_files(folder, manifest)
+    if is_the_same:
         return manifest
-    if overwrite:
+    if overwrite == "outdated":
         return None
     other = [key for key, value in request.items() if manifest["request"].get(key) != value]
     raise OutputError(
@@ -103,12 +119,15 @@ def _lock(staging: Path) -> Iterator[None]:
         yield
 
 
+def _check_replaceable(folder: Path) -> None:
+    """Made by an earlier preparation, it is, and nothing that somebody put there."""
+    foreign = sorted(e.name for e in folder.iterdir() if not _OWN.fullmatch(e.name)) if folder.exists() else ()
+    if foreign:
+        raise OutputError(f"{folder}: holds other files too ({foreign[0]}); move them, or take another folder")
+
+
 def _publish(staging: Path, folder: Path) -> None:
-    if folder.exists():
-        # Made by an earlier preparation, and to be overwritten; anything else was refused.
-        foreign = sorted(entry.name for entry in folder.iterdir() if not _OWN.fullmatch(entry.name))
-        if foreign:
-            raise OutputError(f"{folder}: holds other files too ({foreign[0]}); move them before --overwrite")
+    _check_replaceable(folder)
     for name in (PROGRESS, LOCK):
         (staging / name).unlink(missing_ok=True)
     replace_folder(staging, folder)

@@ -3,19 +3,26 @@
 import glob
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
-from deepspeed_sdp.data import token_file
+from deepspeed_sdp.data import builtin_text, token_file
 from deepspeed_sdp.data.faults import FaultPolicy, Retry, Skipped, reason_of
 from deepspeed_sdp.errors import ConfigError, DataError
 
 HUB = "hub:"
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+_TEXT = ".txt"
 _LOCAL_SUFFIXES = (*_SUFFIXES, token_file.SUFFIX)
-_TAKES = "takes .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .ds files, folders or patterns of them, or hub:OWNER/NAME"
+_TAKES = (
+    "takes .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt or .ds files, folders or patterns of them, hub:OWNER/NAME, or "
+    f"{builtin_text.NAME}"
+)
 # Paths asked for in one request to the hub.
 _PATHS_PER_REQUEST = 500
 _HUB_BLOCK = 4 << 20
+
+
+Kind = Literal["parquet", "lines", "text", "tokens", "builtin"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class SourceSpec:
     """What to read.
 
     Attributes:
-        paths: local files, folders and patterns, or one ``hub:OWNER/NAME``.
+        paths: local files, folders and patterns, ``builtin`` (:mod:`builtin_text`), or one ``hub:OWNER/NAME``.
         config, revision, split: of a hub data set; a split names its files.
         text_column: which column holds the text.
         faults: what happens to broken rows and files, and to lost connections.
@@ -78,19 +85,17 @@ class DataFile:
     stamp: str
 
     @property
-    def is_parquet(self) -> bool:
-        """Else it holds JSON lines, or tokens."""
-        return self.path.endswith(".parquet")
-
-    @property
-    def is_tokens(self) -> bool:
-        """Documents that datatrove has tokenised."""
-        return self.path.endswith(token_file.SUFFIX)
+    def kind(self) -> Kind:
+        """What is in it; ``tokens`` are documents that datatrove has tokenised."""
+        if builtin_text.megabytes(self.path) is not None:
+            return "builtin"
+        kinds: dict[str, Kind] = {".parquet": "parquet", _TEXT: "text", token_file.SUFFIX: "tokens"}
+        return kinds.get(Path(self.path).suffix.lower(), "lines")
 
     @property
     def compression(self) -> str | None:
         """Of JSON lines."""
-        return {".gz": "gzip", ".zst": "zstd"}.get(Path(self.path).suffix)
+        return {".gz": "gzip", ".zst": "zstd"}.get(Path(self.path).suffix.lower())
 
     def open(self) -> BinaryIO:
         """For reading at any place."""
@@ -99,7 +104,7 @@ class DataFile:
         from huggingface_hub import HfFileSystem
 
         # Parquet is read in ranges that are known beforehand; lines are read ahead.
-        cache = "none" if self.is_parquet else "readahead"
+        cache = "none" if self.kind == "parquet" else "readahead"
         return cast(BinaryIO, HfFileSystem().open(self.path, "rb", block_size=_HUB_BLOCK, cache_type=cache))
 
 
@@ -125,22 +130,38 @@ def find_source(spec: SourceSpec, skipped: Skipped) -> Source:
     """
     if spec.hub_name is not None:
         return Retry(spec.paths[0], spec.faults, skipped).call(lambda: _hub_source(spec))
-    files = [found for path in spec.paths for found in _expand(path, spec.option)]
-    return Source(spec, tuple(_local_file(file, spec.option) for file in files))
+    return Source(spec, tuple(file for path in spec.paths for file in _local_files(path, spec.option)))
+
+
+def _local_files(path: str, option: str) -> list[DataFile]:
+    size = builtin_text.megabytes(path)
+    if size is not None:
+        return [DataFile(path, int(size * 1e6), builtin_text.stamp())]
+    return [_local_file(file, option) for file in _expand(path, option)]
 
 
 def _expand(path: str, option: str) -> list[Path]:
     here = Path(path)
-    if here.is_file():
-        if not path.endswith(_LOCAL_SUFFIXES):
-            raise DataError(f"{option}: {path} is of another kind; {_TAKES}")
-        return [here]
-    inside = here.rglob("*") if here.is_dir() else (Path(name) for name in glob.iglob(path, recursive=True))
-    found = sorted(file for file in inside if file.name.endswith(_LOCAL_SUFFIXES) and file.is_file())
+    try:
+        if here.is_file():
+            if not _is_kind(here, (*_LOCAL_SUFFIXES, _TEXT)):
+                raise DataError(f"{option}: {path} is of another kind; {_TAKES}")
+            return [here]
+        is_folder = here.is_dir()
+        inside = here.rglob("*") if is_folder else (Path(name) for name in glob.iglob(path, recursive=True))
+        files = sorted(file for file in inside if _is_kind(file, (*_LOCAL_SUFFIXES, _TEXT)) and file.is_file())
+    except OSError as error:
+        raise DataError(f"{option}: {path} cannot be read: {error.strerror or error}") from None
+    # Beside data of another kind a text is their licence or description.
+    found = [file for file in files if _is_kind(file, _LOCAL_SUFFIXES)] or files
     if not found:
-        what = "holds no such file" if here.is_dir() else "does not exist"
+        what = "holds no such file" if is_folder else "does not exist"
         raise DataError(f"{option}: {path} {what}; {_TAKES}")
     return found
+
+
+def _is_kind(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
 
 
 def _local_file(path: Path, option: str) -> DataFile:

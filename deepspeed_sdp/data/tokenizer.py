@@ -20,6 +20,7 @@ _LINE_BYTES = 1 << 16
 # An embedding has a row for every id up to the largest, in use or not; what is reserved lies just above the vocabulary.
 _MOST_GAPS = 4
 _MOST_ENTRIES_ADDED = 1 << 16
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "legacy": False,
@@ -82,7 +83,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         DataError: there is none, it has no vocabulary, or no end-of-sequence token, which separates documents.
     """
     if not folder.is_dir():
-        raise DataError(f"--tokenizer: {folder} is no folder; takes a local one that holds a HuggingFace tokenizer")
+        raise DataError(
+            f"--tokenizer: {folder} is no folder; takes one with a HuggingFace tokenizer, or OWNER/NAME of the hub"
+        )
     return _load(str(folder), local_files_only=True)
 
 
@@ -92,7 +95,8 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         DataError: as :func:`load_tokenizer`, or the hub cannot be reached.
     """
-    return load_tokenizer(Path(name)) if Path(name).exists() else _load(name)
+    is_of_hub = not Path(name).exists() and _HUB_NAME.fullmatch(name)
+    return _load(name) if is_of_hub else load_tokenizer(Path(name))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.options import add_dry_run, check_values, split_settings
-from deepspeed_sdp.pretraining.schema import BUILTIN, SECTIONS, RunSchema, choices, fields, kinds
+from deepspeed_sdp.pretraining.schema import SECTIONS, RunSchema, choices, fields, kinds
 
 # ``--data DIR`` says ``data.path``; keys of these are options of their own too: ``--steps``.
 _SHORT = ("model", "data", "length", "logging")
@@ -122,8 +122,7 @@ def check_job_options(args: argparse.Namespace, source: str | None) -> None:
     """
     if not args.dry_run and source is None:
         raise ConfigError(
-            f"--data, --stream or --text: got none; takes one (--text {BUILTIN}: Python's own documentation), or "
-            "--dry_run"
+            "--data, --stream or --text: got none; takes one (--text builtin: Python's own documentation), or --dry_run"
         )
     if not args.dry_run and not args.output_dir:
         raise ConfigError("--output_dir: got none; takes one, or --dry_run")

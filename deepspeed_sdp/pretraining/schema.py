@@ -14,7 +14,6 @@ from deepspeed_sdp.json_text import shown
 _MOST = 1 << 60
 # By a stream, which has many documents, and by a text that is prepared.
 STREAM_HELDOUT, TEXT_HELDOUT = 0.005, 0.05
-BUILTIN = "builtin"
 
 OnFault = Literal["skip", "stop"]
 
@@ -50,21 +49,21 @@ class ModelSection(_Section):
 SOURCES = ("path", "stream", "text")
 # What only some sources take.
 _OF_SOURCES = {
+    **dict.fromkeys(("weights", "num_lanes"), ("stream",)),
+    **dict.fromkeys(("vocab_size", "cache"), ("text",)),
     **dict.fromkeys(
         (
-            "weights",
+            "tokenizer",
+            "heldout_fraction",
             "hub_config",
             "hub_revision",
             "text_column",
             "on_broken_row",
             "on_broken_file",
             "retries",
-            "num_lanes",
         ),
-        ("stream",),
+        ("stream", "text"),
     ),
-    **dict.fromkeys(("vocab_size", "max_text_mb", "cache"), ("text",)),
-    **dict.fromkeys(("tokenizer", "heldout_fraction"), ("stream", "text")),
 }
 
 
@@ -76,12 +75,13 @@ class DataSection(_Section):
     )
     stream: Names | None = Field(
         None,
-        description="tokenised on the fly: hub:OWNER/NAME, or .parquet and .jsonl files (.gz, .zst) or their folders",
+        description="tokenised on the fly: hub:OWNER/NAME, or .parquet, .jsonl (.gz, .zst), .txt and .ds files or "
+        "their folders",
     )
     text: Names | None = Field(
         None,
-        description="tokenised before the start, small: .txt, .jsonl or .parquet files or folders, or "
-        f'"{BUILTIN}", Python\'s own documentation',
+        description="tokenised before the start, small: the same files, or "
+        "builtin, Python's own documentation (builtin:20 for 20 MB of it, not 8)",
     )
     seq_length: int = Field(256, ge=2, le=1 << 24, description="tokens of one training sequence")
     seed: int = Field(
@@ -105,21 +105,18 @@ class DataSection(_Section):
     vocab_size: int | None = Field(
         None, ge=1, le=1 << 31, description="of the tokenizer that is trained on a text; default: 4096"
     )
-    max_text_mb: Number | None = Field(
-        None, gt=0, le=1e9, description="size of the built-in text in MB, at most; default: 8"
-    )
     cache: str | None = Field(None, description="prepared text; default: OUTPUT_DIR/data. Must be visible to all nodes")
     weights: Weights | None = Field(
         None,
         description="of the paths of a stream, one for each, in any unit: shares of the tokens; each path is then a "
         "source of its own. Default: all of them are one source",
     )
-    hub_config: str | None = Field(None, description="of a stream from the hub, e.g. sample-10BT")
-    hub_revision: str | None = Field(None, description="of a stream from the hub; best a commit")
-    text_column: str | None = Field(None, description="of a stream; default: text")
-    on_broken_row: OnFault | None = Field(None, description="of a stream; default: skip, and count")
-    on_broken_file: OnFault | None = Field(None, description="of a stream; default: stop")
-    retries: int | None = Field(None, ge=0, le=1 << 31, description="of a connection that a stream loses; default: 8")
+    hub_config: str | None = Field(None, description="of a data set of the hub, e.g. sample-10BT")
+    hub_revision: str | None = Field(None, description="of a data set of the hub; best a commit")
+    text_column: str | None = Field(None, description="default: text")
+    on_broken_row: OnFault | None = Field(None, description="default: skip, and count")
+    on_broken_file: OnFault | None = Field(None, description="default: stop")
+    retries: int | None = Field(None, ge=0, le=1 << 31, description="of a connection that is lost; default: 8")
     num_lanes: int | None = Field(
         None,
         ge=1,
@@ -153,11 +150,6 @@ class DataSection(_Section):
             raise ConfigError(
                 f"data.weights: got {len(self.weights)} weights; takes one for each of the {len(self.stream)} paths of "
                 "data.stream"
-            )
-        if self.text is not None and self.document_reset != "none":
-            raise ConfigError(
-                f'data.document_reset: got "{self.document_reset}" with data.text; takes "none" there, or shards that '
-                "deepspeed-sdp data made of the text"
             )
         return self
 

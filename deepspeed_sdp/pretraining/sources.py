@@ -1,19 +1,18 @@
 """The text of a run: shards that were prepared, a stream, or a small text that is prepared now."""
 
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from deepspeed_sdp.agreement import agreed, from_first_rank
 from deepspeed_sdp.data import (
-    CorpusSpec,
     FaultPolicy,
+    ShardOptions,
     SourceSpec,
-    load_corpus,
     load_tokenizer,
     open_shards,
-    prepare_corpus,
+    prepare_shards,
     unigram_loss,
     vocab_size,
 )
@@ -21,13 +20,13 @@ from deepspeed_sdp.data.source import HUB
 from deepspeed_sdp.data.tokenizer import find_tokenizer
 from deepspeed_sdp.errors import DataError
 from deepspeed_sdp.pretraining.recipe import Run
-from deepspeed_sdp.pretraining.schema import BUILTIN, STREAM_HELDOUT, TEXT_HELDOUT, DataSection
+from deepspeed_sdp.pretraining.schema import STREAM_HELDOUT, TEXT_HELDOUT, DataSection
 from deepspeed_sdp.pretraining.streamed_text import StreamedText
 from deepspeed_sdp.pretraining.text import PackedText, Text
 
 # Enough for the frequencies of tokens.
 _COUNTED_SEQUENCES = 4096
-_VOCAB, _TEXT_MB = 4096, 8.0
+_VOCAB = 4096
 
 
 def open_text(run: Run, output: Path) -> Text:
@@ -53,7 +52,7 @@ def open_text(run: Run, output: Path) -> Text:
         )
     cache = Path(data.cache) if data.cache else output / "data"
     from_first_rank(lambda: _prepare(data, cache))
-    return agreed(lambda: PackedText.of(load_corpus(cache), data.seed), lambda found: found.state_dict())
+    return agreed(lambda: open_shard_text(cache, data), lambda found: found.state_dict())
 
 
 def open_shard_text(folder: Path, data: DataSection) -> Text:
@@ -65,15 +64,15 @@ def open_shard_text(folder: Path, data: DataSection) -> Text:
     shards = open_shards(folder)
     size = vocab_size(load_tokenizer(shards.tokenizer_folder))
     if size != shards.vocab_size:
-        raise DataError(f"--data: the manifest of {folder} has {shards.vocab_size} ids; its tokenizer has {size}")
+        raise DataError(f"{folder}: the manifest has {shards.vocab_size} ids; its tokenizer has {size}")
     train = shards.sequences("train", data.seq_length, data.document_reset)
     heldout = shards.sequences("heldout", data.seq_length, data.document_reset)
     stride = max(1, len(train) // _COUNTED_SEQUENCES)
-    counted = np.stack([train[i]["input_ids"].numpy() for i in range(0, len(train), stride)])
-    measured = np.stack([heldout[i]["input_ids"].numpy() for i in range(min(len(heldout), _COUNTED_SEQUENCES))])
+    counted = train.ids(range(0, len(train), stride))
+    measured = heldout.ids(range(min(len(heldout), _COUNTED_SEQUENCES)))
     loss = unigram_loss(counted, measured, shards.vocab_size)
     identity = {
-        "shards": shards.manifest["fingerprint"],
+        "tokens": shards.content("train"),
         "seq_length": data.seq_length,
         "document_reset": data.document_reset,
     }
@@ -82,23 +81,21 @@ def open_shard_text(folder: Path, data: DataSection) -> Text:
 
 def stream_sources(data: DataSection) -> list[SourceSpec]:
     """What is read of a stream: its paths as one source, or each with a weight."""
+    assert data.stream is not None
+    if data.weights is None:
+        return [_source(data, data.stream, "--stream")]
+    weighted = zip(data.stream, data.weights, strict=True)
+    return [replace(_source(data, (path,), "--stream"), weight=weight) for path, weight in weighted]
+
+
+def _source(data: DataSection, paths: tuple[str, ...], option: str) -> SourceSpec:
     said = {name: getattr(data, name) for name in ("on_broken_row", "on_broken_file", "retries")}
     policy = FaultPolicy(**{name: value for name, value in said.items() if value is not None})
     column = SourceSpec.text_column if data.text_column is None else data.text_column
-    assert data.stream is not None
-    if data.weights is None:
-        parts = [(data.stream, 1.0)]
-    else:
-        parts = [((path,), weight) for path, weight in zip(data.stream, data.weights, strict=True)]
-    sources = []
-    for paths, weight in parts:
-        # Beside a hub data set there may be local files, which have neither.
-        is_local = len(parts) > 1 and not paths[0].startswith(HUB)
-        config, revision = (None, None) if is_local else (data.hub_config, data.hub_revision)
-        sources.append(
-            SourceSpec(paths, config, revision, text_column=column, faults=policy, option="--stream", weight=weight)
-        )
-    return sources
+    # Beside a hub data set that is mixed with them there may be local files, which have neither.
+    is_mixed_in = data.weights is not None and len(data.weights) > 1 and not paths[0].startswith(HUB)
+    hub = (None, None) if is_mixed_in else (data.hub_config, data.hub_revision)
+    return SourceSpec(paths, *hub, text_column=column, faults=policy, option=option)
 
 
 def find_tokenizer_folder(run: Run, folder: Path) -> Path | None:
@@ -124,13 +121,13 @@ def expected_vocab(data: DataSection) -> int | None:
 def _prepare(data: DataSection, cache: Path) -> None:
     assert data.text is not None
     print("preparing the text ...", flush=True)
-    spec = CorpusSpec(
-        text_files=() if data.text == (BUILTIN,) else data.text,
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size or _VOCAB,
-        seq_length=data.seq_length,
-        holdout_fraction=data.heldout_fraction or TEXT_HELDOUT,
-        max_bytes=int((data.max_text_mb or _TEXT_MB) * 1e6),
+    options = ShardOptions(
+        _source(data, data.text, "--text"),
+        data.tokenizer,
+        expected_vocab(data),
+        heldout_fraction=data.heldout_fraction or TEXT_HELDOUT,
     )
-    corpus = prepare_corpus(cache, spec, progress=True)
-    print(f"text: {corpus.train_tokens:,} tokens to train on, {corpus.heldout_tokens:,} held out", flush=True)
+    # In this process alone: another one would take longer to start than such a text to tokenise.
+    splits = prepare_shards(cache, options, workers=1, overwrite="outdated", progress=True)["splits"]
+    train, heldout = (splits[name]["tokens"] for name in ("train", "heldout"))
+    print(f"text: {train:,} tokens to train on, {heldout:,} held out", flush=True)

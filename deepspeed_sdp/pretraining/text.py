@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deepspeed_sdp.data import Corpus, PackedDataset, RankSampler
+from deepspeed_sdp.data import RankSampler
 from deepspeed_sdp.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -64,18 +64,6 @@ class PackedText:
         self._train = train
         self._seed = seed
         self._identity = {"sequences": len(train), "seed": seed, **(identity or {})}
-
-    @classmethod
-    def of(cls, corpus: Corpus, seed: int) -> "PackedText":
-        """The prepared text of ``launch/train.py``."""
-        return cls(
-            corpus.tokenizer_folder,
-            PackedDataset(corpus.train),
-            PackedDataset(corpus.heldout),
-            corpus.unigram_val_loss,
-            seed,
-            {"seq_length": corpus.train.shape[1]},
-        )
 
     def batches(self, rank: int, world_size: int, batch_size: int, start_sample: int) -> Iterator[Batch]:
         """See :class:`Text`.

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from deepspeed_sdp.data import CorpusSpec, train_tokenizer
+from deepspeed_sdp.data import train_tokenizer
 
 VOCABULARY = "the a red blue cat dog bird walks runs sees under over house tree river and then slowly"
 
@@ -21,26 +21,3 @@ def documents():
 @pytest.fixture(scope="session")
 def tokenizer(documents, tmp_path_factory):
     return train_tokenizer(documents, 320, tmp_path_factory.mktemp("tokenizer") / "saved")
-
-
-@pytest.fixture
-def text_file(documents, tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("\n\n\n".join(documents), encoding="utf-8")
-    return file
-
-
-@pytest.fixture
-def make_spec(text_file):
-    def make(**changes):
-        spec = {
-            "text_files": (str(text_file),),
-            "tokenizer": None,
-            "vocab_size": 320,
-            "seq_length": 32,
-            "holdout_fraction": 0.1,
-            "max_bytes": 2_000_000,
-        }
-        return CorpusSpec(**{**spec, **changes})
-
-    return make

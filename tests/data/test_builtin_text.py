@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeed_sdp.data.builtin_text import _MIN_CHARACTERS, MIN_BYTES, builtin_documents, clean
-from deepspeed_sdp.data.split import split_documents
+from deepspeed_sdp.data.builtin_text import _MIN_CHARACTERS, MIN_BYTES, builtin_documents, clean, megabytes
+from deepspeed_sdp.data.documents import stream_documents
+from deepspeed_sdp.data.faults import Skipped
+from deepspeed_sdp.data.source import SourceSpec, find_source
+from deepspeed_sdp.data.split import is_heldout
 from deepspeed_sdp.errors import DataError
 from tests.support.ranks import ROOT, rank_environment
 
@@ -56,13 +59,17 @@ def test_no_document_comes_twice(builtin):
 @pytest.mark.slow
 def test_hardly_anything_of_the_held_out_part_is_trained_on(builtin):
     # 0.8 % where this was written, 11 % with every document whole whose beginning is new.
-    assert overlap(*split_documents(builtin)) < 0.03
+    assert overlap(*split(builtin)) < 0.03
 
 
 @pytest.mark.slow
 def test_the_same_of_more_text():
     # 1.3 %, and 21 %.
-    assert overlap(*split_documents(builtin_documents())) < 0.03
+    assert overlap(*split(builtin_documents())) < 0.03
+
+
+def split(documents, fraction=0.05):
+    return [[text for text in documents if is_heldout(text, fraction) == wanted] for wanted in (False, True)]
 
 
 def overlap(train, heldout, window=100):
@@ -107,7 +114,7 @@ def test_what_repeats_an_earlier_document_is_left_out(monkeypatch, second, kept)
     monkeypatch.setattr("deepspeed_sdp.data.builtin_text.MIN_BYTES", 1)
     raw = [FIRST, second.format(**PARTS)]
     monkeypatch.setattr("deepspeed_sdp.data.builtin_text._raw_documents", lambda: iter(raw))
-    assert builtin_documents() == [FIRST, *([kept.format(**PARTS)] if kept else [])]
+    assert builtin_documents.__wrapped__() == (FIRST, *([kept.format(**PARTS)] if kept else []))
 
 
 @pytest.mark.slow
@@ -130,22 +137,59 @@ def test_it_names_no_folder_of_this_machine(builtin):
         assert not re.search(re.escape(folder) + r"(/|\b)", text), folder
 
 
-def test_too_small_a_size_is_refused():
-    with pytest.raises(DataError, match=r"built-in text: got a size of 0.5 MB; takes at least 2 MB"):
-        builtin_documents(max_bytes=500_000)
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr("deepspeed_sdp.data.builtin_text.MIN_BYTES", 1)
+    monkeypatch.setattr("deepspeed_sdp.data.builtin_text._raw_documents", lambda: iter([FIRST]))
+    builtin_documents.cache_clear()
+    yield
+    builtin_documents.cache_clear()
+
+
+def test_it_is_a_source_like_files(small):
+    source = find_source(SourceSpec(("builtin:2",)), Skipped())
+    assert source.files[0].size == 2_000_000
+    assert list(stream_documents(source, Skipped())) == [(FIRST, "builtin:2: 0")]
+
+
+def test_it_follows_what_is_installed(monkeypatch):
+    def identity():
+        return find_source(SourceSpec(("builtin",)), Skipped()).identity()
+
+    before = identity()
+    assert identity() == before
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    assert identity() != before
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: iter(()))
+    assert identity() != before
+
+
+def test_sizes():
+    assert (megabytes("builtin"), megabytes("builtin:2"), megabytes("built"), megabytes("builtin.txt")) == (
+        8,
+        2,
+        None,
+        None,
+    )
+    for size in ("", "0.5", "many", "inf", "nan", "-3"):
+        with pytest.raises(
+            DataError, match=rf"builtin:{size}: takes builtin:MB, a size in megabytes from 2 on, or builtin"
+        ):
+            megabytes(f"builtin:{size}")
 
 
 def test_an_installation_with_little_text_is_refused(monkeypatch):
     monkeypatch.setattr("deepspeed_sdp.data.builtin_text._raw_documents", lambda: iter(["word " * 100]))
-    with pytest.raises(DataError, match=r"found 0.0 MB .* needs 2 MB: give text files instead \(--text\)"):
-        builtin_documents()
+    with pytest.raises(DataError, match=r"found 0.0 MB .* needs 2 MB: give text files instead"):
+        builtin_documents.__wrapped__()
 
 
 @pytest.mark.slow
 def test_documents_that_cannot_be_encoded_are_passed_over(monkeypatch, builtin):
     raw = ["half a character \ud800 " * 20, *builtin, "never reached " * 20]
     monkeypatch.setattr("deepspeed_sdp.data.builtin_text._raw_documents", lambda: iter(raw))
-    assert "\n".join(builtin_documents(MIN_BYTES)).encode()
+    assert "\n".join(builtin_documents.__wrapped__(MIN_BYTES)).encode()
 
 
 @pytest.mark.parametrize(

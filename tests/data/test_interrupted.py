@@ -5,8 +5,7 @@ import shutil
 import pytest
 
 from deepspeed_sdp import files
-from deepspeed_sdp.data import corpus as corpora
-from deepspeed_sdp.data import load_corpus, open_shards, prepare_corpus, prepare_shards
+from deepspeed_sdp.data import open_shards, prepare_shards
 from deepspeed_sdp.data.heldout import HeldoutSequences
 from deepspeed_sdp.data.preparation import Preparation
 from deepspeed_sdp.data.shard_options import ShardOptions
@@ -37,7 +36,8 @@ def options(tmp_path, tokenizer, documents):
 
 
 @exchanging
-def test_shards_that_are_replaced(tmp_path, options, monkeypatch, can_exchange):
+@pytest.mark.parametrize("how", ["outdated", pytest.param("always", marks=pytest.mark.slow)])
+def test_shards_that_are_replaced(tmp_path, options, monkeypatch, can_exchange, how):
     choose(monkeypatch, can_exchange)
     old = prepare_shards(tmp_path / "old", options(), workers=1)
     new = prepare_shards(tmp_path / "new", options(500), workers=1)
@@ -49,11 +49,10 @@ def test_shards_that_are_replaced(tmp_path, options, monkeypatch, can_exchange):
         staging = shutil.copytree(tmp_path / "new", out.with_name(".out.partial"))
         (staging / "progress.json").write_text("{}")
         with crash:
-            prepare_shards(out, options(500), workers=1, overwrite=True)
+            prepare_shards(out, options(500), workers=1, overwrite=how)
         files.recover_folder(out)
         met.append(open_shards(out).manifest["splits"])
-        overwrite = met[-1] == old["splits"]
-        prepare_shards(out, options(500), workers=1, overwrite=overwrite)
+        prepare_shards(out, options(500), workers=1, overwrite=how if met[-1] == old["splits"] else "never")
         assert open_shards(out).manifest["splits"] == new["splits"]
         assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert met[0] == old["splits"]
@@ -71,28 +70,6 @@ def test_shards_that_are_made(tmp_path, options, monkeypatch):
         found = prepare_shards(out, options(), workers=1)
         assert (found["files"], found["skipped"]) == (whole["files"], whole["skipped"])
         assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-@exchanging
-def test_a_corpus_that_is_replaced(tmp_path, make_spec, monkeypatch, can_exchange):
-    choose(monkeypatch, can_exchange)
-    old, new = make_spec(), make_spec(seq_length=16)
-    for name, spec in (("old", old), ("new", new)):
-        prepare_corpus(tmp_path / name, spec)
-    monkeypatch.setattr(
-        corpora, "_build", lambda staging, *_: shutil.copytree(tmp_path / "new", staging, dirs_exist_ok=True)
-    )
-    met = []
-    for number, crash in enumerate(crashes(monkeypatch)):
-        cache = tmp_path / str(number) / "cache"
-        shutil.copytree(tmp_path / "old", cache)
-        with crash:
-            prepare_corpus(cache, new)
-        files.recover_folder(cache)
-        met.append(load_corpus(cache).train.shape[1])
-        assert prepare_corpus(cache, new).train.shape[1] == 16
-        assert [path.name for path in cache.parent.iterdir()] == ["cache"]
-    assert (met[0], met[-1]) == (32, 16)
 
 
 def test_held_out_text_that_is_replaced(tmp_path, tokenizer, documents, monkeypatch):

@@ -1,4 +1,4 @@
-"""Sequences, the order of the ranks, and the entropy baseline."""
+"""The order of the ranks, and the entropy baseline."""
 
 import math
 
@@ -8,56 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeed_sdp.data import PackedDataset, RankSampler, pack, tokenize_documents, unigram_loss
+from deepspeed_sdp.data import RankSampler, unigram_loss
 from deepspeed_sdp.errors import DataError
-
-
-@given(st.lists(st.integers(0, 999), max_size=300), st.integers(1, 40))
-def test_packing_cuts_and_drops_the_rest(tokens, seq_length):
-    stream = np.asarray(tokens, dtype=np.int32)
-    if len(tokens) < seq_length:
-        with pytest.raises(DataError, match=f"text: {len(tokens)} tokens are too few for one sequence of {seq_length}"):
-            pack(stream, seq_length)
-        return
-    packed = pack(stream, seq_length)
-    assert packed.dtype == np.int32
-    assert packed.shape == (len(tokens) // seq_length, seq_length)
-    assert packed.reshape(-1).tolist() == tokens[: packed.size]
-
-
-def test_too_little_text_says_of_what_and_what_to_do():
-    with pytest.raises(DataError) as raised:
-        pack(np.zeros(5, np.int32), 8, "the held-out part")
-    assert str(raised.value) == (
-        "the held-out part: 5 tokens are too few for one sequence of 8; give more text or a smaller --seq_length"
-    )
-
-
-def test_a_stream_holds_every_document_with_its_end(tokenizer, documents):
-    many = documents * 20  # more than one call of the tokenizer
-    stream = tokenize_documents(tokenizer, many)
-    assert stream.dtype == np.int32
-    ends = np.flatnonzero(stream == tokenizer.eos_token_id)
-    assert len(ends) == len(many)
-    assert ends[-1] == len(stream) - 1
-    pieces = np.split(stream, ends + 1)[:-1]
-    assert [tokenizer.decode(piece[:-1]) for piece in pieces] == many
-
-
-def test_no_documents_give_an_empty_stream(tokenizer):
-    stream = tokenize_documents(tokenizer, [])
-    assert (stream.shape, stream.dtype) == ((0,), np.int32)
-
-
-def test_items_are_ids_and_equal_labels_of_their_own(tmp_path):
-    np.save(tmp_path / "x.npy", np.arange(12, dtype=np.int32).reshape(3, 4))
-    dataset = PackedDataset(np.load(tmp_path / "x.npy", mmap_mode="r"))
-    assert len(dataset) == 3
-    item = dataset[1]
-    assert item["input_ids"].tolist() == item["labels"].tolist() == [4, 5, 6, 7]
-    assert {value.dtype for value in item.values()} == {torch.int64}
-    item["labels"][0] = -100
-    assert item["input_ids"].tolist() == dataset[1]["labels"].tolist() == [4, 5, 6, 7], "nothing is shared"
 
 
 @st.composite

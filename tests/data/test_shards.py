@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,16 +195,37 @@ def test_a_finished_folder_is_reused_and_others_are_left_alone(tmp_path, options
     with pytest.raises(OutputError, match=r"another max_tokens.*--overwrite"):
         prepare_shards(out, options(max_tokens=500))
     assert open_shards(out).manifest == first
-    second = prepare_shards(out, options(max_tokens=500), workers=1, overwrite=True)
+    second = prepare_shards(out, options(max_tokens=500), workers=1, overwrite="always")
     assert open_shards(out).manifest == second != first
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"other files too \(notes\.txt\)"):
-        prepare_shards(out, options(), workers=1, overwrite=True)
+        prepare_shards(out, options(), workers=1, overwrite="always")
     assert open_shards(out).manifest == second
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="something else than shards"):
-        prepare_shards(tmp_path / "full", options(), overwrite=True)
+        prepare_shards(tmp_path / "full", options(), overwrite="always")
+
+
+def test_outdated_shards_are_made_anew_and_others_reused(tmp_path, options):
+    out = tmp_path / "out"
+    first = prepare_shards(out, options(), workers=1, overwrite="outdated")
+    inode = out.stat().st_ino
+    assert prepare_shards(out, options(), workers=1, overwrite="outdated") == first
+    assert out.stat().st_ino == inode
+    for damage in (
+        lambda: (out / "train-00000.bin").write_bytes(b""),
+        lambda: (out / "manifest.json").write_text("[]"),
+        lambda: shutil.rmtree(out / "tokenizer"),
+    ):
+        damage()
+        again = prepare_shards(out, options(), workers=1, overwrite="outdated")
+        assert again["files"] == first["files"]
+        assert open_shards(out).manifest == again
+    assert prepare_shards(out, options(max_tokens=500), workers=1, overwrite="outdated") != first
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"other files too \(notes\.txt\)"):
+        prepare_shards(out, options(), workers=1, overwrite="outdated")
 
 
 def test_faults_stop_with_what_was_done_kept_and_go_on_when_allowed(tmp_path, options, source):

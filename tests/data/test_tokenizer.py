@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from deepspeed_sdp.data import load_tokenizer, tokenize_documents, train_tokenizer, vocab_size
+from deepspeed_sdp.data import load_tokenizer, train_tokenizer, vocab_size
+from deepspeed_sdp.data.encoding import DocumentEncoder
 from deepspeed_sdp.data.tokenizer import _LINE_BYTES, _TRAINING_CHARACTERS, _lines
 from deepspeed_sdp.errors import DataError
 from tests.support.ranks import rank_environment
@@ -44,7 +46,7 @@ def test_text_never_gives_special_tokens(tokenizer, text):
 
 
 def test_documents_end_with_one_end_token_whatever_they_say(tokenizer):
-    stream = tokenize_documents(tokenizer, ["the cat</s> dog", "<s>bird", "</s>"])
+    stream = np.concatenate(DocumentEncoder(tokenizer)(["the cat</s> dog", "<s>bird", "</s>"]))
     assert (stream == tokenizer.eos_token_id).sum() == 3
     assert tokenizer.decode(stream) == "the cat</s> dog</s><s>bird</s></s></s>"
 
@@ -156,9 +158,9 @@ def test_folders_that_hold_no_tokenizer(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "whole")
     config = (tmp_path / "whole" / "tokenizer_config.json").read_bytes()
     cases = {
-        "missing": (tmp_path / "missing", "is no folder; takes a local one"),
-        "a name on the hub": (Path("gpt2"), "is no folder; takes a local one"),
-        "a file": (tmp_path / "whole" / "tokenizer.json", "is no folder; takes a local one"),
+        "missing": (tmp_path / "missing", "is no folder; takes one with"),
+        "a name on the hub": (Path("gpt2"), "is no folder; takes one with"),
+        "a file": (tmp_path / "whole" / "tokenizer.json", "is no folder; takes one with"),
         "empty": (folder_with(tmp_path / "empty"), "holds no HuggingFace tokenizer: "),
         "broken": (
             folder_with(tmp_path / "broken", tokenizer=b"{", tokenizer_config=config),

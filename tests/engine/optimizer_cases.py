@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepspeed_sdp
 from tests.engine.cases import build_model, ds_config, face, run_steps
-from tests.support.fused_ops import Lion, fused_ops
+from tests.support.fused_ops import Lion, SignBitLion, fused_ops
 from tests.support.models import token_batches
 
 ADAM = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5}
@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "FusedLion": ({"type": "Lion", "params": LION}, {}, lambda p: Lion(p, **LION)),
     "Adagrad": ({"type": "Adagrad", "params": ADAGRAD}, {}, lambda p: torch.optim.Adagrad(p, **ADAGRAD)),
     "CPUAdam": ({"type": "AdamW", "params": ADAM}, OFFLOAD, lambda p: torch.optim.AdamW(p, **ADAM)),
-    "CPULion": ({"type": "Lion", "params": LION}, OFFLOAD, lambda p: Lion(p, **LION)),
+    "CPULion": ({"type": "Lion", "params": LION}, OFFLOAD, lambda p: SignBitLion(p, **LION)),
     "CPUAdagrad": ({"type": "Adagrad", "params": ADAGRAD}, OFFLOAD, lambda p: torch.optim.Adagrad(p, **ADAGRAD)),
     **{
         f"{name}{label}": (

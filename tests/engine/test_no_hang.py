@@ -24,7 +24,8 @@ def random_case(seed, worlds=(3, 4)):
     stage, bucket = draw.choice([0, 1, 2, 3, 3]), draw.choice([1, 1000, 4000, 9000])
     sdp = {
         "granularity": granularity,
-        "coverage": f"{draw.randint(min(2, world - 1), world - 1)}/{world}",
+        # Two owners each of a few units leave six workers unconnected, which is refused.
+        "coverage": f"{draw.randint(min(max(2, world // 2), world - 1), world - 1)}/{world}",
         "plan": {
             # Random sets of a few spaces can leave the workers unconnected, which is refused.
             "design": draw.choice(["random", "cyclic"])

@@ -31,9 +31,13 @@ def simulate(
     optimizer=None,
     batches=None,
 ):
-    """Train the full model as the ranks that gave ``result`` should have: ``(full model, losses, norms)``."""
+    """Train the full model as the ranks that gave ``result`` should have: ``(full model, losses, norms)``.
+
+    In double precision, so that what is compared holds one side's rounding alone: Adam makes much of that of small
+    gradients.
+    """
     plan = SubnetworkPlan.from_json(result["plan"])
-    module = module or tiny_model(family, **(model or {}))
+    module = (module or tiny_model(family, **(model or {}))).double()
     power = SCALES[(sdp or {}).get("output_scaling", "inverse_sqrt_coverage")]
     batches = batches or token_batches(steps, world, (ds or {}).get("accumulation", 1), seed=seed)
     losses, norms = oracle.train(

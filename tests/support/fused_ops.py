@@ -18,9 +18,9 @@ def multi_tensor_adam(_chunk, _flag, lists, lr, beta1, beta2, eps, step, mode, b
         weight.sub_(lr * (update + (decay * weight if mode else 0.0)))
 
 
-def multi_tensor_lion(_chunk, _flag, lists, lr, beta1, beta2, _step, decay):
+def multi_tensor_lion(_chunk, _flag, lists, lr, beta1, beta2, _step, decay, sign=torch.sign):
     for gradient, weight, mean in zip(*lists, strict=True):
-        direction = torch.sign(beta1 * mean + (1 - beta1) * gradient)
+        direction = sign(beta1 * mean + (1 - beta1) * gradient)
         weight.mul_(1 - lr * decay).sub_(lr * direction)
         mean.mul_(beta2).add_(gradient, alpha=1 - beta2)
 
@@ -40,6 +40,8 @@ def fused_ops():
 class Lion(torch.optim.Optimizer):
     """The method, one parameter at a time."""
 
+    sign = staticmethod(torch.sign)
+
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
@@ -52,4 +54,12 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[parameter]
                 state.setdefault("exp_avg", torch.zeros_like(parameter))
                 lists = [[parameter.grad], [parameter], [state["exp_avg"]]]
-                multi_tensor_lion(0, None, lists, group["lr"], *group["betas"], 0, group["weight_decay"])
+                multi_tensor_lion(0, None, lists, group["lr"], *group["betas"], 0, group["weight_decay"], self.sign)
+
+
+class SignBitLion(Lion):
+    """By the sign bit, as DeepSpeed's on the CPU, where the sign of a zero is one."""
+
+    @staticmethod
+    def sign(values):
+        return torch.ones_like(values).copysign(values)
