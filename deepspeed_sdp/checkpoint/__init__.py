@@ -7,7 +7,7 @@ from deepspeed_sdp.checkpoint.layout import Held, Layout, Section, Writers, layo
 from deepspeed_sdp.checkpoint.lock import LOCK, FolderLocks
 from deepspeed_sdp.checkpoint.model_folder import model_folder
 from deepspeed_sdp.checkpoint.reading import Checkpoint, open_checkpoint
-from deepspeed_sdp.checkpoint.runs import Entry, Run, cut, whole
+from deepspeed_sdp.checkpoint.runs import Entry, Rectangle, Run, common, cut, whole
 from deepspeed_sdp.checkpoint.source import Read, Source
 from deepspeed_sdp.checkpoint.tensor_files import Snapshot, Streamed, header
 from deepspeed_sdp.checkpoint.writing import write_checkpoint
@@ -22,12 +22,14 @@ __all__ = [
     "Held",
     "Layout",
     "Read",
+    "Rectangle",
     "Run",
     "Section",
     "Snapshot",
     "Source",
     "Streamed",
     "Writers",
+    "common",
     "cut",
     "factor_on",
     "has_checkpoint",

@@ -1,7 +1,7 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
@@ -22,9 +22,11 @@ from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.consistency import check_owners
 from deepspeed_sdp.engine.state.face import CheckpointFace
+from deepspeed_sdp.engine.state.repartition import Moments, repartition
 from deepspeed_sdp.engine.zero.build import Parts, assemble
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.errors import ConfigError
+from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import ClientMap, Subnetwork
 
 
@@ -49,6 +51,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             sdp_config=sdp_config,
             _subnetwork=subnetwork,
             _owner_groups=groups,
+            _meshes={groups.identity: groups},
             _agreed_weights=agreed_weights,
             _traffic=Traffic(),
             _stopwatch=Stopwatch(),
@@ -69,6 +72,36 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
                 self.destroy()
             raise
         del self._client
+
+    # -- other plans ------------------------------------------------------------------------------------------------
+
+    @while_alive
+    def repartition(
+        self,
+        plan: SubnetworkPlan | None = None,
+        sdp_config: Mapping[str, Any] | None = None,
+        *,
+        moments: Moments = "move",
+    ) -> None:
+        """Collective, between steps. Train the subnetworks of another plan from now on.
+
+        The full model does not change, to the bit; what the optimizer remembers of a unit goes to its new owners. Step
+        counts, schedulers, groups and the loss scale go on. Modules inside the model, and their parameters, are other
+        objects afterwards; hooks on those that are still there stay.
+
+        Args:
+            plan: of the same model, for a number of workers that divides the world; default: the one that the block
+                asks for.
+            sdp_config: keys of the SDP block that change with it, such as ``{"coverage": "1/4"}``, ``"masking"`` or
+                ``"granularity"``; nested as there.
+            moments: ``"reset"``: the optimizer begins anew.
+
+        Raises:
+            StateError: in the middle of a step.
+            ConfigError, PlanError, ModelError: the block or the plan does not fit, or there is no memory for it; on
+                every rank, before anything is moved.
+        """
+        repartition(self, plan, sdp_config or {}, moments)
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -145,7 +178,10 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         self.__dict__["_is_destroyed"] = True
         with ExitStack() as stack:
             parts: Parts | None = self._parts
-            stack.callback(self._owner_groups.destroy if parts is None else parts.close)
+            for groups in self._meshes.values():
+                stack.callback(groups.destroy)
+            if parts is not None:
+                stack.callback(parts.close)
             for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
                 if self.__dict__.get(hook) is not None:
                     stack.callback(self.__dict__.pop(hook).remove)

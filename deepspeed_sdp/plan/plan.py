@@ -13,6 +13,7 @@ from deepspeed_sdp.errors import PlanError
 from deepspeed_sdp.json_text import read_json_text
 from deepspeed_sdp.plan import checks, form, gap
 from deepspeed_sdp.plan.capacity import capacity_shares
+from deepspeed_sdp.plan.resample import Resample, resampled
 from deepspeed_sdp.plan.units import Chunk, OwnerSet, PlannedSpace
 
 
@@ -178,6 +179,20 @@ class SubnetworkPlan:
     def connected(self) -> bool:
         """Whether averaging reaches every worker from every other through partitioned units alone."""
         return len(self.components()) == 1
+
+    def resampled(self, round_: int, how: Resample = "rotate") -> SubnetworkPlan:
+        """The plan of a round from 0 on, in which the owner sets own other units; `"rotate"` moves chunks on by one per
+        round, as FedRolex does (arXiv 2212.01548), `"random"` draws their order by `seed` and round. The same in every
+        process.
+
+        Raises:
+            PlanError: for a round below 0 or another way.
+        """
+        if isinstance(round_, bool) or not isinstance(round_, int) or round_ < 0:
+            raise PlanError(f"round: got {round_!r}, takes a number from 0 on")
+        if how not in ("rotate", "random"):
+            raise PlanError(f'resample: got {how!r}, takes "rotate" or "random"')
+        return resampled(self, round_, how)
 
     def validate(self, max_owner_sets: int | None = None) -> None:
         """Checks the guarantees of a plan: form, exactly `K` owners, cover, balance, connection, number of owner sets.

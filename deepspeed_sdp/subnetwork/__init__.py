@@ -7,6 +7,7 @@ from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space
 from deepspeed_sdp.subnetwork.materialize import is_meta, materialize
 from deepspeed_sdp.subnetwork.planning import plan_for, unit_spaces
+from deepspeed_sdp.subnetwork.recut import give_memory, graft, recut
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
 
 __all__ = [
@@ -17,11 +18,14 @@ __all__ = [
     "Subnetwork",
     "check_as_configured",
     "cut_model",
+    "give_memory",
+    "graft",
     "is_meta",
     "materialize",
     "meta_model",
     "partitioned_by_space",
     "plan_for",
     "read_model_config",
+    "recut",
     "unit_spaces",
 ]

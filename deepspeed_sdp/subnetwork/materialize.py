@@ -81,6 +81,13 @@ def materialize(
     _check_initialised(model)
 
 
+def family_buffers(model: nn.Module, module: nn.Module) -> None:
+    """Buffers of ``module`` on the meta device: memory on the CPU, and the family's values; NaN where it has none."""
+    _realize_buffers(module)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        _family_init(model, module)
+
+
 def _is_special(subnetwork: Subnetwork, name: str) -> bool:
     """Whether a parameter is drawn on its own: it sits in a linear that falls into units, or was moved by the cut."""
     full_name = subnetwork.fragments[name].full_name

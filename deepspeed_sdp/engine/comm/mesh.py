@@ -35,6 +35,7 @@ class Mesh:
         ValueError: not every worker has as many ranks, or replicas have their workers in another order.
 
     Attributes:
+        identity: equal on two meshes with the same groups.
         levels: ranks of a ring of each level, the innermost first; their product is ``replicas``.
         replicas: ``R``.
     """
@@ -44,6 +45,8 @@ class Mesh:
     ) -> None:
         self.owner_sets = tuple(map(tuple, owner_sets))
         self.workers = tuple(workers)
+        self.ranks_per_node = ranks_per_node
+        self.identity = (self.owner_sets, self.workers, ranks_per_node)
         ascending: dict[int, list[int]] = {}
         for rank, worker in enumerate(self.workers):
             ascending.setdefault(worker, []).append(rank)

@@ -19,6 +19,7 @@ from deepspeed_sdp.checkpoint import Entry, Held, Layout, Run, Section, Writers,
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
 from deepspeed_sdp.engine.state.copies import exchange_copies
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY, Kept
+from deepspeed_sdp.engine.zero.bucket_shape import BucketShape
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.errors import CheckpointError
@@ -45,7 +46,7 @@ class TrainingState:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def layout(self, copies: int) -> Layout:
+    def layout(self, copies: int = 1) -> Layout:
         """Where everything lies in the files of this rank's worker.
 
         A section per group of the client, with its buckets in the order of :meth:`_buckets`; then one per tensor that
@@ -70,7 +71,7 @@ class TrainingState:
                 share = bucket.share_of(bucket.owners.ranks[0])[1]
                 held.append(Held(of_set[bucket.owner_set], tuple(self._runs(bucket)), share))
             sections.append(Section(kinds, held))
-        for run, value, owners in self._untrained():
+        for _, run, value, owners in self._untrained():
             held = [Held(number(owners, owners.ranks[:1]), (run,), run.numel)]
             sections.append(Section({"model": value.dtype}, held))
         return Layout(list(writers), sections)
@@ -90,9 +91,19 @@ class TrainingState:
                                 yield value[start - first : stop - first]
                         else:
                             yield from exchange_copies(self._groups, self._optimizer.device, portion, own, copy)
-            for _, value, owners in self._untrained():
+            for _, _, value, owners in self._untrained():
                 if owners.next_owner(owners.ranks[0], copy) == self._rank:
                     yield value
+
+    def held(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What this rank holds of every bucket of :meth:`layout`, in its order, by kind: of what is trained its shard
+        (at ZeRO 0 the whole bucket), of the rest everything. Views where they are parts of weights.
+        """
+        for group, kinds in self._kinds().items():
+            for bucket in self._buckets(group):
+                yield {kind: self._tensor(bucket, kind, dtype) for kind, dtype in kinds.items()}
+        for _, _, value, _ in self._untrained():
+            yield {"model": value}
 
     def _kinds(self) -> dict[int, dict[str, torch.dtype]]:
         """What is kept of the buckets of each of the client's groups; the same on all ranks."""
@@ -141,7 +152,10 @@ class TrainingState:
                     value = torch.zeros_like(master.data, dtype=kept.dtype)
                     self._read.setdefault(master, {})[key] = value
                     entries.append(Entry(f"optimizer.{key}", runs, value))
-        return [*entries, *(Entry("model", (run,), value) for run, value, _ in self._untrained())]
+        return [
+            *entries,
+            *(Entry("model", (run,), value) for _, run, value, _ in untrained_of(self._subnetwork, self._groups)),
+        ]
 
     def state_keys(self) -> list[str]:
         """Names of the optimizer's state tensors, e.g. ``exp_avg``; none before it has any state."""
@@ -221,36 +235,44 @@ class TrainingState:
     # -- where things lie --------------------------------------------------------------------------------------------
 
     def _shard(self, bucket: OwnerBucket) -> tuple[int, int]:
-        """The half-open range of the bucket's flat vector of which this rank has the master weights."""
-        return (0, bucket.numel) if bucket.shards == 1 else bucket.share_of(self._rank)
+        return shard_of(bucket, self._rank)
 
     def _runs(self, bucket: OwnerBucket) -> Iterator[Run]:
         """The bucket's flat vector."""
         for index, start, stop in bucket.ranges:
-            yield replace(self._run(self._names[index]), start=start, stop=stop)
+            yield replace(run_of(self._subnetwork, self._names[index]), start=start, stop=stop)
 
-    def _run(self, name: str) -> Run:
-        """What of its full parameter a parameter of the subnetwork is."""
-        fragment: Fragment = self._subnetwork.fragments[name]
-        full = self._subnetwork.partitioned.get(fragment.full_name)
-        if full is None:
-            return whole(fragment.full_name, self._subnetwork.module.get_parameter(name).shape)
-        if fragment.dim is None:
-            return whole(fragment.full_name, full.shape)
-        rows, inner = math.prod(full.unit_shape[: fragment.dim]), math.prod(full.unit_shape[fragment.dim + 1 :])
-        width = (fragment.stop - fragment.start) * inner
-        return Run(full.name, full.shape, rows, fragment.start * inner, width, 0, rows * width)
+    def _untrained(self) -> Iterator[tuple[str, Run, torch.Tensor, Owners]]:
+        return untrained_of(self._subnetwork, self._groups)
 
-    def _untrained(self) -> Iterator[tuple[Run, torch.Tensor, Owners]]:
-        """What this rank holds and nobody trains, its elements, and who owns it."""
-        subnetwork = self._subnetwork
-        for name, parameter in subnetwork.module.named_parameters():
-            fragment = subnetwork.fragments[name]
-            if name not in subnetwork.views and not subnetwork.is_trained(fragment.full_name):
-                yield self._run(name), _flat(parameter), self._groups.owners(fragment.owner_set)
-        for name, buffer in subnetwork.persistent_buffers():
-            if buffer.numel():
-                yield whole(name, buffer.shape), _flat(buffer), self._groups.for_weights
+
+def untrained_of(subnetwork: Subnetwork, groups: OwnerGroups) -> Iterator[tuple[str, Run, torch.Tensor, Owners]]:
+    """What a rank holds and nobody trains: its name here, what it is, its elements, and who owns it."""
+    for name, parameter in subnetwork.module.named_parameters():
+        fragment = subnetwork.fragments[name]
+        if name not in subnetwork.views and not subnetwork.is_trained(fragment.full_name):
+            yield name, run_of(subnetwork, name), _flat(parameter), groups.owners(fragment.owner_set)
+    for name, buffer in subnetwork.persistent_buffers():
+        if buffer.numel():
+            yield name, whole(name, buffer.shape), _flat(buffer), groups.for_weights
+
+
+def shard_of(bucket: BucketShape, rank: int) -> tuple[int, int]:
+    """The half-open range of the bucket's flat vector of which owner ``rank`` has the master weights."""
+    return (0, bucket.numel) if bucket.shards == 1 else bucket.share_of(rank)
+
+
+def run_of(subnetwork: Subnetwork, name: str) -> Run:
+    """What of its full parameter the parameter ``name`` of a subnetwork is."""
+    fragment: Fragment = subnetwork.fragments[name]
+    full = subnetwork.partitioned.get(fragment.full_name)
+    if full is None:
+        return whole(fragment.full_name, subnetwork.module.get_parameter(name).shape)
+    if fragment.dim is None:
+        return whole(fragment.full_name, full.shape)
+    rows, inner = math.prod(full.unit_shape[: fragment.dim]), math.prod(full.unit_shape[fragment.dim + 1 :])
+    width = (fragment.stop - fragment.start) * inner
+    return Run(full.name, full.shape, rows, fragment.start * inner, width, 0, rows * width)
 
 
 def _described(value: Any) -> dict[str, Any]:

@@ -55,9 +55,8 @@ class Parts:
     tools: ParameterTools
 
     def close(self) -> None:
-        """Take all hooks off the model and let go of parameters, weights (at stage 3) and process groups."""
+        """Take all hooks off the model and let go of parameters and of weights (at stage 3)."""
         with ExitStack() as stack:
-            stack.callback(self.groups.destroy)
             if self.weights is not None:
                 stack.callback(self.weights.close)
             stack.callback(self.tools.close)
@@ -72,12 +71,14 @@ def assemble(
     groups: OwnerGroups,
     traffic: Traffic,
     stopwatch: Stopwatch,
+    renewed: SDPOptimizer | None = None,
 ) -> Parts:
     """The ZeRO optimizer around a client's ``optimizer``, and what it works with.
 
     Args:
         optimizer: its groups carry ``GROUP_KEY`` and hold parameters of the subnetwork.
         group_of: the client's parameter group of every full parameter that this rank knows to be in one, by name.
+        renewed: the ZeRO optimizer that there is around it, which becomes the new one.
 
     Raises:
         ConfigError: the optimizer is none that can step shards, or trained parameters differ in dtype; on every rank.
@@ -91,7 +92,12 @@ def assemble(
         return OwnerSetTransport(stages, traffic, stopwatch)
 
     # What DeepSpeed or a client's callable made is compared here for the first time.
-    behaviour = agreed(lambda: behaviour_of(optimizer, settings.state.device), lambda _: describe_optimizer(optimizer))
+    if renewed is None:
+        behaviour = agreed(
+            lambda: behaviour_of(optimizer, settings.state.device), lambda _: describe_optimizer(optimizer)
+        )
+    else:
+        behaviour = renewed.behaviour
     is_masked = subnetwork.masking == "backward"
     agreed_groups = agree_on_groups(group_of, subnetwork.full_order) if is_masked else dict(group_of)
     subnetwork = replace(subnetwork, group_of=agreed_groups)
@@ -129,7 +135,7 @@ def assemble(
     host_copies = functools.partial(
         HostCopies, dtype=dtype, is_pinned=settings.state.is_pinned, sends=not settings.weights.is_offloaded
     )
-    made = SDPOptimizer(
+    made = (SDPOptimizer if renewed is None else renewed.renew)(
         optimizer,
         behaviour,
         gradients,

@@ -27,6 +27,11 @@ from deepspeed_sdp.engine.zero.own_state import own_state, take_own_state
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.engine.zero.refresh import WeightRefresh
 
+_KEPT = (
+    "loss_scaler", "custom_loss_scaler", "external_loss_scale", "torch_autocast_gradscaler", "overflow",
+    "_global_grad_norm",
+)  # fmt: skip
+
 
 class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     """See the module.
@@ -49,6 +54,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         frozen: which parameters a step passes over.
         identity: differs where the parameters in the buckets do.
         traffic: counts bytes sent.
+        initial: by the client's group, what constructors make of a parameter's state; default: what there is of it.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         frozen: FrozenParameters,
         identity: str,
         traffic: Traffic,
+        initial: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
@@ -100,13 +107,13 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
             self._parts = [self._buckets, *([] for _ in self._parts[1:])]
         largest = max(sum(bucket.shard_numel for bucket in part) for part in self._parts)
         self._host = None if host_copies is None else host_copies(largest)
-        self._replace_parameters()
+        self._replace_parameters(initial)
         self._hooks = self._hook_gradients()
 
-    def _replace_parameters(self) -> None:
+    def _replace_parameters(self, initial: Mapping[int, Mapping[str, Any]] | None) -> None:
         state = self.optimizer.state
         # What constructors make of it is the same for all parameters of a group.
-        self._initial = {
+        self._initial = initial or {
             group[GROUP_KEY]: next((constants(state[p]) for p in group["params"] if state.get(p)), {})
             for group in self.optimizer.param_groups
         }
@@ -379,6 +386,21 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         """A pass ended early: other ranks may be gone, and nothing is waited for any more."""
         self.gradients.fail(error)
         self.refresh.fail(error)
+
+    def renew(self, *args: Any, **kwargs: Any) -> "SDPOptimizer":
+        """Be what the constructor makes of the arguments, with the loss scale and what the last step said kept.
+
+        Who holds the optimizer, as a scheduler or a trainer, holds it still. :meth:`destroy` comes before.
+        """
+        kept = {name: getattr(self, name) for name in _KEPT}
+        self.__init__(*args, initial=self._initial, **kwargs)  # type: ignore[misc]
+        self.__dict__.update(kept)
+        return self
+
+    def forget(self) -> None:
+        """Let go of master shards and buckets too: what comes next is :meth:`renew`."""
+        self._masters, self._buckets, self._parts = {}, [], []
+        self.gradients = self.refresh = self._frozen = self._nonfinite = self._host = None  # type: ignore[assignment]
 
     def destroy(self) -> None:
         """Let go of the parameters, whose hooks are taken off."""
