@@ -39,7 +39,7 @@ def test_options_of_a_stream_reach_its_source_and_are_refused_without_one():
     assert stream_sources(data) == [SourceSpec(("a.parquet",), text_column="content", faults=policy)]
     shards = ["--output_dir", "out", "--data", "shards"]
     for name, value in zip(given[::2], given[1::2], strict=True):
-        message = rf"data\.{name[2:]}: got .*{value}.* with data\.path; takes it with data\.stream alone"
+        message = rf"data\.{name[2:]}: got .*{value}.* with data\.path; takes it with data\.stream or data\.text alone"
         with pytest.raises(ConfigError, match=message):
             parsed(*shards, name, value)
 

@@ -1,17 +1,15 @@
 """The SDP block, and how it is read."""
 
+from deepspeed_sdp.config.blocks import BLOCK, MAX_WORKERS, read_coverage
 from deepspeed_sdp.config.defaults import default_bucket_numel, default_subnetworks
 from deepspeed_sdp.config.json_file import read_json
 from deepspeed_sdp.config.messages import in_words
 from deepspeed_sdp.config.sdp import (
-    BLOCK,
-    MAX_WORKERS,
     MOST_UNASKED_SUBNETWORKS,
     SDPConfig,
     SDPSource,
     more_ranks,
     read_block,
-    read_coverage,
     split_block,
 )
 

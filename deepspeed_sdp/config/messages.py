@@ -15,7 +15,7 @@ _LONGEST_KEY = 100
 # Keys of a union report once for each of its members.
 _UNIONS = {"coverage": 'a number above 0 and up to 1, as 0.5 or "1/2", or one for each kind of unit (mlp, attention)'}
 # Keys whose feature is planned.
-_NOT_BUILT = {"schedule": "resampled plans and synchronisation every H steps are not available yet"}
+_NOT_BUILT = dict.fromkeys(("sync_interval", "outer_optimizer"), "local steps are not available yet")
 # Keys of before, or that people look for here.
 _ELSEWHERE = {
     "owners_per_unit": 'takes "coverage" K/N in its place',

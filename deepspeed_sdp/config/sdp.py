@@ -1,157 +1,46 @@
 """The SDP block: what a user writes under ``"subnetwork_data_parallel"`` or into the file of ``--sdp_config``."""
 
 import json
-import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
     model_validator,
 )
 
+from deepspeed_sdp.config.blocks import (
+    BLOCK,
+    MAX_COUNT,
+    MAX_WORKERS,
+    BackwardBlock,
+    Block,
+    CheckpointBlock,
+    CommBlock,
+    Coverage,
+    Kind,
+    PlanBlock,
+    ScheduleBlock,
+    read_coverage,
+)
 from deepspeed_sdp.config.defaults import default_owner_sets, default_subnetworks
 from deepspeed_sdp.config.json_file import read_json
 from deepspeed_sdp.config.messages import in_words
 from deepspeed_sdp.errors import ConfigError
 
-BLOCK = "subnetwork_data_parallel"
 _SHOWN_FRACTIONS = 16
 
 # A plan file for more workers than these is taken only with the key, so that nobody gets them unawares.
 MOST_UNASKED_SUBNETWORKS = 64
 
-# Short enough for any use, so that no number is too large for a float.
-_FRACTION = re.compile(r"\s*[0-9]{1,9}\s*/\s*0*[1-9][0-9]{0,8}\s*", re.ASCII)
-
-
-def read_coverage(value: Any) -> Any:
-    """A coverage as it is written, ``0.5`` or ``"1/2"``: a fraction as a number; what is none is judged later."""
-    is_fraction = isinstance(value, str) and _FRACTION.fullmatch(value)
-    return float(Fraction(value.replace(" ", ""))) if is_fraction else value
-
-
-Kind = Literal["mlp", "attention"]
-# Bounds far above any use: what is made from a number must not grow out of hand, or out of what libraries can take.
-MAX_WORKERS = 2**14
-_MAX_OWNER_SETS = 1024
-_MAX_COUNT = 2**40
-
-_NUMBER = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-_EITHER = {"anyOf": [_NUMBER, {"type": "string", "pattern": "^[0-9]{1,9}/[0-9]{1,9}$"}]}
-Coverage = Annotated[float, BeforeValidator(read_coverage), Field(gt=0, le=1), WithJsonSchema(_EITHER)]
-Capacity = Annotated[float, Field(ge=1e-6, le=1e6)]
-
-
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_auto_out(cls, block: Any) -> Any:
-        # In a DeepSpeed config "auto" leaves a value to others: here, to the default.
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        if not isinstance(block, Mapping):
-            return block
-        return {key: value for key, value in block.items() if not (key in known and value == "auto")}
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, value: object, info: ValidationInfo) -> object:
-        if not isinstance(value, list | tuple):
-            return value
-        # Before every item is looked at.
-        if len(value) > MAX_WORKERS:
-            raise ValueError(f"got {len(value)} values; takes at most {MAX_WORKERS}")
-        return tuple(value)
-
-
-class PlanBlock(_Block):
-    """``plan``: who owns what."""
-
-    design: Literal["auto", "cyclic", "random"] = Field("auto", description="how owner sets are chosen")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the plan and of the unit-wise initialisation")
-    chunk_multiple: int = Field(
-        64, ge=1, le=_MAX_COUNT, description="chunk borders are multiples of this where sizes allow"
-    )
-    max_owner_sets: int | None = Field(
-        None,
-        ge=1,
-        le=_MAX_OWNER_SETS,
-        description="upper bound of the number of process groups; default: 64 on gloo, elsewhere 16 for up to 8 "
-        "subnetworks",
-    )
-    file: str | None = Field(None, description="a plan made before (deepspeed-sdp plan --out), instead of a design")
-    worker_capacity: tuple[Capacity, ...] | None = Field(
-        None, min_length=1, description="relative speeds of the N workers, which then own units in proportion"
-    )
-    rank_order: Literal["auto", "round_robin", "owners_within_node", "owners_across_nodes"] = Field(
-        "auto", description="which rank trains which subnetwork; auto: replicas of one side by side"
-    )
-    seq_length: int = Field(
-        2048,
-        ge=1,
-        le=_MAX_COUNT,
-        description="sequence length at which the workers' FLOPs are balanced; a recipe's own where it does not say",
-    )
-
-
-class CheckpointBlock(_Block):
-    """``checkpoint``: how they are written, and what stays."""
-
-    is_async: bool = Field(
-        False, alias="async", description="write checkpoints beside the training, from a copy on the CPU"
-    )
-    copies: int = Field(
-        1,
-        ge=1,
-        le=MAX_WORKERS,
-        description="owners that write each element; a checkpoint survives the loss of one worker's files less",
-    )
-    on_error: Literal["stop", "continue"] = Field(
-        "stop", description="what the job does when a checkpoint cannot be written"
-    )
-    keep_last: int = Field(0, ge=0, le=_MAX_COUNT, description="checkpoints kept in a folder, 0: all")
-    keep_every: int = Field(0, ge=0, le=_MAX_COUNT, description="older ones of multiples of so many steps are kept too")
-
-
-class BackwardBlock(_Block):
-    """``backward``: of backward masking alone."""
-
-    overlap_refresh: bool = Field(
-        False, description="copies may arrive during the next forward pass, which waits for them"
-    )
-    recompute_frozen: bool = Field(
-        False, description="recompute blocks that are not owned instead of keeping their activations"
-    )
-
-
-class CommBlock(_Block):
-    """``comm``: what crosses the network, and its checks."""
-
-    transport: Literal["auto", "owner_sets", "all_to_all"] = Field(
-        "auto", description="how gradients and weights cross the network; auto: what is faster on the backend"
-    )
-    on_nonfinite: Literal["skip", "stop"] = Field("skip", description="what a step with NaN or Inf gradients does")
-    consistency_check_interval: int = Field(
-        0, ge=0, le=_MAX_COUNT, description="steps between two comparisons of the owners' weights, 0: never"
-    )
-
-
 # What a plan file settles, beside the block "plan".
 _SAID_BY_A_PLAN = ("design", "worker_capacity", "max_owner_sets", "chunk_multiple", "seq_length")
 
 
-class SDPConfig(_Block):
+class SDPConfig(Block):
     """The typed block. Every error names the key, what it got and what it takes.
 
     Raises (through :meth:`parse`): :class:`ConfigError`.
@@ -177,7 +66,7 @@ class SDPConfig(_Block):
     )
     shared_modules: tuple[str, ...] = Field((), description="name patterns of modules that all workers own")
     share_ends: int = Field(
-        0, ge=0, le=_MAX_COUNT, description="so many layers at the beginning, and at the end, are owned by all workers"
+        0, ge=0, le=MAX_COUNT, description="so many layers at the beginning, and at the end, are owned by all workers"
     )
     output_scaling: Literal["none", "inverse_sqrt_coverage", "inverse_coverage"] = Field(
         "inverse_sqrt_coverage",
@@ -186,7 +75,7 @@ class SDPConfig(_Block):
     calibration_sequences: int = Field(
         64,
         ge=0,
-        le=_MAX_COUNT,
+        le=MAX_COUNT,
         description="of the last step, on which launch/ scripts and Trainer calibrate the full model before it is "
         "evaluated or saved; 0: never",
     )
@@ -201,6 +90,19 @@ class SDPConfig(_Block):
     )
     backward: BackwardBlock = Field(default_factory=BackwardBlock, description="of backward masking alone")
     comm: CommBlock = Field(default_factory=CommBlock, description="what crosses the network, and its checks")
+    schedule: ScheduleBlock = Field(
+        default_factory=ScheduleBlock, description="subnetworks that change during the training"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_as_scheduled(cls, block: Any) -> Any:
+        # What is malformed is judged later.
+        try:
+            first = read_coverage(block["schedule"]["coverage_schedule"][0][1])
+        except (TypeError, KeyError, IndexError):
+            return block
+        return {"coverage": first, **block} if isinstance(first, float) and 0 < first <= 1 else block
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -210,6 +112,16 @@ class SDPConfig(_Block):
             raise ConfigError(
                 f"{BLOCK}.plan.file: got {self.plan.file!r} with {', '.join(sorted(said))}; takes it alone, the file "
                 "settles that"
+            )
+        stages = self.schedule.coverage_schedule
+        if stages and self.plan.file is not None:
+            raise ConfigError(
+                f"{BLOCK}.schedule.coverage_schedule: got it with plan.file, which has one coverage; takes one of them"
+            )
+        if stages and self.coverage not in [coverage for _, coverage in stages]:
+            raise ConfigError(
+                f"{BLOCK}.coverage: got {json.dumps(self.coverage)} with schedule.coverage_schedule, which says it; "
+                "takes one of them"
             )
         if self.masking == "backward" and "output_scaling" in self.model_fields_set and self.output_scaling != "none":
             raise ConfigError(

@@ -22,7 +22,7 @@ from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.consistency import check_owners
 from deepspeed_sdp.engine.state.face import CheckpointFace
-from deepspeed_sdp.engine.state.repartition import Moments, repartition
+from deepspeed_sdp.engine.state.repartition import Moments, changed, follow_schedule, repartition
 from deepspeed_sdp.engine.zero.build import Parts, assemble
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.errors import ConfigError
@@ -52,6 +52,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _subnetwork=subnetwork,
             _owner_groups=groups,
             _meshes={groups.identity: groups},
+            # By coverage: those of round 0.
+            _scheduled_plans={sdp_config.schedule.coverage_at(0): subnetwork.plan},
             _agreed_weights=agreed_weights,
             _traffic=Traffic(),
             _stopwatch=Stopwatch(),
@@ -101,7 +103,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             ConfigError, PlanError, ModelError: the block or the plan does not fit, or there is no memory for it; on
                 every rank, before anything is moved.
         """
-        repartition(self, plan, sdp_config or {}, moments)
+        sdp = agreed(lambda: changed(self.sdp_config, sdp_config or {}))
+        repartition(self, plan, sdp, moments)
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -133,6 +136,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
         if self.global_steps > steps:
             self._stopwatch.end_step()
             self._write_figures()
+            follow_schedule(self, self.global_steps)
 
     @property
     def phase_seconds(self) -> dict[str, float]:

@@ -165,6 +165,10 @@ def _agree_on_job(
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             check_batch_sizes(job.ds_config, dist.get_world_size())
+            # Every stage has a plan.
+            for coverage, _ in job.sdp.schedule.stages():
+                job.sdp.schedule.coverage_at(0)
+                job.sdp.model_copy(update={"coverage": coverage}).owners(job.sdp.subnetworks(dist.get_world_size()))
             assert model is not None
             adapter = find_adapter(model)
             check_as_configured(model)

@@ -1,6 +1,10 @@
 """Jobs that change their plan on the way."""
 
+import gc
+import threading
+
 import torch
+import torch.distributed as dist
 
 import deepspeed_sdp
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -35,3 +39,118 @@ def repartition(engine, change):
     if "plan_json" in change:
         plan = SubnetworkPlan.from_json(change.pop("plan_json"))
     engine.repartition(plan, change)
+
+
+def round_trip(ds, sdp, change, model=None):
+    """Train, go to another plan and back, train on; and the same without."""
+    results = []
+    for goes in (True, False):
+        engine = start(sdp, ds, model=model)
+        run_steps(engine, 2)
+        if goes:
+            plan, block = engine.plan, {key: getattr(engine.sdp_config, key) for key in change if key != "round"}
+            repartition(engine, change)
+            engine.repartition(plan, block)
+        results.append({**run_steps(engine, 2, seed=3), "full": engine.full_state_dict(torch.float32)})
+        engine.destroy()
+    return results
+
+
+def many(times, stage, sdp, changes):
+    """What there is after a few re-partitions, and after many."""
+    engine = start(sdp, {"stage": stage, "bucket": 4000})
+    found = []
+    run_steps(engine, 1)
+    for number in range(times):
+        repartition(engine, changes[number % len(changes)])
+        if number in (2 * len(changes) - 1, times - 1):
+            run_steps(engine, 1)
+            gc.collect()
+            module = engine.module
+            found.append({
+                "groups": len(dist.distributed_c10d._world.pg_map),
+                "tensors": sum(1 for o in gc.get_objects() if issubclass(type(o), torch.Tensor)),
+                "modules": sum(1 for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)),
+                "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()),
+                "threads": threading.active_count(),
+            })  # fmt: skip
+    engine.destroy()
+    return found
+
+
+def one_of_many_things(sdp, ds, change, client=None):
+    """Bytes, peak and what a client has put on the model, across one re-partition."""
+    engine = start(sdp, ds)
+    seen = []
+    handle = engine.module.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    run_steps(engine, 2)
+    root, optimizer, groups = engine.module, engine.optimizer, engine.optimizer.param_groups
+    lr = [group["lr"] for group in groups]
+    repartition(engine, change)
+    assert engine.module is root
+    assert engine.optimizer is optimizer
+    assert all(one is other for one, other in zip(engine.optimizer.param_groups, groups, strict=True))
+    assert [group["lr"] for group in groups] == lr
+    assert engine.global_steps == 2
+    assert len(seen) == 2
+    run_steps(engine, 1)
+    assert len(seen) == 3
+    sent = engine.sdp_stats()["bytes_sent_by_kind"]["repartition"]
+    handle.remove()
+    run_steps(engine, 1)
+    assert len(seen) == 3
+    engine.destroy()
+    return sent
+
+
+def refused(sdp, ds, changes):
+    """The words of each refusal; training goes on as if nothing had been."""
+    engine = start(sdp, ds)
+    run_steps(engine, 1)
+    said = []
+    for change in changes:
+        try:
+            repartition(engine, change)
+        except deepspeed_sdp.SDPError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    ids = torch.zeros(2, 12, dtype=torch.int64)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    try:
+        engine.repartition(engine.plan.resampled(1))
+    except deepspeed_sdp.SDPError as error:
+        said.append(f"{type(error).__name__}: {error}")
+    engine.step()
+    run_steps(engine, 1)
+    engine.destroy()
+    return said
+
+
+def scheduled(ds, sdp, folder, save_at, steps):
+    """Train by a schedule; then from a checkpoint of step ``save_at``."""
+    engine = start(sdp, ds)
+    plans, results = [], [run_steps(engine, save_at)]
+    engine.save_checkpoint(folder)
+    for step in range(save_at, steps):
+        plans.append(engine.plan.hash)
+        results.append(run_steps(engine, 1, seed=100 + step))
+    found = {"whole": results[save_at - steps :], "plans": plans, "full": engine.full_state_dict(torch.float32)}
+    engine.destroy()
+    engine = start(sdp, ds)
+    engine.load_checkpoint(folder)
+    plan = engine.plan.hash
+    went_on = [run_steps(engine, 1, seed=100 + step) for step in range(save_at, steps)]
+    found["again"] = {"went_on": went_on, "first": plan, "full": engine.full_state_dict(torch.float32)}
+    engine.destroy()
+    return found
+
+
+def by_schedule(ds, sdp, steps):
+    """One step at a time, with the plan of each."""
+    engine = start(sdp, ds)
+    results = []
+    for step in range(steps):
+        plan = {"plan": engine.plan.to_json(), "workers": list(engine._owner_groups.workers)}
+        results.append({**run_steps(engine, 1, seed=step + 1), **plan, "sdp": engine.sdp_config.written()})
+    results[-1]["full"] = engine.full_state_dict(torch.float32)
+    engine.destroy()
+    return results

@@ -40,7 +40,7 @@ def test_ranks_with_different_configs(workplace, refused):
 
 @pytest.mark.slow
 def test_text_too_short_for_one_batch(workplace):
-    text = workplace.write("short.txt", "\n\n\n".join(make_documents(8, words=20)))
+    text = workplace.write("short.txt", "\n\n\n".join(make_documents(150, words=20)))
     workplace.write("ds.json", json.dumps({**DEEPSPEED, "train_micro_batch_size_per_gpu": 50}))
     assert_ended_badly(
         workplace.launch(text=text, vocab_size=300), "sequences are too few for one batch of 100 (2 ranks"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepspeed_sdp.data import open_shards
 from tests.launch.jobs import Workplace
 from tests.support.ranks import rank_environment
 
@@ -32,9 +33,15 @@ print(json.dumps({"loss": float(loss), "text": tokenizer.decode(made[0]), "vocab
 """
 
 
+def heldout_of(output):
+    sequences = open_shards(output / "data").sequences("heldout", 32)
+    return sequences.ids(range(len(sequences)))
+
+
 def evaluate(output):
+    np.save(output / "heldout.npy", heldout_of(output))
     done = subprocess.run(
-        [sys.executable, "-c", EVALUATE, str(output / "hf"), str(output / "data" / "heldout.npy")],
+        [sys.executable, "-c", EVALUATE, str(output / "hf"), str(output / "heldout.npy")],
         env=rank_environment(),
         cwd=output,
         capture_output=True,
@@ -111,7 +118,7 @@ def test_the_page_agrees_with_the_data(run, report):
 
 def test_the_model_is_an_ordinary_one_with_the_reported_loss(run, report):
     output = run[0].output
-    heldout = np.load(output / "data" / "heldout.npy")
+    heldout = heldout_of(output)
     assert len(heldout) % 2 or len(heldout) % 8, "ranks or batches are unequal, which is the harder case"
     found = evaluate(output)
     assert found["loss"] == pytest.approx(report["full_model_val_loss"], abs=1e-4)

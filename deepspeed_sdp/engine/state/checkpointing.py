@@ -31,6 +31,7 @@ from deepspeed_sdp.checkpoint import (
     write_checkpoint,
     writes_of,
 )
+from deepspeed_sdp.engine.state.repartition import follow_schedule
 from deepspeed_sdp.engine.state.staging import staged
 from deepspeed_sdp.engine.state.training_state import TrainingState
 from deepspeed_sdp.engine.state.universal import open_universal
@@ -110,6 +111,9 @@ def load_checkpoint(
         with_optimizer = with_scheduler = False
     engine.optimizer.refresh.settle()
     engine.optimizer.zero_grad()
+    if with_optimizer:
+        # The subnetworks that were trained then: what a schedule says of that step.
+        follow_schedule(engine, checkpoint.meta["global_steps"])
     state = _state_of(engine)
     keys = checkpoint.meta["optimizer_state"] if with_optimizer else []
     scalars: list[dict[str, Any]] = []

@@ -37,11 +37,43 @@ Moments = Literal["move", "reset"]
 _MESHES = 2
 
 
-def repartition(engine: Any, plan: SubnetworkPlan | None, changes: Mapping[str, Any], moments: Moments) -> None:
+def changed(sdp: SDPConfig, changes: Mapping[str, Any]) -> SDPConfig:
+    """The block with some of its keys.
+
+    Raises:
+        ConfigError: see :meth:`SDPConfig.parse`.
+    """
+    written = sdp.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for key, value in changes.items():
+        within = written.get(key)
+        is_nested = isinstance(within, dict) and isinstance(value, Mapping) and key != "coverage"
+        written[key] = {**within, **value} if is_nested and isinstance(within, dict) else value
+    return SDPConfig.parse(written)
+
+
+def follow_schedule(engine: Any, step: int) -> None:
+    """Collective. Be what the block's ``schedule`` says after ``step`` steps."""
+    sdp: SDPConfig = engine.sdp_config
+    schedule = sdp.schedule
+    coverage = schedule.coverage_at(step)
+    if coverage is None and not schedule.resample_interval:
+        return
+    plans: dict[float | None, SubnetworkPlan] = engine._scheduled_plans
+    if coverage is not None:
+        sdp = sdp.model_copy(update={"coverage": coverage})
+    if coverage not in plans:
+        old, groups = engine._subnetwork, engine._owner_groups
+        plans[coverage] = from_first_rank(lambda: _placed(None, old, sdp, groups))[0]
+    round_ = step // schedule.resample_interval if schedule.resample_interval else 0
+    plan = plans[coverage].resampled(round_, schedule.resample)
+    if plan.hash != engine.plan.hash:
+        repartition(engine, plan, sdp, schedule.moments)
+
+
+def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moments: Moments) -> None:
     """Collective; see :meth:`SDPEngine.repartition`."""
     old, optimizer, groups = engine._subnetwork, engine.optimizer, engine._owner_groups
     agreed(lambda: _check_between_steps(engine, moments))
-    sdp = agreed(lambda: _changed(engine.sdp_config, changes))
     agree(lambda: {BLOCK: sdp.written(), "plan": None if plan is None else plan.hash, "moments": moments})
     plan, workers = from_first_rank(lambda: _placed(plan, old, sdp, groups))
     if (plan.hash, workers, sdp.masking) == (old.plan.hash, groups.workers, old.masking) and moments == "move":
@@ -109,15 +141,6 @@ def _check_between_steps(engine: Any, moments: Moments) -> None:
     engine.optimizer.check_backward()
     if engine.micro_steps % engine.gradient_accumulation_steps() or engine.optimizer.gradients.averages:
         raise StateError("engine.repartition: got a call in the middle of a step; takes one after engine.step()")
-
-
-def _changed(sdp: SDPConfig, changes: Mapping[str, Any]) -> SDPConfig:
-    written = sdp.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    for key, value in changes.items():
-        within = written.get(key)
-        is_nested = isinstance(within, dict) and isinstance(value, Mapping) and key != "coverage"
-        written[key] = {**within, **value} if is_nested and isinstance(within, dict) else value
-    return SDPConfig.parse(written)
 
 
 def _placed(
