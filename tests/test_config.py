@@ -1,5 +1,6 @@
 """The SDP block: defaults, values, and errors that name the key, what it got and what it takes."""
 
+import copy
 import json
 import re
 from functools import reduce
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeed_sdp import ConfigError, SDPConfig
-from deepspeed_sdp.config import BLOCK, default_subnetworks, read_json, split_block
+from deepspeed_sdp.config import BLOCK, default_subnetworks, read_json, say_total_steps, split_block
 
 
 def test_defaults():
@@ -88,13 +89,40 @@ def test_all_mistakes_are_said_at_once():
         ({"checkpoint": {"is_async": True}}, "did you mean 'checkpoint.async'? takes async, copies"),
         ({"owners_per_unit": 3}, 'takes "coverage"'),
         ({"block_unit": "layer"}, 'takes "granularity"'),
-        ({"schedule": {}}, "not available yet"),
+        ({"schedule": {"outer_optimizer": {}}}, "local steps are not available yet"),
+        ({"resample_interval": 5}, "did you mean 'schedule.resample_interval'?"),
     ],
 )
 def test_a_key_in_the_wrong_place_is_told_the_right_one(block, message):
     with pytest.raises(ConfigError) as error:
         SDPConfig.parse(block)
     assert message in str(error.value)
+
+
+def test_a_schedule_of_coverages():
+    block = {"coverage": 0.75, "schedule": {"coverage_schedule": [[0.0, "1/4"], [0.5, 0.5], [0.9, 1.0]]}}
+    config = SDPConfig.parse(block)
+    assert config.coverage == 0.25, "the schedule takes its place"
+    assert SDPConfig.parse(config.written()) == config
+    assert config.largest().coverage == 1.0
+    with pytest.raises(ConfigError, match=r"schedule.total_steps: got nothing with coverage_schedule"):
+        config.schedule.coverage_at(0)
+    ds_config = {"subnetwork_data_parallel": copy.deepcopy(block)}
+    say_total_steps(ds_config, 10)
+    schedule = SDPConfig.parse(ds_config["subnetwork_data_parallel"]).schedule
+    assert [schedule.coverage_at(step) for step in range(11)] == [0.25] * 5 + [0.5] * 4 + [1.0] * 2
+    assert schedule.describe(10) == "coverage 0.25 from step 0; coverage 0.5 from step 5; coverage 1 from step 9"
+    for stages, message in (
+        ([[0.1, 0.5]], "got the shares 0.1; takes shares that begin at 0 and ascend"),
+        ([[0.0, 0.5], [0.0, 0.25]], "got the shares 0, 0; takes"),
+        ([[0.0, 0.5, 1]], "coverage_schedule.0"),
+        ([[0.0, "half"]], "coverage_schedule.0.1"),
+        (3, "coverage_schedule: got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SDPConfig.parse({"schedule": {"coverage_schedule": stages}})
+    with pytest.raises(ConfigError, match=r"coverage_schedule: got it with plan.file"):
+        SDPConfig.parse({"plan": {"file": "a.json"}, "schedule": {"coverage_schedule": [[0.0, 0.5]]}})
 
 
 def test_what_is_written_is_read_again():

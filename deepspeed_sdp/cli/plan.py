@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from deepspeed_sdp.cli.options import coverage, listed, per_kind, written
 from deepspeed_sdp.config import SDPConfig, read_block
+from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.presets import model_path, preset_names
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ def add_commands(commands: "Commands") -> None:
     plan.add_argument("--json", action="store_true", help="print the summary as JSON")
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, for plan.file of the SDP block")
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw workers by layers, and the loads")
+    plan.add_argument("--rounds", type=int, metavar="R", help="draw R rounds of schedule.resample_interval instead")
+    plan.add_argument("--resample", choices=("rotate", "random"), default="rotate", help="how; default: %(default)s")
     plan.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from deepspeed_sdp.report import count_parameters, plan_summary, plot_plan, to_text
+    from deepspeed_sdp.report import count_parameters, plan_summary, plot_plan, plot_rounds, to_text
     from deepspeed_sdp.subnetwork import meta_model, plan_for, read_model_config
 
     block = read_block(args.sdp_config, "--sdp_config") if args.sdp_config else {}
@@ -76,5 +79,10 @@ def _plan(args: argparse.Namespace) -> None:
     print(json.dumps(summary, indent=2) if args.json else to_text(summary))
     if args.out:
         written(args.out, lambda path: path.write_text(plan.to_json(indent=2) + "\n", encoding="utf-8"))
-    if args.plot:
+    if args.rounds is not None and (args.rounds < 1 or not args.plot):
+        raise ConfigError(f"--rounds: got {args.rounds}; takes a number from 1 on, and --plot for the picture")
+    if args.rounds is not None:
+        rounds = [plan.resampled(number, args.resample) for number in range(args.rounds)]
+        written(args.plot, lambda path: plot_rounds(rounds, path))
+    elif args.plot:
         written(args.plot, lambda path: plot_plan(plan, path))

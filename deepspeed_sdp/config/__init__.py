@@ -10,6 +10,7 @@ from deepspeed_sdp.config.sdp import (
     SDPSource,
     more_ranks,
     read_block,
+    say_total_steps,
     split_block,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "read_block",
     "read_coverage",
     "read_json",
+    "say_total_steps",
     "split_block",
 ]

@@ -1,5 +1,6 @@
 """The blocks inside the SDP block, one class each."""
 
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -156,7 +157,9 @@ class ScheduleBlock(Block):
         "rotate", description="which ones: chunks of units move on by one, or to places drawn by plan.seed"
     )
     coverage_schedule: tuple[_Stage, ...] = Field(
-        (), description="[[0.0, 0.25], [0.5, 0.5], [0.9, 1.0]]: from which share of the training on which coverage"
+        (),
+        description="[[0.0, 0.25], [0.5, 0.5], [0.9, 1.0]]: from which share of the training on which coverage, in "
+        "place of coverage",
     )
     total_steps: int | None = Field(
         None,
@@ -192,6 +195,14 @@ class ScheduleBlock(Block):
                 "training"
             )
         return [coverage for share, coverage in self.coverage_schedule if step >= share * self.total_steps][-1]
+
+    def describe(self, steps: int) -> str:
+        """What changes in a training of so many steps, in words; nothing where nothing does."""
+        begins = [(coverage, math.ceil(share * steps)) for share, coverage in self.coverage_schedule]
+        said = [f"coverage {coverage:g} from step {step:,}" for coverage, step in begins]
+        if self.resample_interval:
+            said.append(f"other units every {self.resample_interval:,} steps ({self.resample})")
+        return "; ".join(said)
 
     def stages(self) -> tuple[tuple[float, float], ...]:
         """Every coverage, and the share of the training that it has."""

@@ -102,12 +102,12 @@ class SDPConfig(Block):
             first = read_coverage(block["schedule"]["coverage_schedule"][0][1])
         except (TypeError, KeyError, IndexError):
             return block
-        return {"coverage": first, **block} if isinstance(first, float) and 0 < first <= 1 else block
+        return {**block, "coverage": first} if isinstance(first, float) and 0 < first <= 1 else block
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         said = [f"plan.{key}" for key in _SAID_BY_A_PLAN if key in self.plan.model_fields_set]
-        said += ["coverage"] if "coverage" in self.model_fields_set else []
+        said += ["coverage"] if "coverage" in self.model_fields_set and not self.schedule.coverage_schedule else []
         if self.plan.file is not None and said:
             raise ConfigError(
                 f"{BLOCK}.plan.file: got {self.plan.file!r} with {', '.join(sorted(said))}; takes it alone, the file "
@@ -117,11 +117,6 @@ class SDPConfig(Block):
         if stages and self.plan.file is not None:
             raise ConfigError(
                 f"{BLOCK}.schedule.coverage_schedule: got it with plan.file, which has one coverage; takes one of them"
-            )
-        if stages and self.coverage not in [coverage for _, coverage in stages]:
-            raise ConfigError(
-                f"{BLOCK}.coverage: got {json.dumps(self.coverage)} with schedule.coverage_schedule, which says it; "
-                "takes one of them"
             )
         if self.masking == "backward" and "output_scaling" in self.model_fields_set and self.output_scaling != "none":
             raise ConfigError(
@@ -202,6 +197,14 @@ class SDPConfig(Block):
                 f"divides the world size: {', '.join(map(str, divisors))}{more}"
             )
         return count
+
+    def largest(self) -> Self:
+        """The block of the stage of its schedule with the most coverage; without one, itself."""
+        stages = self.schedule.stages()
+        if not stages:
+            return self
+        still = self.schedule.model_copy(update={"coverage_schedule": ()})
+        return self.model_copy(update={"coverage": max(coverage for coverage, _ in stages), "schedule": still})
 
     def of_one_rank(self) -> Self:
         """The block in a world of one rank, which owns every unit whatever the coverage says."""
@@ -285,6 +288,18 @@ def split_block(ds_config: Mapping[str, Any], sdp_config: SDPSource | None) -> S
     if inside is not None:
         raise ConfigError(f'two SDP blocks: sdp_config is given and the DeepSpeed config holds "{BLOCK}"; takes one')
     return SDPConfig.of(sdp_config)
+
+
+def say_total_steps(ds_config: Mapping[str, Any], steps: int) -> None:
+    """Let a schedule of coverages in the block of ``ds_config`` know the length of the training, unless it says it."""
+    block = ds_config.get(BLOCK)
+    schedule = block.get("schedule") if isinstance(block, dict) else None
+    if (
+        isinstance(schedule, dict)
+        and schedule.get("coverage_schedule")
+        and schedule.get("total_steps") in (None, "auto")
+    ):
+        schedule["total_steps"] = steps
 
 
 def read_block(source: Mapping[str, Any] | str | Path, key: str) -> Any:

@@ -124,7 +124,7 @@ class Estimator:
         Raises:
             ConfigError, ModelError, PlanError: the SDP block does not fit the model, the stage or the number of ranks.
         """
-        sdp = job.sdp if job.sdp is not None and job.sdp.enabled else None
+        sdp = job.sdp.largest() if job.sdp is not None and job.sdp.enabled else None
         job = replace(job, sdp=sdp)
         if sdp is not None:
             check_stage(job.stage, sdp)

@@ -11,6 +11,7 @@ backward pass).
 A causal kernel that skips the upper half of the scores, or a sliding window, computes less than is counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,8 @@ def flops_per_token(
         model: the full model, real or on the meta device; not one that is cut already.
         seq_length: tokens of a sequence, at which attention is counted.
         sdp: the SDP block, as ``initialize`` takes it; ``None`` or one that is not enabled: the full model alone.
-        plan: who owns what; made from ``sdp`` if not given, which takes its ``num_subnetworks``.
+        plan: who owns what; made from ``sdp`` if not given, which takes its ``num_subnetworks``. With a schedule of
+            coverages that of its beginning; the result is the mean over the training.
 
     Raises:
         ConfigError: ``seq_length`` is no length, or there is neither a plan nor ``num_subnetworks``.
@@ -97,6 +99,20 @@ def flops_per_token(
         if sdp.num_subnetworks is None:
             raise ConfigError("subnetwork_data_parallel.num_subnetworks: got none; takes the number of workers")
         plan = plan_for(model, sdp, sdp.num_subnetworks)
+    stages = sdp.schedule.stages()
+    if not stages:
+        return FlopsPerToken(dense, _of_workers(plan, modules, sdp, dense))
+    workers = [0.0] * plan.num_subnetworks
+    for coverage, share in stages:
+        at = sdp.model_copy(update={"coverage": coverage})
+        of_stage = _of_workers(plan_for(model, at, plan.num_subnetworks), modules, at, dense)
+        workers = [total + share * flops for total, flops in zip(workers, of_stage, strict=True)]
+    return FlopsPerToken(dense, tuple(workers))
+
+
+def _of_workers(
+    plan: SubnetworkPlan, modules: Sequence[_ModuleFlops], sdp: SDPConfig, dense: float
+) -> tuple[float, ...]:
     workers = [dense] * plan.num_subnetworks
     for planned in plan.spaces:
         name = planned.space.name
@@ -106,7 +122,7 @@ def flops_per_token(
         for worker in range(plan.num_subnetworks):
             units = sum(chunk.stop - chunk.start for chunk in plan.owned(name, worker))
             workers[worker] -= owned * (1 - units / planned.space.num_units)
-    return FlopsPerToken(dense, tuple(workers))
+    return tuple(workers)
 
 
 def _head_flops(model: nn.Module) -> float:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from deepspeed_sdp.agreement import from_first_rank
 from deepspeed_sdp.checkpoint import has_checkpoint, model_folder
-from deepspeed_sdp.config import BLOCK
+from deepspeed_sdp.config import BLOCK, say_total_steps
 from deepspeed_sdp.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError, OutputError
 from deepspeed_sdp.failures import report_uncaught
@@ -198,6 +198,8 @@ def prepare_for_training(trainer: Trainer, original: Original, *args: Any, **kwa
             if getattr(trainer.args, key):
                 raise ConfigError(f"TrainingArguments.{key}: got True; takes False with SDP: {why}")
         drop_autos(trainer.accelerator)
+        max_steps: int = kwargs["max_steps"] if "max_steps" in kwargs else args[0]
+        say_total_steps(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, max_steps)
     return original(*args, **kwargs)
 
 

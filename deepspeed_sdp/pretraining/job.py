@@ -211,6 +211,8 @@ def describe(job: Job) -> dict[str, str]:
         "baseline": f"{_tokens(length.dense_tokens)}, {length.dense_flops:.3g} FLOPs: this run takes "
         f"{length.tokens / length.dense_tokens:.3f} of its tokens, {against:.3f} of its FLOPs",
     }
+    if changes := run.sdp.schedule.describe(length.steps):
+        rows["changes"] = changes
     params = run.for_steps(length.steps).get("scheduler", {}).get("params", {})
     if "warmup_num_steps" in params:
         rows["schedule"] = f"{run.ds_config['scheduler']['type']}, warm-up {params['warmup_num_steps']} steps" + (

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deepspeed_sdp.config import BLOCK, SDPConfig, in_words, read_block, read_json
+from deepspeed_sdp.config import BLOCK, SDPConfig, in_words, read_block, read_json, say_total_steps
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.json_text import parse_json, shown
 from deepspeed_sdp.presets import model_path
@@ -143,11 +143,12 @@ class Run:
         return batch, micro, found
 
     def for_steps(self, steps: int) -> dict[str, Any]:
-        """The DeepSpeed config of a run of so many steps: the schedule stretches with them."""
+        """The DeepSpeed config of a run of so many steps: schedules stretch with them."""
         config = copy.deepcopy(self.ds_config)
         params = config.get("scheduler", {}).get("params", {})
         values = {"total_num_steps": steps, "warmup_num_steps": max(1, round(self.length.warmup_fraction * steps))}
         params.update({key: values[key] for key in _AUTO_STEPS if params.get(key) == "auto"})
+        say_total_steps(config, steps)
         return config
 
 

@@ -2,7 +2,7 @@
 
 from deepspeed_sdp.report.facts import RunFacts, count_parameters
 from deepspeed_sdp.report.plan_summary import plan_summary, to_text
-from deepspeed_sdp.report.plots import plot_loss, plot_plan
+from deepspeed_sdp.report.plots import plot_loss, plot_plan, plot_rounds
 from deepspeed_sdp.report.run_report import RunReport, to_markdown
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "plan_summary",
     "plot_loss",
     "plot_plan",
+    "plot_rounds",
     "to_markdown",
     "to_text",
 ]

@@ -69,6 +69,37 @@ def plot_plan(plan: SubnetworkPlan, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_rounds(plans: Sequence[SubnetworkPlan], path: Path) -> None:
+    """What workers own in each round, a row each: of every kind the units of the middle layer, or the blocks."""
+    plan = plans[0]
+    kinds = list(dict.fromkeys(planned.space.kind for planned in plan.spaces))
+    workers = plan.num_subnetworks
+    used = sorted(plan.used_sets)
+    colors = {owner_set: _color(i, len(used)) for i, owner_set in enumerate(used)}
+    width = min(max(0.75 * workers * len(kinds) + 3.5, 7), 24)
+    figure = Figure(figsize=(width, min(max(1.6 + 0.3 * len(plans), 3.2), 30)), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for row, of_round in enumerate(plans):
+            spaces = [planned for planned in of_round.spaces if planned.space.kind == kind]
+            if spaces[0].space.num_units > 1:
+                spaces = [spaces[len(spaces) // 2]]
+            for worker in range(workers):
+                axes.add_patch(Rectangle((worker, row), 0.9, 0.85, color="0.93", lw=0))
+                for place, planned in enumerate(spaces):
+                    for chunk in of_round.owned(planned.space.name, worker):
+                        left, right = (place + edge / planned.space.num_units for edge in (chunk.start, chunk.stop))
+                        at, wide = worker + 0.9 * left / len(spaces), 0.9 * (right - left) / len(spaces)
+                        axes.add_patch(Rectangle((at, row), wide, 0.85, color=colors[chunk.owner_set], lw=0))
+        what = f"{kind}, layer {spaces[0].space.layer}" if spaces[0].space.num_units > 1 else f"{kind}, all layers"
+        axes.set(xlim=(-0.05, workers), ylim=(len(plans), -0.1), title=what, xlabel="worker", ylabel="round")
+        axes.set_xticks([worker + 0.45 for worker in range(workers)], [str(worker) for worker in range(workers)])
+        axes.set_yticks([row + 0.42 for row in range(len(plans))], [str(row) for row in range(len(plans))])
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[:].set_visible(False)
+    _legend(figure, plan, used, colors)
+    figure.savefig(path, dpi=110)
+
+
 def _draw_loads(axes: Any, plan: SubnetworkPlan) -> None:
     """FLOPs and partitioned parameters of every worker, the mean is 1."""
     workers = range(plan.num_subnetworks)

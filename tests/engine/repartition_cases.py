@@ -2,11 +2,15 @@
 
 import gc
 import threading
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.engine.state import moving
+from deepspeed_sdp.engine.state import repartition as repartition_module
+from deepspeed_sdp.engine.zero.freed_weight import FreedWeight
 from deepspeed_sdp.plan import SubnetworkPlan
 from tests.engine.cases import build_model, ds_config, face, run_steps
 
@@ -152,5 +156,65 @@ def by_schedule(ds, sdp, steps):
         plan = {"plan": engine.plan.to_json(), "workers": list(engine._owner_groups.workers)}
         results.append({**run_steps(engine, 1, seed=step + 1), **plan, "sdp": engine.sdp_config.written()})
     results[-1]["full"] = engine.full_state_dict(torch.float32)
+    engine.destroy()
+    return results
+
+
+def live_bytes():
+    storages = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and type(value) is not FreedWeight and not value.is_meta:
+            storage = torch.Tensor.untyped_storage(value)
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def peak(stage, sdp, change):
+    """Bytes of all tensors before, at every portion on its way, and after."""
+    model = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6}
+    engine = start(sdp, {"stage": stage, "bucket": 20000}, model=model)
+    run_steps(engine, 1)
+    gc.collect()
+    seen = [live_bytes()]
+    exchange = moving._exchange
+
+    def watched(*args):
+        seen.append(live_bytes())
+        exchange(*args)
+
+    put_in = repartition_module._put_in
+
+    def watched_end(*args):
+        seen.append(live_bytes())
+        put_in(*args)
+
+    with mock.patch.object(moving, "_exchange", watched), mock.patch.object(repartition_module, "_put_in", watched_end):
+        repartition(engine, change)
+    run_steps(engine, 1)
+    gc.collect()
+    after = live_bytes()
+    engine.destroy()
+    return {"before": seen[0], "peak": max(seen[1:]), "after": after}
+
+
+def with_client(stage, change, offload=False):
+    """A client's optimizer of two groups and a scheduler, across a re-partition."""
+    model = build_model()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 2e-3}], eps=1e-5
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    config = ds_config(stage, optimizer=False, bucket=4000, zero_allow_untested_optimizer=True)
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    engine, *_ = deepspeed_sdp.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, sdp_config={"coverage": 0.5}
+    )
+    results = [{**run_steps(engine, 2, seed=1), **face(engine)}]
+    repartition(engine, change)
+    results.append({**run_steps(engine, 2, seed=2), **face(engine), "rates": engine.get_lr()})
     engine.destroy()
     return results

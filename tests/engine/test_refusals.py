@@ -71,7 +71,23 @@ SDP_ROWS = [
     ),
     row("no_optimizer", "ConfigError", "optimizer: got none", ds={"optimizer": False}),
     row(
-        "schedule", "ConfigError", "schedule: unknown key", "not available yet", sdp={"schedule": {"sync_interval": 2}}
+        "local_steps",
+        "ConfigError",
+        "schedule.sync_interval: unknown key",
+        "not available yet",
+        sdp={"schedule": {"sync_interval": 2}},
+    ),
+    row(
+        "a_schedule_without_an_end",
+        "ConfigError",
+        "schedule.total_steps: got nothing with coverage_schedule",
+        sdp={"schedule": {"coverage_schedule": [[0.0, 0.5]]}},
+    ),
+    row(
+        "a_later_stage_that_is_no_plan",
+        "ConfigError",
+        "coverage: got 0.4 with 4 subnetworks",
+        sdp={"schedule": {"coverage_schedule": [[0.0, 0.5], [0.5, 0.4]], "total_steps": 9}},
     ),
     row(
         "no_such_module",

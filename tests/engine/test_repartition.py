@@ -53,22 +53,44 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("case", CHANGES)
+def rows(names, stages, quick):
+    """All pairs, of which only some are quick: every name, and every stage, is in one of those."""
+    return [
+        pytest.param(name, stage, marks=[] if (name, stage) in quick else pytest.mark.slow)
+        for name in names
+        for stage in stages
+        # At ZeRO 3 backward masking is refused.
+        if stage < 3 or not any(word in str(name) for word in ("backward", "masking"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "stage"),
+    rows(
+        CHANGES,
+        range(4),
+        [
+            ("other coverage", 3),
+            ("other granularity", 1),
+            ("other number", 2),
+            ("other masking", 1),
+            ("blocks, backward", 0),
+        ],
+    ),
+)
 def test_other_plans(ranks4, case, stage):
     sdp, stages = CHANGES[case]
-    if stage == 3 and "backward" in str((sdp, stages)):
-        pytest.skip("refused")
     ds = {"stage": stage, "bucket": 4000, "accumulation": 2, "clip": 1.0}
     model = {"num_hidden_layers": 4}
     check(ranks4.run(f"{CASES}:train", stages=stages, ds=ds, sdp=sdp, model=model), ds, model=model)
 
 
-@pytest.mark.parametrize("change", [{"round": (1, "random")}, {"coverage": 0.25}, {"masking": "backward"}], ids=str)
-@pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, True), (2, False), (3, True)])
-def test_there_and_back_changes_nothing(ranks4, change, stage, bf16):
-    if stage == 3 and "masking" in change:
-        pytest.skip("refused")
+BACK = {"other units": {"round": (1, "random")}, "less": {"coverage": 0.25}, "masking": {"masking": "backward"}}
+
+
+@pytest.mark.parametrize(("change", "stage"), rows(BACK, range(4), [("other units", 3), ("less", 2), ("masking", 1)]))
+def test_there_and_back_changes_nothing(ranks4, change, stage):
+    change, bf16 = BACK[change], stage in (1, 3)
     ds = {"stage": stage, "bf16": bf16, "bucket": 4000}
     results = ranks4.run(f"{CASES}:round_trip", ds=ds, sdp={"coverage": 0.5}, change=change)
     for gone, stayed in results:
@@ -87,7 +109,7 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "times"), [(1, 42), pytest.param(3, 1002, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "times"), [(1, 24), pytest.param(3, 1002, marks=pytest.mark.slow)])
 def test_many_leave_nothing(ranks4, stage, times):
     values = {"times": times, "stage": stage, "sdp": {"coverage": 0.5}, "changes": MANY}
     for few, many in ranks4.run(f"{CASES}:many", timeout=550, **values):
@@ -137,8 +159,7 @@ def test_a_schedule_is_the_simulation_of_it(ranks4, schedule):
     assert len({result["plan"] for result in results[0]}) > 1
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("schedule", ["random", "both"])
+@pytest.mark.parametrize(("schedule", "stage"), rows(["random", "both"], (1, 3), [("random", 1), ("both", 3)]))
 def test_a_job_goes_on_across_a_change_to_the_bit(ranks4, tmp_path, schedule, stage):
     sdp, ds = {"schedule": SCHEDULES[schedule]}, {"stage": stage, "bucket": 4000}
     values = {"folder": str(tmp_path), "save_at": 3, "steps": 7}
@@ -147,3 +168,68 @@ def test_a_job_goes_on_across_a_change_to_the_bit(ranks4, tmp_path, schedule, st
         assert result["again"]["went_on"] == result["whole"]
         if result["full"] is not None:
             assert all(torch.equal(result["full"][name], value) for name, value in result["again"]["full"].items())
+
+
+FAMILIES = {
+    "gpt2": ("gpt2", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gemma": ("gemma", {}),
+    "qwen3, one KV head": ("qwen3", {"num_key_value_heads": 1}),
+    "llama, tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name == "gpt2" else pytest.mark.slow) for name in FAMILIES]
+)
+def test_every_family(ranks4, family):
+    name, model = FAMILIES[family]
+    ds, model = {"stage": 2, "bucket": 4000}, {**model, "num_hidden_layers": 4}
+    stages = [{"coverage": 0.75}, {"granularity": "branch"}, {"granularity": "neuron", "masking": "backward"}]
+    results = ranks4.run(f"{CASES}:train", stages=stages, ds=ds, sdp={"coverage": 0.5}, family=name, model=model)
+    check(results, ds, family=name, model=model)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_what_is_frozen_stays_so(ranks4, stage):
+    frozen = ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+    stages = [{"coverage": 0.75}, {"granularity": "layer"}]
+    values = {"sdp": {"coverage": 0.5}, "ds": {"stage": stage, "bucket": 4000}, "stages": stages, "frozen": frozen}
+    start = dict(build_model().state_dict())
+    for result in ranks4.run(f"{CASES}:train", **values)[0]:
+        assert result["same"]
+        assert all(torch.equal(result["full"][name], start[name]) for name in frozen)
+        assert not torch.equal(result["full"]["lm_head.weight"], start["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "offload"), [({"round": (1, "rotate")}, 1, True), ({"masking": "backward"}, 2, False)], ids=str
+)
+def test_a_clients_groups_and_scheduler_go_on(ranks4, change, stage, offload):
+    results = ranks4.run(f"{CASES}:with_client", stage=stage, change=change, offload=offload)
+    module = build_model().double()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in module.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0, "lr": 2e-3},
+        ],
+        eps=1e-5,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for number in range(2):
+        for step in range(2):
+            batches = token_batches(2, 4, seed=number + 1)[step : step + 1]
+            sdp = {"masking": change.get("masking", "forward") if number else "forward"}
+            sdp["output_scaling"] = "none" if sdp["masking"] == "backward" else "inverse_sqrt_coverage"
+            simulate(results[0][number], sdp=sdp, module=module, optimizer=optimizer, batches=batches)
+            scheduler.step()
+        assert_same_weights(results[0][number]["full"], module.state_dict(), 1e-5)
+    assert results[0][1]["rates"] == pytest.approx([group["lr"] for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize(("change", "stage"), rows(["random", 0.75, 0.25], (1, 2, 3), [("random", 3), (0.75, 1)]))
+def test_no_more_is_needed_than_the_larger_plan_and_a_portion(ranks4, stage, change):
+    change = {"round": (1, "random")} if change == "random" else {"coverage": change}
+    for found in ranks4.run(f"{CASES}:peak", stage=stage, sdp={"coverage": 0.5}, change=change):
+        # Master weights and two moments of a portion, received and sent.
+        assert found["peak"] <= 1.05 * max(found["before"], found["after"]) + 2 * 12 * 20000

@@ -86,9 +86,12 @@ def test_evaluate_and_predict_are_the_exported_models(ranks4, tmp_path, sdp, sta
         assert result["before"]["eval_loss"] != result["metrics"]["eval_loss"]
 
 
-@pytest.mark.parametrize("stage", [1, slow(3)])
-def test_resumed_to_the_bit(ranks4, tmp_path, stage):
-    values = {"sdp": HALF, "stage": stage, "max_steps": 4, "rows": 20, "timeout": 90}
+GROWING = {"schedule": {"coverage_schedule": [[0.0, 0.25], [0.75, 0.5]], "resample_interval": 1}}
+
+
+@pytest.mark.parametrize(("stage", "sdp"), [(1, HALF), slow(3, HALF), (1, GROWING), slow(3, GROWING)])
+def test_resumed_to_the_bit(ranks4, tmp_path, stage, sdp):
+    values = {"sdp": sdp, "stage": stage, "max_steps": 4, "rows": 20, "timeout": 90}
     whole = ranks4.run(f"{CASES}:save_and_resume", folder=str(tmp_path), **values)
     checkpoint = str(tmp_path / "checkpoint-2")
     assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() > 0

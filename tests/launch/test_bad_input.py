@@ -89,7 +89,7 @@ BAD_BLOCKS = {
     ),
     "a feature not built": (
         {**SDP, "schedule": {"sync_interval": 4}},
-        "resampled plans and synchronisation every H steps are not",
+        "local steps are not available yet",
     ),
     "a string": ({**SDP, "coverage": "half"}, f'{BLOCK}.coverage: got "half"; '),
 }

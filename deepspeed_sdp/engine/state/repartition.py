@@ -43,6 +43,8 @@ def changed(sdp: SDPConfig, changes: Mapping[str, Any]) -> SDPConfig:
     Raises:
         ConfigError: see :meth:`SDPConfig.parse`.
     """
+    if "coverage" in changes and sdp.schedule.coverage_schedule:
+        raise ConfigError(f"{BLOCK}.coverage: got {changes['coverage']!r}; schedule.coverage_schedule says it here")
     written = sdp.model_dump(mode="json", by_alias=True, exclude_unset=True)
     for key, value in changes.items():
         within = written.get(key)
