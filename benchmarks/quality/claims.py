@@ -123,7 +123,8 @@ def options(sizes: Sizes) -> str:
             f"- **Design**: the same split in every layer, which won the short budget ({difference(short)}), loses "
             f"the longer one ({change('same split in every layer')}): a unit that always met the same others cannot "
             "work with the rest.",
-            f"- **Resampling every step**: {change('resampled every step')}. It is not built into the engine.",
+            f"- **Resampling every step**: {change('resampled every step')}, with units drawn one by one; the "
+            "engine's `schedule` moves chunks of them.",
             f"- **A dense phase at the end**, of 10 % of the FLOPs: {change('last 10 percent dense')}. It brings "
             "what calibration brings, and needs the dense model's memory while it lasts.",
             f'- **Attention left whole** (`partition: ["mlp"]`): {change("MLP alone")} at equal FLOPs, inside '
