@@ -169,6 +169,22 @@ def _defaults() -> list[Row]:
     ]
 
 
+def _schedules() -> list[Row]:
+    """Plans that change, as the engine's block ``schedule`` has them; shares of the FLOPs, and not of the steps."""
+    moving = {
+        f"{how}_every_{steps}": Method(NEURON.sdp, resample_interval=steps, resample=how)
+        for how in ("rotate", "random")
+        for steps in (1, 20, 200)
+    }
+    quarter, dense = Phase(0.4, {"coverage": 0.25}), Phase(0.2, {"coverage": 1.0})
+    growing = {
+        "quarter_then_half": Method(NEURON.sdp, first=quarter),
+        "quarter_then_half_then_dense": Method(NEURON.sdp, first=quarter, last=dense),
+        "half_then_20_percent_dense": Method(NEURON.sdp, last=dense),
+    }
+    return _of("schedules", _NEURON, **moving, **growing)
+
+
 def averaged(method: Method) -> Method:
     """Subnetworks that compute as a model of their size would, and the full model with the mean of what they add."""
     return replace(with_sdp(method, output_scaling="inverse_coverage"), writes=method.sdp["coverage"])
@@ -253,5 +269,6 @@ def _designs() -> list[Row]:
     ]
 
 
-GROUPS = ("main", "defaults", "gap", "more", "product", "designs")
-ROWS = {row.name: row for row in (*_main(), *_averaged(), *_more(), *_defaults(), *_gap(), *_product(), *_designs())}
+GROUPS = ("main", "defaults", "gap", "more", "product", "designs", "schedules")
+_ALL = (_main, _averaged, _more, _defaults, _gap, _product, _designs, _schedules)
+ROWS = {row.name: row for rows in _ALL for row in rows()}

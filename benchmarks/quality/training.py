@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.data import RankSampler
 from deepspeed_sdp.data.packing import Tokens
 from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.plan.resample import Resample
 
 WARM_UP, LAST_LR = 0.05, 0.1
 CLIP, WEIGHT_DECAY, BETAS = 1.0, 0.1, (0.9, 0.95)
@@ -82,6 +83,7 @@ class Method:
         sdp: the SDP block; ``{"coverage": 1.0}`` is dense.
         same_split: the same teams in every layer, instead of a design.
         resample_interval: steps between two plans, 0: never.
+        resample: how: ``"units"`` one by one, or chunks of them as the engine does, ``"rotate"`` or ``"random"``.
         dropout: on what branches add.
         stochastic_depth: probability with which a worker leaves out a branch of the last layer; it rises linearly over
             the layers. What is left out costs no FLOPs.
@@ -95,6 +97,7 @@ class Method:
     sdp: dict[str, Any] = field(default_factory=lambda: dict(_DENSE))
     same_split: bool = False
     resample_interval: int = 0
+    resample: str = "units"
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     first: Phase | None = None
@@ -177,7 +180,12 @@ class _Owners:
         if any(self.rates):
             return dropped_blocks(self.size.layers, self.size.workers, self.rates, self.generator)
         interval = self.method.resample_interval
-        if interval and not self.is_dense and step % interval == 0 and step:
+        if not interval or self.is_dense or step % interval or not step:
+            return self.static
+        if self.method.resample != "units":
+            plan = self.plan.resampled(step // interval, cast("Resample", self.method.resample))
+            self.static = ownership_of(self.model, plan, self.sdp)
+        else:
             self.static = ownership_of(self.model, self.plan, self.sdp, shuffle=self.seed * 1_000_000 + step)
         return self.static
 
