@@ -44,6 +44,18 @@ def test_plan_as_json(capsys, tmp_path):
         assert len(picture.convert("L").getcolors(1 << 16)) > 10
 
 
+def test_rounds_are_drawn(capsys, tmp_path):
+    arguments = ("--model", "llama-15m", "--num_subnetworks", "4", "--rounds")
+    code, *_ = run(capsys, *arguments, "3", "--resample", "random", "--plot", str(tmp_path / "rounds.png"))
+    assert code == 0
+    with Image.open(tmp_path / "rounds.png") as picture:
+        assert len(picture.convert("L").getcolors(1 << 16)) > 10
+    for wrong in (("3",), ("0", "--plot", str(tmp_path / "rounds.png"))):
+        code, _, error = run(capsys, *arguments, *wrong)
+        assert code
+        assert error.endswith(f"--rounds: got {wrong[0]}; takes a number from 1 on, and --plot for the picture\n")
+
+
 def test_plan_as_text_names_units_and_sizes(capsys):
     code, out, _ = run(capsys, "--model", "llama-15m", "--num_subnetworks", "4", "--granularity", "layer")
     assert code == 0

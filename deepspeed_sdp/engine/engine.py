@@ -52,7 +52,8 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _subnetwork=subnetwork,
             _owner_groups=groups,
             _meshes={groups.identity: groups},
-            # By coverage: those of round 0.
+            # Of the schedule: coverage and round now, and by coverage the plans of round 0.
+            _scheduled_at=(sdp_config.schedule.coverage_at(0), 0),
             _scheduled_plans={sdp_config.schedule.coverage_at(0): subnetwork.plan},
             _agreed_weights=agreed_weights,
             _traffic=Traffic(),

@@ -218,3 +218,20 @@ def with_client(stage, change, offload=False):
     results.append({**run_steps(engine, 2, seed=2), **face(engine), "rates": engine.get_lr()})
     engine.destroy()
     return results
+
+
+def scaled(sdp, ds, changes):
+    """Largest change of the full model, and its scale, where there is one."""
+    engine = start(sdp, ds)
+    run_steps(engine, 2)
+    engine.full_scale = 1.25
+    before = engine.full_state_dict(torch.float32)
+    found = []
+    for change in changes:
+        repartition(engine, change)
+        after = engine.full_state_dict(torch.float32)
+        differs = 0.0 if before is None else max(float((after[n] - before[n]).abs().max()) for n in before)
+        found.append((differs, engine.full_scale))
+    run_steps(engine, 1)
+    engine.destroy()
+    return found

@@ -123,6 +123,19 @@ def test_a_client_finds_what_it_had_and_bytes_are_few(ranks4):
     assert all(0 < sent <= 12 * numel / 4 for sent in results)
 
 
+def test_the_full_models_scale_stays_or_goes_into_the_weights(ranks4):
+    changes = [{"round": (1, "rotate")}, {"coverage": 1.0}, {"coverage": 0.5}]
+    for found in ranks4.run(f"{CASES}:scaled", sdp={"coverage": 0.5}, ds={"stage": 1}, changes=changes):
+        assert [scale for _, scale in found] == [1.25, 1.0, 1.0]
+        assert max(differs for differs, _ in found) < 1e-6
+
+
+def test_alone_nothing_has_to_be_sent(pools):
+    sdp, ds = {"schedule": {"resample_interval": 1}}, {"stage": 1}
+    [results] = pools(1).run(f"{CASES}:by_schedule", sdp=sdp, ds=ds, steps=2)
+    assert len(results) == 2
+
+
 def test_what_does_not_fit_is_refused_and_training_goes_on(ranks4):
     changes = [{"coverage": 0.4}, {"colour": 1}, {"num_subnetworks": 3}, {"masking": "sideways"}]
     for said in ranks4.run(f"{CASES}:refused", sdp={"coverage": 0.5}, ds={"stage": 1}, changes=changes):

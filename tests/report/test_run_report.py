@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from deepspeed_sdp.plan import UnitSpace, make_plan
-from deepspeed_sdp.report import RunFacts, RunReport, plan_summary, plot_plan, to_markdown
+from deepspeed_sdp.report import RunFacts, RunReport, plan_summary, plot_plan, plot_rounds, to_markdown
 
 
 def spaces(layers=3, neurons=344, heads=4):
@@ -280,17 +280,26 @@ def test_closing_lines(tmp_path):
     assert str(tmp_path / "report.md") in lines
 
 
-PLANS = [(n, k, design) for n in (2, 3, 4, 6, 8, 12, 16) for k in (1, 2) for design in ("auto", "cyclic")]
-PLANS += [(1, 1, "auto"), (4, 3, "random"), (5, 5, "auto"), (8, 4, "auto"), (16, 8, "auto")]
+PLANS = [(1, 1, "auto"), (2, 1, "cyclic"), (4, 3, "random"), (5, 5, "auto"), (8, 4, "auto"), (16, 8, "auto")]
+MORE_PLANS = [(n, k, design) for n in (2, 3, 4, 6, 8, 12, 16) for k in (1, 2) for design in ("auto", "cyclic")]
 
 
-@pytest.mark.parametrize(("n", "k", "design"), PLANS)
+@pytest.mark.parametrize(
+    ("n", "k", "design"), [*PLANS, *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE_PLANS)]
+)
 def test_every_plan_can_be_drawn(tmp_path, n, k, design):
     plan = plan_of(n, k, design)
     plot_plan(plan, tmp_path / "plan.png")
     shown = assert_drawn(tmp_path / "plan.png")
     vivid = shown[(shown.max(axis=2).astype(int) - shown.min(axis=2)) > 40]
     assert len(vivid) > 0.01 * shown.shape[0] * shown.shape[1], "owner sets are coloured"
+
+
+@pytest.mark.parametrize(("n", "how"), [(1, "rotate"), (4, "random"), (16, "rotate")])
+def test_rounds_can_be_drawn(tmp_path, n, how):
+    plan = plan_of(n, max(1, n // 2), "cyclic")
+    plot_rounds([plan.resampled(round_, how) for round_ in range(5)], tmp_path / "rounds.png")
+    assert_drawn(tmp_path / "rounds.png")
 
 
 def test_the_picture_shows_the_share_that_a_worker_owns(tmp_path):

@@ -55,21 +55,20 @@ def changed(sdp: SDPConfig, changes: Mapping[str, Any]) -> SDPConfig:
 
 def follow_schedule(engine: Any, step: int) -> None:
     """Collective. Be what the block's ``schedule`` says after ``step`` steps."""
-    sdp: SDPConfig = engine.sdp_config
-    schedule = sdp.schedule
-    coverage = schedule.coverage_at(step)
-    if coverage is None and not schedule.resample_interval:
+    schedule = engine.sdp_config.schedule
+    coverage, interval = schedule.coverage_at(step), schedule.resample_interval
+    at = coverage, step // interval if interval else 0
+    if at == engine._scheduled_at:
         return
-    plans: dict[float | None, SubnetworkPlan] = engine._scheduled_plans
+    sdp: SDPConfig = engine.sdp_config
     if coverage is not None:
         sdp = sdp.model_copy(update={"coverage": coverage})
+    plans: dict[float | None, SubnetworkPlan] = engine._scheduled_plans
     if coverage not in plans:
         old, groups = engine._subnetwork, engine._owner_groups
         plans[coverage] = from_first_rank(lambda: _placed(None, old, sdp, groups))[0]
-    round_ = step // schedule.resample_interval if schedule.resample_interval else 0
-    plan = plans[coverage].resampled(round_, schedule.resample)
-    if plan.hash != engine.plan.hash:
-        repartition(engine, plan, sdp, schedule.moments)
+    repartition(engine, plans[coverage].resampled(at[1], schedule.resample), sdp, schedule.moments)
+    engine.__dict__["_scheduled_at"] = at
 
 
 def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moments: Moments) -> None:
