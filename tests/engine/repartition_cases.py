@@ -235,3 +235,25 @@ def scaled(sdp, ds, changes):
     run_steps(engine, 1)
     engine.destroy()
     return found
+
+
+def frozen_in_between(sdp, ds, change, pattern="layers.1."):
+    """The full model after steps with a part of it frozen across a re-partition, and after it is trained again."""
+
+    def freeze(is_frozen):
+        for name, parameter in engine.module.named_parameters():
+            if pattern in name and name not in engine._subnetwork.frozen:
+                parameter.requires_grad_(not is_frozen)
+
+    engine = start(sdp, ds)
+    run_steps(engine, 2)
+    freeze(True)
+    snapshots = [engine.full_state_dict(torch.float32)]
+    repartition(engine, change)
+    run_steps(engine, 1, seed=2)
+    snapshots.append(engine.full_state_dict(torch.float32))
+    freeze(False)
+    run_steps(engine, 1, seed=3)
+    snapshots.append(engine.full_state_dict(torch.float32))
+    engine.destroy()
+    return snapshots

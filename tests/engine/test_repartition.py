@@ -130,6 +130,15 @@ def test_the_full_models_scale_stays_or_goes_into_the_weights(ranks4):
         assert max(differs for differs, _ in found) < 1e-6
 
 
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_a_client_froze_in_mid_run_stays_frozen(ranks4, stage):
+    values = {"sdp": {"coverage": 0.5}, "ds": {"stage": stage, "bucket": 4000}, "change": {"round": (1, "rotate")}}
+    first, second, third = ranks4.run(f"{CASES}:frozen_in_between", **values)[0]
+    for name, value in second.items():
+        assert torch.equal(value, first[name]) == ("layers.1." in name), name
+        assert not torch.equal(third[name], value), name
+
+
 def test_alone_nothing_has_to_be_sent(pools):
     sdp, ds = {"schedule": {"resample_interval": 1}}, {"stage": 1}
     [results] = pools(1).run(f"{CASES}:by_schedule", sdp=sdp, ds=ds, steps=2)

@@ -84,6 +84,7 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
     optimizer.refresh.settle()
     optimizer.zero_grad()
     group_of = agree_on_groups(old.group_of, old.full_order)
+    frozen = set().union(*gather_objects(_frozen_by_client(old), "what clients have frozen"))
     # From here on nothing is refused but by all ranks, and nothing is changed until all agree.
     new_groups = _mesh(engine, plan, workers)
     made = agreed(lambda: _recut(old, plan, new_groups.subnetwork_index, sdp, group_of))
@@ -131,6 +132,9 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
         _parts=parts, _subnetwork=parts.subnetwork, _owner_groups=new_groups, sdp_config=sdp,
         param_names={p: name for name, p in made.module.named_parameters()},
     )  # fmt: skip
+    for name, parameter in parts.subnetwork.module.named_parameters():
+        if made.fragments[name].full_name in frozen:
+            parameter.requires_grad_(False)
     _fold_scale(engine, old, buckets)
     _put_in(optimizer, buckets, scalars if moments == "move" else [{}] * len(scalars))
     TrainingState(parts.subnetwork, optimizer, new_groups).spread()
@@ -183,6 +187,15 @@ def _recut(
         recompute_frozen=sdp.backward.recompute_frozen,
         group_of=group_of,
     )
+
+
+def _frozen_by_client(subnetwork: Subnetwork) -> list[str]:
+    """Full parameters that the client has frozen in mid-run."""
+    named = {
+        n: p for n, p in subnetwork.module.named_parameters() if n not in subnetwork.frozen and not p.requires_grad
+    }
+    full = {subnetwork.fragments[name].full_name for name in named}
+    return sorted(name for name in full if subnetwork.is_trained(name))
 
 
 def _trained(subnetwork: Subnetwork) -> dict[str, int]:
