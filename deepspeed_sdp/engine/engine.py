@@ -22,7 +22,7 @@ from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.consistency import check_owners
 from deepspeed_sdp.engine.state.face import CheckpointFace
-from deepspeed_sdp.engine.state.repartition import Moments, changed, follow_schedule, repartition
+from deepspeed_sdp.engine.state.repartition import Moments, changed, check_schedule, follow_schedule, repartition
 from deepspeed_sdp.engine.zero.build import Parts, assemble
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.errors import ConfigError
@@ -69,6 +69,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             super().__init__(*args, **kwargs)
             # One that a callable made is compared here for the first time.
             agree(lambda: describe_scheduler(self.lr_scheduler))
+            check_schedule(self)
         except BaseException:
             # Whoever is refused gets a plain module back. DeepSpeed's part asks for what it may not have made yet.
             with suppress(AttributeError):

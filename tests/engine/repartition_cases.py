@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 import deepspeed_sdp
 from deepspeed_sdp.engine.state import moving
@@ -257,3 +258,21 @@ def frozen_in_between(sdp, ds, change, pattern="layers.1."):
     snapshots.append(engine.full_state_dict(torch.float32))
     engine.destroy()
     return snapshots
+
+
+def without_memory(sdp, ds, bytes_left):
+    """The words with which a job is refused that would not fit later, and that a call is."""
+    said = []
+    with mock.patch.object(type(get_accelerator()), "available_memory", return_value=bytes_left):
+        for schedule in (sdp["schedule"], {}):
+            try:
+                engine = start({**sdp, "schedule": schedule}, ds)
+                run_steps(engine, 1)
+                before = engine.plan.hash
+                repartition(engine, {"coverage": 1.0})
+            except deepspeed_sdp.SDPError as error:
+                said.append(f"{type(error).__name__}: {error}")
+        assert engine.plan.hash == before
+        run_steps(engine, 1)
+        engine.destroy()
+    return said

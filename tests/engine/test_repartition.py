@@ -139,6 +139,17 @@ def test_what_a_client_froze_in_mid_run_stays_frozen(ranks4, stage):
         assert not torch.equal(third[name], value), name
 
 
+def test_what_has_no_memory_is_refused_before_anything_is_moved(ranks4):
+    """A schedule before the first step, a call before it changes anything."""
+    sdp = {"schedule": {"coverage_schedule": [[0.0, 0.25], [0.5, 1.0]], "total_steps": 4}}
+    for said in ranks4.run(f"{CASES}:without_memory", sdp=sdp, ds={"stage": 1}, bytes_left=20_000):
+        assert len(said) == 2
+        for words in said:
+            assert words.startswith(
+                "ConfigError: subnetwork_data_parallel.coverage: got 1, with which a rank holds 0.00"
+            )
+
+
 def test_alone_nothing_has_to_be_sent(pools):
     sdp, ds = {"schedule": {"resample_interval": 1}}, {"stage": 1}
     [results] = pools(1).run(f"{CASES}:by_schedule", sdp=sdp, ds=ds, steps=2)

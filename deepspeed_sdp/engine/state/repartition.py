@@ -64,11 +64,31 @@ def follow_schedule(engine: Any, step: int) -> None:
     if coverage is not None:
         sdp = sdp.model_copy(update={"coverage": coverage})
     plans: dict[float | None, SubnetworkPlan] = engine._scheduled_plans
-    if coverage not in plans:
-        old, groups = engine._subnetwork, engine._owner_groups
-        plans[coverage] = from_first_rank(lambda: _placed(None, old, sdp, groups))[0]
     repartition(engine, plans[coverage].resampled(at[1], schedule.resample), sdp, schedule.moments)
     engine.__dict__["_scheduled_at"] = at
+
+
+def check_schedule(engine: Any) -> None:
+    """Collective. Before the first step: whether there is a plan, and memory, for every stage of the schedule.
+
+    Raises:
+        ConfigError, PlanError: there is not; on every rank.
+    """
+    for coverage, _ in engine.sdp_config.schedule.stages()[1:]:
+        sdp = engine.sdp_config.model_copy(update={"coverage": coverage})
+        _check_stage(engine, coverage, sdp)
+
+
+def _check_stage(engine: Any, coverage: float, sdp: SDPConfig) -> None:
+    old, groups = engine._subnetwork, engine._owner_groups
+    plan, workers = from_first_rank(lambda: _placed(None, old, sdp, groups))
+    engine._scheduled_plans.setdefault(coverage, plan)
+
+    def check() -> None:
+        made = _recut(old, plan, workers[groups.rank], sdp, old.group_of)
+        _check_memory(engine, made, Settings.of(engine, sdp))
+
+    agreed(check)
 
 
 def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moments: Moments) -> None:
@@ -90,7 +110,7 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
     made = agreed(lambda: _recut(old, plan, new_groups.subnetwork_index, sdp, group_of))
     settings = Settings.of(engine, sdp)
     layout = _layout(made, new_groups, settings)
-    agreed(lambda: _check_memory(engine, made, layout, settings))
+    agreed(lambda: _check_memory(engine, made, settings))
 
     state = TrainingState(old, optimizer, groups)
     scalars, mine = state.scalars(), state.layout()
@@ -214,18 +234,22 @@ def _layout(subnetwork: Subnetwork, groups: OwnerGroups, settings: Settings) -> 
     return make_layout(subnetwork, groups, trained, stage=settings.stage, round_numel=settings.round_numel)
 
 
-def _check_memory(engine: Any, made: Subnetwork, layout: Layout, settings: Settings) -> None:
-    weights = sum(p.numel() for p in made.module.parameters()) * settings.dtype.itemsize
-    shards = sum(bucket.shard_numel for bucket in layout.buckets)
-    if settings.stage == 3:
-        weights = shards * settings.dtype.itemsize
+def _check_memory(engine: Any, made: Subnetwork, settings: Settings) -> None:
+    """Whether this rank has room for what ``made`` holds more than there is now; its parameters may have no memory."""
+    replicas = dist.get_world_size() // made.plan.num_subnetworks
+    owners = {name: len(made.plan.owner_sets[made.owner_set(name)]) * replicas for name in made.fragments}
+    numels = {name: p.numel() for name, p in made.module.named_parameters() if name not in made.views}
+    trained = {name: made.module.get_parameter(name).numel() for name in _trained(made)}
+    shards = sum(numel / (owners[name] if settings.stage else 1) for name, numel in trained.items())
+    weights = shards if settings.stage == 3 else sum(numels.values())
     kinds = {kind for of in engine.optimizer.behaviour.state.values() for kind, kept in of.items() if kept.by_element}
-    needed = weights + 4 * shards * (1 + len(kinds)) - model_state_bytes(engine)["total"]
-    available = get_accelerator().available_memory()
-    if needed > available:
+    is_master = settings.dtype == torch.float32
+    needed = weights * settings.dtype.itemsize + 4 * shards * (len(kinds) + (not is_master))
+    more, available = needed - model_state_bytes(engine)["total"], get_accelerator().available_memory()
+    if more > available:
         raise ConfigError(
-            f"engine.repartition: the plan takes {needed / 1e9:.2f} GB more than this one and there are "
-            f"{available / 1e9:.2f} GB; takes a plan of less coverage"
+            f"{BLOCK}.coverage: got {made.plan.coverage:g}, with which a rank holds {more / 1e9:.2f} GB more than now; "
+            f"takes less, as there are {available / 1e9:.2f} GB left"
         )
 
 
