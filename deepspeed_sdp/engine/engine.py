@@ -22,7 +22,8 @@ from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.consistency import check_owners
 from deepspeed_sdp.engine.state.face import CheckpointFace
-from deepspeed_sdp.engine.state.repartition import Moments, changed, check_schedule, follow_schedule, repartition
+from deepspeed_sdp.engine.state.repartition import Moments, changed, repartition
+from deepspeed_sdp.engine.state.schedule import check_schedule, follow_schedule
 from deepspeed_sdp.engine.zero.build import Parts, assemble
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.errors import ConfigError

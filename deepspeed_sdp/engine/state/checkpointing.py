@@ -31,7 +31,7 @@ from deepspeed_sdp.checkpoint import (
     write_checkpoint,
     writes_of,
 )
-from deepspeed_sdp.engine.state.repartition import follow_schedule
+from deepspeed_sdp.engine.state.schedule import follow_schedule
 from deepspeed_sdp.engine.state.staging import staged
 from deepspeed_sdp.engine.state.training_state import TrainingState
 from deepspeed_sdp.engine.state.universal import open_universal

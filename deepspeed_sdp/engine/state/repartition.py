@@ -53,50 +53,12 @@ def changed(sdp: SDPConfig, changes: Mapping[str, Any]) -> SDPConfig:
     return SDPConfig.parse(written)
 
 
-def follow_schedule(engine: Any, step: int) -> None:
-    """Collective. Be what the block's ``schedule`` says after ``step`` steps."""
-    schedule = engine.sdp_config.schedule
-    coverage, interval = schedule.coverage_at(step), schedule.resample_interval
-    at = coverage, step // interval if interval else 0
-    if at == engine._scheduled_at:
-        return
-    sdp: SDPConfig = engine.sdp_config
-    if coverage is not None:
-        sdp = sdp.model_copy(update={"coverage": coverage})
-    plans: dict[float | None, SubnetworkPlan] = engine._scheduled_plans
-    repartition(engine, plans[coverage].resampled(at[1], schedule.resample), sdp, schedule.moments)
-    engine.__dict__["_scheduled_at"] = at
-
-
-def check_schedule(engine: Any) -> None:
-    """Collective. Before the first step: whether there is a plan, and memory, for every stage of the schedule.
-
-    Raises:
-        ConfigError, PlanError: there is not; on every rank.
-    """
-    for coverage, _ in engine.sdp_config.schedule.stages()[1:]:
-        sdp = engine.sdp_config.model_copy(update={"coverage": coverage})
-        _check_stage(engine, coverage, sdp)
-
-
-def _check_stage(engine: Any, coverage: float, sdp: SDPConfig) -> None:
-    old, groups = engine._subnetwork, engine._owner_groups
-    plan, workers = from_first_rank(lambda: _placed(None, old, sdp, groups))
-    engine._scheduled_plans.setdefault(coverage, plan)
-
-    def check() -> None:
-        made = _recut(old, plan, workers[groups.rank], sdp, old.group_of)
-        _check_memory(engine, made, Settings.of(engine, sdp))
-
-    agreed(check)
-
-
 def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moments: Moments) -> None:
     """Collective; see :meth:`SDPEngine.repartition`."""
     old, optimizer, groups = engine._subnetwork, engine.optimizer, engine._owner_groups
     agreed(lambda: _check_between_steps(engine, moments))
     agree(lambda: {BLOCK: sdp.written(), "plan": None if plan is None else plan.hash, "moments": moments})
-    plan, workers = from_first_rank(lambda: _placed(plan, old, sdp, groups))
+    plan, workers = from_first_rank(lambda: placed(plan, old, sdp, groups))
     if (plan.hash, workers, sdp.masking) == (old.plan.hash, groups.workers, old.masking) and moments == "move":
         engine.__dict__["sdp_config"] = sdp
         return
@@ -107,10 +69,10 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
     frozen = set().union(*gather_objects(_frozen_by_client(old), "what clients have frozen"))
     # From here on nothing is refused but by all ranks, and nothing is changed until all agree.
     new_groups = _mesh(engine, plan, workers)
-    made = agreed(lambda: _recut(old, plan, new_groups.subnetwork_index, sdp, group_of))
+    made = agreed(lambda: recut_as(old, plan, new_groups.subnetwork_index, sdp, group_of))
     settings = Settings.of(engine, sdp)
     layout = _layout(made, new_groups, settings)
-    agreed(lambda: _check_memory(engine, made, settings))
+    agreed(lambda: check_memory(engine, made, settings))
 
     state = TrainingState(old, optimizer, groups)
     scalars, mine = state.scalars(), state.layout()
@@ -168,9 +130,14 @@ def _check_between_steps(engine: Any, moments: Moments) -> None:
         raise StateError("engine.repartition: got a call in the middle of a step; takes one after engine.step()")
 
 
-def _placed(
+def placed(
     plan: SubnetworkPlan | None, old: Subnetwork, sdp: SDPConfig, groups: OwnerGroups
 ) -> tuple[SubnetworkPlan, tuple[int, ...]]:
+    """A plan, or the one that ``sdp`` asks for, and the subnetwork of every rank under it.
+
+    Raises:
+        ConfigError, PlanError: it does not fit the model or the ranks.
+    """
     world = len(groups.workers)
     if plan is None:
         plan = plan_for(old.full.skeleton, sdp, world, dist.get_backend())
@@ -194,9 +161,10 @@ def _mesh(engine: Any, plan: SubnetworkPlan, workers: Sequence[int]) -> OwnerGro
     return found
 
 
-def _recut(
+def recut_as(
     old: Subnetwork, plan: SubnetworkPlan, index: int, sdp: SDPConfig, group_of: Mapping[str, int]
 ) -> Subnetwork:
+    """The subnetwork of worker ``index``, as the block asks; see :func:`~deepspeed_sdp.subnetwork.recut.recut`."""
     return recut(
         old,
         plan,
@@ -234,8 +202,12 @@ def _layout(subnetwork: Subnetwork, groups: OwnerGroups, settings: Settings) -> 
     return make_layout(subnetwork, groups, trained, stage=settings.stage, round_numel=settings.round_numel)
 
 
-def _check_memory(engine: Any, made: Subnetwork, settings: Settings) -> None:
-    """Whether this rank has room for what ``made`` holds more than there is now; its parameters may have no memory."""
+def check_memory(engine: Any, made: Subnetwork, settings: Settings) -> None:
+    """Whether this rank has room for what ``made`` holds more than there is now; its parameters may have no memory.
+
+    Raises:
+        ConfigError: it has not.
+    """
     replicas = dist.get_world_size() // made.plan.num_subnetworks
     owners = {name: len(made.plan.owner_sets[made.owner_set(name)]) * replicas for name in made.fragments}
     numels = {name: p.numel() for name, p in made.module.named_parameters() if name not in made.views}
