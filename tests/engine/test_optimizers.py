@@ -92,7 +92,8 @@ def test_what_groups_keep_of_their_own_comes_back(ranks4, tmp_path, client, stag
     batches = [*token_batches(3, 4), *token_batches(2, 4, seed=9)]
     sdp = {"coverage": 0.5, "granularity": "layer"}
     simulate(results[0]["went_on"], module=module, optimizer=expected, batches=batches, sdp=sdp)
-    assert_close(full[0], dict(module.state_dict()))
+    # At thirty times the rate of the other tests rounding is as much larger.
+    assert_close(full[0], dict(module.state_dict()), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
