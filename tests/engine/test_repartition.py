@@ -39,6 +39,10 @@ def test_resampled_plans(ranks4, stage):
 
 
 CHANGES = {
+    "other scaling": (
+        {"coverage": 0.5},
+        [{"output_scaling": "none"}, {"output_scaling": "inverse_coverage", "comm": {"transport": "owner_sets"}}],
+    ),
     "other coverage": ({"coverage": 0.5}, [{"coverage": 0.75}, {"coverage": 0.25}, {"coverage": 1.0}]),
     "other granularity": (
         {"coverage": 0.5},
@@ -70,6 +74,7 @@ def rows(names, stages, quick):
         CHANGES,
         range(4),
         [
+            ("other scaling", 2),
             ("other coverage", 3),
             ("other granularity", 1),
             ("other number", 2),
@@ -157,13 +162,22 @@ def test_alone_nothing_has_to_be_sent(pools):
 
 
 def test_what_does_not_fit_is_refused_and_training_goes_on(ranks4):
-    changes = [{"coverage": 0.4}, {"colour": 1}, {"num_subnetworks": 3}, {"masking": "sideways"}]
-    for said in ranks4.run(f"{CASES}:refused", sdp={"coverage": 0.5}, ds={"stage": 1}, changes=changes):
-        assert len(said) == 5
+    changes = [
+        {"coverage": 0.4},
+        {"colour": 1},
+        {"num_subnetworks": 3},
+        {"masking": "sideways"},
+        {"masking": "backward"},
+        {"enabled": False},
+    ]
+    for said in ranks4.run(f"{CASES}:refused", sdp={"coverage": 0.5}, ds={"stage": 3}, changes=changes):
+        assert len(said) == 7
         assert "subnetwork_data_parallel.coverage: got 0.4" in said[0]
         assert "colour" in said[1]
         assert "num_subnetworks: got 3 with a world size of 4" in said[2]
-        assert said[4].startswith("StateError: engine.repartition: got a call in the middle of a step")
+        assert 'masking: got "backward" with ZeRO stage 3' in said[4]
+        assert "enabled: got false" in said[5]
+        assert said[6].startswith("StateError: engine.repartition: got a call in the middle of a step")
 
 
 SCHEDULES = {

@@ -99,6 +99,18 @@ def test_as_many_tokens_or_as_many_flops():
     assert tokens.length.flops < 0.61 * tokens.length.dense_flops
 
 
+def test_a_schedule_is_counted_and_said():
+    stages = "[[0.0, 0.25], [0.5, 0.5], [0.9, 1.0]]"
+    job = make_job(read_recipe("134m", [("sdp.schedule.coverage_schedule", stages)]), 8)
+    parts = [make_job(read_recipe("134m", [("sdp.coverage", str(c))]), 8).flops.mean for c in (0.25, 0.5, 1.0)]
+    assert job.flops.mean == pytest.approx(0.5 * parts[0] + 0.4 * parts[1] + 0.1 * parts[2], rel=1e-9)
+    steps = job.length.steps
+    said = f"coverage 0.25 from step 0; coverage 0.5 from step {-(-steps // 2):,}; coverage 1 from step"
+    assert describe(job)["changes"].startswith(said)
+    block = job.run.for_steps(steps)["subnetwork_data_parallel"]
+    assert block["schedule"]["total_steps"] == steps
+
+
 @pytest.mark.parametrize("world_size", [1, 8, 16, 64])
 def test_the_global_batch_is_the_same_on_any_number_of_ranks(world_size):
     recipe = read_recipe("1b", [("sdp.enabled", "false")])

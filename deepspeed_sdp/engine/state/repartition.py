@@ -18,6 +18,7 @@ from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.deepspeed.memory import model_state_bytes
 from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
+from deepspeed_sdp.engine.deepspeed.refusals import check_stage
 from deepspeed_sdp.engine.deepspeed.settings import Settings
 from deepspeed_sdp.engine.state.moving import Wanted, Whereabouts, move
 from deepspeed_sdp.engine.state.training_state import TrainingState, run_of, shard_of, untrained_of
@@ -32,6 +33,9 @@ from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Subnetwork, give_memory, graft, plan_for, recut
 
 Moments = Literal["move", "reset"]
+
+# Keys by which engines of the same plan differ.
+_OF_ENGINES = ("masking", "output_scaling", "backward", "comm")
 
 # Meshes whose process groups are kept: this one's, and the last one's, to which a job may come back.
 _MESHES = 2
@@ -50,16 +54,20 @@ def changed(sdp: SDPConfig, changes: Mapping[str, Any]) -> SDPConfig:
         within = written.get(key)
         is_nested = isinstance(within, dict) and isinstance(value, Mapping) and key != "coverage"
         written[key] = {**within, **value} if is_nested and isinstance(within, dict) else value
-    return SDPConfig.parse(written)
+    made = SDPConfig.parse(written)
+    if not made.enabled:
+        raise ConfigError(f"{BLOCK}.enabled: got false; takes true in an engine that trains subnetworks")
+    return made
 
 
 def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moments: Moments) -> None:
     """Collective; see :meth:`SDPEngine.repartition`."""
     old, optimizer, groups = engine._subnetwork, engine.optimizer, engine._owner_groups
-    agreed(lambda: _check_between_steps(engine, moments))
+    agreed(lambda: _check(engine, sdp, moments))
     agree(lambda: {BLOCK: sdp.written(), "plan": None if plan is None else plan.hash, "moments": moments})
     plan, workers = from_first_rank(lambda: placed(plan, old, sdp, groups))
-    if (plan.hash, workers, sdp.masking) == (old.plan.hash, groups.workers, old.masking) and moments == "move":
+    is_same = (plan.hash, workers) == (old.plan.hash, groups.workers) and moments == "move"
+    if is_same and all(getattr(sdp, key) == getattr(engine.sdp_config, key) for key in _OF_ENGINES):
         engine.__dict__["sdp_config"] = sdp
         return
     engine.wait_for_checkpoint()
@@ -122,7 +130,8 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
     TrainingState(parts.subnetwork, optimizer, new_groups).spread()
 
 
-def _check_between_steps(engine: Any, moments: Moments) -> None:
+def _check(engine: Any, sdp: SDPConfig, moments: Moments) -> None:
+    check_stage(engine.zero_optimization_stage(), sdp)
     if moments not in ("move", "reset"):
         raise ConfigError(f'moments: got {moments!r}; takes "move" or "reset"')
     engine.optimizer.check_backward()
