@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --device cpu --only "oracle fp32" resume
 
 A check that fails, hangs or kills its processes is a row, and the others go on in new processes. What the time does not
-reach is a row too. Results are written after every check.
+reach is a row too. Results are written after every check. Rows of earlier runs stay until their check has been run again.
 """
 
 import argparse
@@ -51,17 +51,27 @@ def main() -> int:
     environment = _environment(args.device)
     facts = describe(args.device, environment)
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
-    rows: list[dict[str, Any]] = []
     output.parent.mkdir(parents=True, exist_ok=True)
+    rows = {row["check"]: row for row in (json.loads(output.read_text())["rows"] if output.exists() else [])}
+    new = []
     for group, checks in groupby(chosen, key=lambda check: check.group):
         for row in _run_group(group, list(checks), facts["devices"], environment, deadline):
-            rows.append({**row, "command": command, "device": args.device, **facts})
+            row = {**row, "command": command, "device": args.device, **facts}
+            new.append(row)
+            # What the time did not reach is no news of a check that has been run before.
+            if row["state"] != "not run" or row["check"] not in rows:
+                rows[row["check"]] = row
             passed = time.monotonic() - deadline + args.budget
             print(f"[{passed:4.0f} s] {row['state']}: {row['check']} {row.get('says', '')}", flush=True)
-            _replace(output, json.dumps({"rows": rows}, indent=1) + "\n")
-    write_page(rows, ROOT / "docs/gpu.md", page)
+            _replace(output, json.dumps({"rows": _ordered(rows)}, indent=1) + "\n")
+    write_page(_ordered(rows), ROOT / "docs/gpu.md", page)
     print(f"{output}\n{page}")
-    return int(any(row["state"] == "failed" for row in rows))
+    return int(any(row["state"] == "failed" for row in new))
+
+
+def _ordered(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the checks are listed; rows of checks that are no more are left out."""
+    return [rows[check.name] for check in CHECKS if check.name in rows]
 
 
 def _run_group(

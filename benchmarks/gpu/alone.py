@@ -24,9 +24,11 @@ from deepspeed_sdp.estimate.gpu import Cluster, find_gpu, gpu_of_device
 _TOY = Workload(hidden_size=64, layers=3, head_size=16, vocab_size=128, sequence=32, micro_batch=2, precision="bf16")
 # How far an estimate may be from the measured peak. At toy size padding and what is not modelled weigh more.
 _PEAK_TOLERANCE, _TOY_TOLERANCE = 0.1, 0.25
+# Hidden size, layers and micro-batch of a step.
+_SHAPES = {"134M": (768, 12, 16), "1B": (2048, 24, 4)}
 
 
-def _workload(hidden_size: int, layers: int, micro_batch: int) -> Workload:
+def make_workload(hidden_size: int, layers: int, micro_batch: int) -> Workload:
     """A preset's shape at the recipes' sequence length, made on the device; at toy size on a CPU."""
     if not _is_device():
         return _TOY
@@ -44,7 +46,7 @@ def _workload(hidden_size: int, layers: int, micro_batch: int) -> Workload:
 
 def peak(contender: str) -> dict[str, Any]:
     """The 1B preset's shape: the true peak of a step beside what ``estimate`` says."""
-    workload, chosen = _workload(2048, 24, 2), CONTENDERS[contender]
+    workload, chosen = make_workload(2048, 24, 2), CONTENDERS[contender]
     with _held() as held:
 
         def make() -> System:
@@ -74,9 +76,9 @@ def peak(contender: str) -> dict[str, Any]:
     return figures
 
 
-def speed(contender: str) -> dict[str, Any]:
-    """The 134M recipe: seconds of a step, the share of the device's FLOPs that it reaches, its peak."""
-    workload = _workload(768, 12, 16)
+def speed(contender: str, shape: str) -> dict[str, Any]:
+    """A preset's shape: seconds of a step, the share of the device's FLOPs that it reaches, its peak."""
+    workload = make_workload(*_SHAPES[shape])
     schedule = Schedule(rounds=2, warmup=3, steps=5) if _is_device() else Schedule(rounds=1, warmup=1, steps=2)
     (row,) = run([Case(CONTENDERS[contender], workload)], schedule)
     assert "reason" not in row, row["reason"]
@@ -101,7 +103,7 @@ def prefetch(prefetch: bool) -> dict[str, Any]:
     contender = CONTENDERS["SDP forward neuron 1/2 ZeRO-3"]
     if not prefetch:
         contender = replace(contender, zero={"stage3_prefetch_bucket_size": 0})
-    return _plain_steps(contender, _workload(768, 12, 16))
+    return _plain_steps(contender, make_workload(*_SHAPES["134M"]))
 
 
 def _plain_steps(contender: Contender, workload: Workload, steps: int = 8) -> dict[str, Any]:

@@ -49,8 +49,9 @@ def _peak(contender: str) -> Check:
     return Check(f"1B peak of one of 8 workers: {contender}", "alone", "alone:peak", {"contender": contender}, 120.0)
 
 
-def _speed(contender: str) -> Check:
-    return Check(f"134M step of one of 8 workers: {contender}", "alone", "alone:speed", {"contender": contender}, 90.0)
+def _speed(contender: str, shape: str = "134M") -> Check:
+    arguments = {"contender": contender, "shape": shape}
+    return Check(f"{shape} step of one of 8 workers: {contender}", "alone", "alone:speed", arguments, 90.0)
 
 
 CHECKS = [
@@ -61,19 +62,27 @@ CHECKS = [
     Check("optimizer offloaded, pinned, ZeRO-1", "shared", "training:offloaded", {"stage": 1}),
     Check("optimizer and weights offloaded, pinned, ZeRO-3", "shared", "training:offloaded", {"stage": 3}),
     Check("torch's fused AdamW", "shared", "training:torch_fused"),
+    Check("re-partition, ZeRO-1", "shared", "training:repartitioned", {"stage": 1}),
+    Check("re-partition, ZeRO-3", "shared", "training:repartitioned", {"stage": 3}),
     _peak("SDP forward neuron 1/2 ZeRO-1"),
     _speed("SDP forward neuron 1/2 ZeRO-1"),
     _speed("DeepSpeed ZeRO-1"),
     _speed("FSDP2"),
     _peak("SDP forward neuron 1/2 ZeRO-3"),
     _peak("DeepSpeed ZeRO-1"),
+    *[_speed(name, "1B") for name in ("SDP forward neuron 1/2 ZeRO-1", "DeepSpeed ZeRO-1", "FSDP2")],
     *[
         Check(f"134M ZeRO-3 {word} prefetch", "alone", "alone:prefetch", {"prefetch": prefetch}, 90.0)
         for word, prefetch in (("with", True), ("without", False))
     ],
-    _speed("SDP backward neuron 1/2 ZeRO-1"),
+    *[_speed(f"SDP {name}") for name in ("backward neuron 1/2 ZeRO-1", "forward neuron 1/4 ZeRO-1")],
+    *[_speed(name) for name in ("SDP forward layer 1/2 ZeRO-1", "DeepSpeed ZeRO-3", "DDP")],
     *_oracle("nccl", "fp32"),
     *_oracle("nccl", "bf16", (1, 3)),
+    *[
+        Check(f"134M checkpoint, {word}, NCCL", "nccl", "training:saved", {"is_async": word == "async"})
+        for word in ("sync", "async")
+    ],
     Check("torch.compile, ZeRO-1", "shared", "training:compiled", {"stage": 1}, 120.0),
     Check("torch.compile, ZeRO-3", "shared", "training:compiled", {"stage": 3}, 120.0),
     Check("DeepSpeed's FusedAdam", "shared", "training:deepspeed_fused", {}, 180.0),

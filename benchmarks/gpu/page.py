@@ -19,10 +19,9 @@ def write_page(rows: Rows, template: Path, page: Path) -> None:
 
 def tables(rows: Rows) -> str:
     """All rows as Markdown."""
-    first = rows[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
-    parts = [f"`{first['command']}` on {first['date']}: {first['device']}, {versions}."]
-    if first["device"] == "cpu":
+    runs = {(row["command"], row["date"], row["device"], _versions(row)): None for row in rows}
+    parts = [f"`{command}` on {date}: {device}, {versions}." for command, date, device, versions in runs]
+    if any(row["device"] == "cpu" for row in rows):
         parts.append("At toy size on a CPU: these figures say that the checks run, and nothing of a GPU.")
     ended = [row for row in rows if row["state"] == "passed"]
     parts.append(f"{len(ended)} of {len(rows)} checks passed.")
@@ -36,7 +35,7 @@ def tables(rows: Rows) -> str:
         "similarity": _number("update_similarity", "{:.4f}"),
     }
     parts += _section("Largest differences to the simulation, or to the run before a resume", compared, columns)
-    timed = [row for row in ended if "mfu" in row or row["check"].startswith("134M")]
+    timed = [row for row in ended if "step_seconds" in row and "loss_difference" not in row]
     columns = {
         "check": lambda r: r["check"],
         "ms per step": _number("step_seconds", "{:.1f}", 1e3),
@@ -52,7 +51,20 @@ def tables(rows: Rows) -> str:
         "estimated GB": _number("estimated_peak", "{:.3f}", 1e-9),
         "ratio": _number("estimated_over_measured", "{:.3f}"),
     }
-    return "\n\n".join([*parts, *_section("Peak memory beside the estimate", peaks, columns)])
+    parts += _section("Peak memory beside the estimate", peaks, columns)
+    saved = [row for row in ended if "stall" in row]
+    columns = {
+        "check": lambda r: r["check"],
+        "training waits, ms": _number("stall", "{:.0f}", 1e3),
+        "until it is saved, ms": _number("saved", "{:.0f}", 1e3),
+        "loading, ms": _number("load", "{:.0f}", 1e3),
+        "GB": _number("written", "{:.2f}", 1e-9),
+    }
+    return "\n\n".join([*parts, *_section("A checkpoint", saved, columns)])
+
+
+def _versions(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
 
 
 def _section(title: str, rows: Rows, columns: dict[str, Callable[[dict[str, Any]], str]]) -> list[str]:

@@ -1,17 +1,22 @@
 """Checks of training on several ranks: against the reference simulation, and features of an engine."""
 
 import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.utils._pytree import tree_map
 
 import deepspeed_sdp
+from benchmarks.gpu.alone import make_workload
 from deepspeed_sdp.ranks import gather_objects, object_of_first
+from tests.engine import repartition_cases, test_repartition
 from tests.engine.cases import build_model, ds_config, face, run_steps
 from tests.engine.test_precision import bf16_simulation, update_similarity
 from tests.support.compare import assert_owners_equal, simulate
@@ -85,6 +90,57 @@ def resume(stage: int) -> dict[str, Any]:
     return {"loss_difference": difference}
 
 
+def repartitioned(stage: int) -> dict[str, Any]:
+    """Other units, another coverage, blocks: the full model stays, and training goes on as the simulation's does."""
+    world, ds = dist.get_world_size(), {"stage": stage, "bucket": 4000, "clip": 1.0}
+    stages = [{"round": (1, "rotate")}, {"coverage": 0.75}, {"granularity": "layer"}]
+    results = _of_all(repartition_cases.train(stages=stages, ds=ds, sdp={"coverage": 0.5}))
+    if dist.get_rank() == 0:
+        test_repartition.check(results, ds, world)
+    return {}
+
+
+def saved(is_async: bool) -> dict[str, Any]:
+    """How long a checkpoint of the 134M shape keeps training waiting, and how long it takes."""
+    folder = object_of_first(tempfile.mkdtemp(prefix="sdp-gpu-") if dist.get_rank() == 0 else None, "a folder")
+    workload = make_workload(768, 12, 4)
+    config = ds_config(1, bf16=True)
+    sdp = {"checkpoint": {"async": is_async}}
+    engine = deepspeed_sdp.initialize(model=workload.model(), config=config, sdp_config=sdp)[0]
+    ids = workload.batch(0, 0)[:2].to(engine.device)
+
+    def step() -> None:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+
+    figures = []
+    for tag in ("first", "second"):
+        step()
+        stall = _timed(lambda tag=tag: engine.save_checkpoint(folder, tag=tag))
+        rest = _timed(engine.wait_for_checkpoint)
+        load = _timed(lambda tag=tag: engine.load_checkpoint(folder, tag=tag))
+        written = sum(file.stat().st_size for file in Path(folder, tag).iterdir())
+        figures.append({"stall": stall, "saved": stall + rest, "load": load, "written": written})
+    engine.destroy()
+    shutil.rmtree(folder, ignore_errors=True)
+    # The first one allocates what the later ones use again.
+    return {**figures[1], "first_stall": figures[0]["stall"]}
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    get_accelerator().synchronize()
+    began = time.perf_counter()
+    work()
+    get_accelerator().synchronize()
+    return time.perf_counter() - began
+
+
+def _of_all(mine: Any) -> Any:
+    """Every rank's results, on the CPU."""
+    on_cpu = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, mine)
+    return gather_objects(on_cpu, "comparing with the simulation")
+
+
 def _trained(
     ds: dict[str, Any],
     masking: str = "forward",
@@ -112,11 +168,7 @@ def _trained(
     figures = {**look(engine), "step_seconds": wall, "phases": engine.sdp_stats()["seconds"]}
     mine |= face(engine)
     engine.destroy()
-    for key in ("owned", "copies"):
-        mine[key] = {name: (fragment, value.cpu()) for name, (fragment, value) in mine[key].items()}
-    if mine["full"] is not None:
-        mine["full"] = {name: value.cpu() for name, value in mine["full"].items()}
-    results = gather_objects(mine, "comparing with the simulation")
+    results = _of_all(mine)
     if dist.get_rank() == 0:
         figures |= _compared(results, sdp, ds, world)
     return figures
