@@ -250,6 +250,30 @@ def test_it_starts_its_ranks_itself_and_ends_with_their_error(tmp_path):
         assert (early.returncode, early.stderr.count(message)) == (1, 1), early.stderr
 
 
+class Started(BaseException):
+    """In place of a program that takes over."""
+
+
+def test_it_finds_the_launcher_where_no_script_of_it_is(monkeypatch):
+    """A package may lie in a folder that is on PYTHONPATH alone."""
+
+    def take_over(*command):
+        raise Started(command)
+
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setattr(os, "execv", take_over)
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(Started) as started:
+        main(["pretrain", "demo", "--gpus", "2", "--sdp.num_subnetworks", "2", "--output_dir", "out"])
+    program, arguments = started.value.args[0]
+    assert program == sys.executable
+    found = subprocess.run(
+        [*arguments[:3], "--help"], env=rank_environment(), capture_output=True, text=True, timeout=120
+    )
+    assert "--num_accelerators" in found.stdout
+
+
 def test_recipes_travel_in_the_wheel(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],

@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from measure import Case, Schedule, run
 from memory import peak_memory
 from systems import System, bucket_elements, build, free
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 from workload import Workload
 
@@ -25,7 +26,7 @@ _TOY = Workload(hidden_size=64, layers=3, head_size=16, vocab_size=128, sequence
 # How far an estimate may be from the measured peak. At toy size padding and what is not modelled weigh more.
 _PEAK_TOLERANCE, _TOY_TOLERANCE = 0.1, 0.25
 # Hidden size, layers and micro-batch of a step.
-_SHAPES = {"134M": (768, 12, 16), "1B": (2048, 24, 4)}
+_SHAPES = {"134M": (768, 12, 32), "1B": (2048, 24, 8)}
 
 
 def make_workload(hidden_size: int, layers: int, micro_batch: int) -> Workload:
@@ -77,14 +78,23 @@ def peak(contender: str) -> dict[str, Any]:
 
 
 def speed(contender: str, shape: str) -> dict[str, Any]:
-    """A preset's shape: seconds of a step, the share of the device's FLOPs that it reaches, its peak."""
+    """A preset's shape: seconds of a step, of the device's work in it, the share of its FLOPs that are used, the peak.
+
+    A step that takes much longer than the device's work waits for the host, which starts its kernels.
+    """
     workload = make_workload(*_SHAPES[shape])
     schedule = Schedule(rounds=2, warmup=3, steps=5) if _is_device() else Schedule(rounds=1, warmup=1, steps=2)
     (row,) = run([Case(CONTENDERS[contender], workload)], schedule)
     assert "reason" not in row, row["reason"]
     seconds = statistics.median(row["seconds"])
+    with _held() as held:
+        held.append(build(CONTENDERS[contender], workload))
+        for _ in range(2):
+            held[0].step(_ids(workload))
+        busy = _busy(lambda: held[0].step(_ids(workload))) if _is_device() else None
     return {
         "step_seconds": seconds,
+        "device_seconds": busy,
         "fastest": min(row["seconds"]),
         "slowest": max(row["seconds"]),
         "tokens_per_second": workload.tokens / seconds,
@@ -135,6 +145,28 @@ def _held() -> Iterator[list[System]]:
         while held:
             held.pop().close()
         free()
+
+
+def _busy(work: Callable[[], Any]) -> float:
+    """Seconds in which the device did something, of kernels at the same time one."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        work()
+        get_accelerator().synchronize()
+    spans = sorted(
+        (event.start_ns(), event.end_ns())
+        for event in trace.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not _is_range(event)
+    )
+    busy, ended = 0, 0
+    for begin, end in spans:
+        busy += max(0, end - max(begin, ended))
+        ended = max(ended, end)
+    return busy / 1e9
+
+
+def _is_range(event: Any) -> bool:
+    """A name over several kernels, which spans the time between them."""
+    return bool(event.is_user_annotation()) or event.name().startswith(("deepspeed_sdp::", "Optimizer."))
 
 
 def _mfu(flops: float, seconds: float) -> float | None:

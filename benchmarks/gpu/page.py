@@ -6,6 +6,7 @@ from typing import Any
 
 Rows = Sequence[dict[str, Any]]
 
+_BASELINE = "DeepSpeed ZeRO-1"
 _BEGIN, _END = "<!-- begin gpu -->", "<!-- end gpu -->"
 
 
@@ -39,11 +40,16 @@ def tables(rows: Rows) -> str:
     columns = {
         "check": lambda r: r["check"],
         "ms per step": _number("step_seconds", "{:.1f}", 1e3),
+        "device's ms": _number("device_seconds", "{:.1f}", 1e3),
         "tokens/s": _number("tokens_per_second", "{:,.0f}"),
         "MFU": _number("mfu", "{:.3f}"),
         "peak GB": _number("peak", "{:.3f}", 1e-9),
+        "step": _beside(timed, "step_seconds"),
+        "device's": _beside(timed, "device_seconds"),
+        "peak": _beside(timed, "peak"),
     }
-    parts += _section("Step time of one worker of 8, waits for others left out", timed, columns)
+    title = f"Step time of one worker of 8, waits for others left out; the last columns are ratios to {_BASELINE}"
+    parts += _section(title, timed, columns)
     peaks = [row for row in ended if "estimated_peak" in row]
     columns = {
         "check": lambda r: r["check"],
@@ -65,6 +71,17 @@ def tables(rows: Rows) -> str:
 
 def _versions(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in row["versions"].items() if value)
+
+
+def _beside(rows: Rows, key: str) -> Callable[[dict[str, Any]], str]:
+    """The ratio to the baseline of the same shape, which a check's name begins with."""
+    baselines = {row["check"].split()[0]: row for row in rows if row["check"].endswith(_BASELINE)}
+
+    def ratio(row: dict[str, Any]) -> str:
+        baseline = baselines.get(row["check"].split()[0], {})
+        return f"{row[key] / baseline[key]:.2f}" if row.get(key) and baseline.get(key) else ""
+
+    return ratio
 
 
 def _section(title: str, rows: Rows, columns: dict[str, Callable[[dict[str, Any]], str]]) -> list[str]:

@@ -109,11 +109,13 @@ def _start_ranks(args: argparse.Namespace) -> None:
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     port = os.environ.get("MASTER_PORT") or _free_port()
-    launcher = ["deepspeed", "--log_level", "error", "--num_accelerators", str(ranks), "--master_port", port]
+    # By its module: its script may lie in no folder of PATH.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    launcher += ["--num_accelerators", str(ranks), "--master_port", port]
     sys.stdout.flush()
     # DeepSpeed looks for tools beside the interpreter.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    os.execvp("deepspeed", [*launcher, "--module", "deepspeed_sdp.cli", *args.command])
+    os.execv(sys.executable, [*launcher, "--module", "deepspeed_sdp.cli", *args.command])
 
 
 def _free_port() -> str:

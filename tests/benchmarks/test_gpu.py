@@ -60,6 +60,36 @@ def test_what_is_out_of_time_is_said(tmp_path):
     assert f"0 of {len(CHECKS)} checks passed" in page
 
 
+def test_what_is_not_run_again_stays(tmp_path):
+    kept = {"check": CHECKS[0].name, "state": "passed", "seconds": 1.5, **FACTS, "command": "an earlier one"}
+    gone = {**kept, "check": "no check of this name"}
+    (tmp_path / "gpu.json").write_text(json.dumps({"rows": [gone, kept]}))
+    _, rows, page = run(tmp_path, "--budget", "0")
+    assert [row["check"] for row in rows] == [check.name for check in CHECKS]
+    assert rows[0] == kept
+    assert "an earlier one" in page
+    assert "python -m benchmarks.gpu --device cpu" in page
+
+
+def test_ratios_are_to_the_baseline_of_the_same_shape():
+    sizes = {
+        "1B step: DeepSpeed ZeRO-1": 8.0,
+        "1B step: SDP": 2.0,
+        "134M step: DeepSpeed ZeRO-1": 4.0,
+        "134M step: SDP": 3.0,
+    }
+    rows = [
+        {"check": name, "state": "passed", "step_seconds": size, "peak": None, **FACTS} for name, size in sizes.items()
+    ]
+    lines = {
+        line.split("|")[1].strip(): line
+        for line in tables(rows).splitlines()
+        if line.startswith("| 1") and "ms" not in line
+    }
+    assert "| 0.25 |" in lines["1B step: SDP"]
+    assert "| 0.75 |" in lines["134M step: SDP"]
+
+
 PROGRAM = """
 import json, os, sys, time
 names, rows = sys.argv[2:], sys.argv[1]
