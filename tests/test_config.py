@@ -89,7 +89,11 @@ def test_all_mistakes_are_said_at_once():
         ({"checkpoint": {"is_async": True}}, "did you mean 'checkpoint.async'? takes async, copies"),
         ({"owners_per_unit": 3}, 'takes "coverage"'),
         ({"block_unit": "layer"}, 'takes "granularity"'),
-        ({"schedule": {"outer_optimizer": {}}}, "local steps are not available yet"),
+        (
+            {"schedule": {"outer_optimizer": {"rate": 1}}},
+            "outer_optimizer.rate: unknown key, got 1; takes lr, momentum",
+        ),
+        ({"outer_optimizer": {}}, "did you mean 'schedule.outer_optimizer'?"),
         ({"resample_interval": 5}, "did you mean 'schedule.resample_interval'?"),
     ],
 )

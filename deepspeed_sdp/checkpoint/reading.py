@@ -13,7 +13,7 @@ from pydantic import Field
 from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.hf_folder import HFFolder, is_hf_folder
-from deepspeed_sdp.checkpoint.json_files import Schema, check
+from deepspeed_sdp.checkpoint.json_files import Count, Schema, check
 from deepspeed_sdp.checkpoint.meta import STATE
 from deepspeed_sdp.checkpoint.recovery import check_all, check_sizes, meta_of
 from deepspeed_sdp.checkpoint.runs import Entry
@@ -43,8 +43,16 @@ class _State(Schema):
     loss_scaler: _Scaler
 
 
+class _Apart(Schema):
+    agreed_at: Count
+    is_agreeing: bool
+    inner: dict[str, Any]
+    outer: list[dict[str, Any]]
+
+
 class _RankState(Schema):
     random: dict[str, Any]
+    apart: _Apart | None = None
 
 
 @dataclass(frozen=True)

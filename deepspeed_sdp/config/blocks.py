@@ -147,6 +147,14 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 _Stage = Annotated[tuple[_Share, Coverage], BeforeValidator(_as_pair)]
 
 
+class OuterOptimizer(Block):
+    """``schedule.outer_optimizer``: an SGD whose gradient is the owners' average change since they last agreed."""
+
+    lr: float = Field(0.7, gt=0, le=1e6, description="learning rate; 1 without momentum takes the average itself")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of earlier changes")
+    nesterov: bool = Field(True, description="whether the momentum looks ahead")
+
+
 class ScheduleBlock(Block):
     """``schedule``: subnetworks that change during the training."""
 
@@ -171,6 +179,24 @@ class ScheduleBlock(Block):
         "move", description="what becomes of the optimizer's state: goes with its unit, or begins anew each time"
     )
 
+    sync_interval: int = Field(
+        1,
+        ge=1,
+        le=MAX_COUNT,
+        description="optimizer steps that workers train apart before those who own a unit agree on it; 1: gradients "
+        "are averaged in every step",
+    )
+    sync_delay: int = Field(
+        0,
+        ge=0,
+        le=MAX_COUNT,
+        description="steps that training goes on while owners agree on the weights of a round's end; then it takes "
+        "over what that changed",
+    )
+    outer_optimizer: OuterOptimizer | None = Field(
+        None, description="what is done with the owners' average change; without it the average itself is taken"
+    )
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         shares = [share for share, _ in self.coverage_schedule]
@@ -179,7 +205,17 @@ class ScheduleBlock(Block):
                 f"{BLOCK}.schedule.coverage_schedule: got the shares {', '.join(f'{share:g}' for share in shares)}; "
                 "takes shares that begin at 0 and ascend"
             )
+        if self.sync_delay and self.sync_delay >= self.sync_interval:
+            raise ConfigError(
+                f"{BLOCK}.schedule.sync_delay: got {self.sync_delay} with sync_interval {self.sync_interval}; takes "
+                "less, as one round's agreement ends before the next one's begins"
+            )
         return self
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether workers train apart, and agree on weights and not on gradients."""
+        return self.sync_interval > 1 or self.outer_optimizer is not None
 
     def coverage_at(self, step: int) -> float | None:
         """The coverage after ``step`` steps; ``None`` where it does not change.
@@ -202,6 +238,9 @@ class ScheduleBlock(Block):
         said = [f"coverage {coverage:g} from step {step:,}" for coverage, step in begins]
         if self.resample_interval:
             said.append(f"other units every {self.resample_interval:,} steps ({self.resample})")
+        if self.is_apart:
+            how = "" if self.outer_optimizer is None else f", outer SGD at {self.outer_optimizer.lr:g}"
+            said.append(f"owners agree every {self.sync_interval:,} steps{how}")
         return "; ".join(said)
 
     def stages(self) -> tuple[tuple[float, float], ...]:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,8 +14,6 @@ _LONGEST_KEY = 100
 
 # Keys of a union report once for each of its members.
 _UNIONS = {"coverage": 'a number above 0 and up to 1, as 0.5 or "1/2", or one for each kind of unit (mlp, attention)'}
-# Keys whose feature is planned.
-_NOT_BUILT = dict.fromkeys(("sync_interval", "outer_optimizer"), "local steps are not available yet")
 # Keys of before, or that people look for here.
 _ELSEWHERE = {
     "owners_per_unit": 'takes "coverage" K/N in its place',
@@ -57,8 +55,6 @@ def _describe(item: Any, name: str, model: type[BaseModel], block: Mapping[str, 
 
 def _hint(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
     key = str(loc[-1])[:_LONGEST_KEY]
-    if key in _NOT_BUILT:
-        return _NOT_BUILT[key]
     if key in _ELSEWHERE:
         return _ELSEWHERE[key]
     keys = list(_keys(model))
@@ -76,12 +72,18 @@ def _hint(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
 def _block(loc: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel]:
     """The one at ``loc`` within ``model``."""
     for part in loc:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        model = block_of(model.model_fields[str(part)].annotation) or model
     return model
+
+
+def block_of(annotation: Any) -> type[BaseModel] | None:
+    """The block that a key takes, be it optional."""
+    options = (annotation, *get_args(annotation))
+    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + (field.alias or name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        if (block := block_of(field.annotation)) is not None:
+            yield from _keys(block, f"{prefix}{name}.")

@@ -118,6 +118,21 @@ class SDPConfig(Block):
             raise ConfigError(
                 f"{BLOCK}.schedule.coverage_schedule: got it with plan.file, which has one coverage; takes one of them"
             )
+        if self.schedule.is_apart and self.comm.consistency_check_interval:
+            raise ConfigError(
+                f"{BLOCK}.comm.consistency_check_interval: got {self.comm.consistency_check_interval} with local steps "
+                "(schedule.sync_interval, schedule.outer_optimizer); takes 0 there, where owners differ between rounds"
+            )
+        if self.schedule.sync_delay and self.masking == "backward":
+            raise ConfigError(
+                f'{BLOCK}.schedule.sync_delay: got {self.schedule.sync_delay} with masking "backward"; takes 0 there, '
+                "as copies of what owners agree on must not mix with what they train meanwhile"
+            )
+        if self.schedule.is_apart and self.backward.overlap_refresh:
+            raise ConfigError(
+                f"{BLOCK}.backward.overlap_refresh: got true with local steps (schedule.sync_interval, "
+                "schedule.outer_optimizer); takes false there, where copies arrive at the end of a round"
+            )
         if self.masking == "backward" and "output_scaling" in self.model_fields_set and self.output_scaling != "none":
             raise ConfigError(
                 f'{BLOCK}.output_scaling: got "{self.output_scaling}" with masking "backward"; takes "none" there, as '

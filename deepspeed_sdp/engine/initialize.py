@@ -29,7 +29,7 @@ from deepspeed_sdp.engine.comm.description import (
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.deepspeed.contract import TESTED_DEEPSPEED, contract_violations
 from deepspeed_sdp.engine.deepspeed.param_groups import as_groups, describe_groups, translate_optimizer
-from deepspeed_sdp.engine.deepspeed.refusals import check_batch_sizes, check_supported
+from deepspeed_sdp.engine.deepspeed.refusals import check_apart, check_batch_sizes, check_supported, zero_stage
 from deepspeed_sdp.engine.deepspeed.start import say_world_of_one, start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
 from deepspeed_sdp.errors import ConfigError
@@ -165,6 +165,8 @@ def _agree_on_job(
         if job.sdp.enabled:
             check_supported(job.ds_config, job.sdp, model, client.optimizer, client.mpu)
             check_batch_sizes(job.ds_config, dist.get_world_size())
+            stage = zero_stage(job.ds_config)
+            check_apart(stage, job.sdp, dist.get_world_size() // job.sdp.subnetworks(dist.get_world_size()))
             # Every stage has a plan.
             for coverage, _ in job.sdp.schedule.stages():
                 job.sdp.schedule.coverage_at(0)

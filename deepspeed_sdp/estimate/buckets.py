@@ -88,7 +88,7 @@ def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job, standing: St
         segmentation,
     )
     numel = sum(bucket.shard_numel for bucket in of_rank.buckets)
-    rules = RefreshRules.of(job.stage, job.sdp, job.accumulate_dtype, numel)
+    rules = RefreshRules.of(job.stage, job.sdp.masking == "backward", job.sdp, job.accumulate_dtype, numel)
     step = of_rank.portions(job.portion_numel, is_gathered=rules.is_gathered, is_exchanged=rules.is_exchanged)
     return Layout(
         **vars(of_rank),

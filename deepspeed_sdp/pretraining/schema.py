@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from deepspeed_sdp.config import BLOCK, SDPConfig
+from deepspeed_sdp.config import BLOCK, SDPConfig, block_of
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.json_text import shown
 
@@ -230,8 +230,8 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
 
 def _fields(model: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+        if (block := block_of(field.annotation)) is not None:
+            yield from _fields(block, f"{prefix}{name}.")
         else:
             yield prefix + (field.alias or name), field
 

@@ -73,9 +73,10 @@ SDP_ROWS = [
     row(
         "local_steps",
         "ConfigError",
-        "schedule.sync_interval: unknown key",
-        "not available yet",
+        "zero_optimization.stage: got 1 with local steps",
+        "takes 0 there",
         sdp={"schedule": {"sync_interval": 2}},
+        ds={"stage": 1},
     ),
     row(
         "a_schedule_without_an_end",

@@ -87,9 +87,9 @@ BAD_BLOCKS = {
         {"num_subnetworks": 3, "coverage": 1},
         f"{BLOCK}.num_subnetworks: got 3 with a world size of 2; takes a number that divides the world",
     ),
-    "a feature not built": (
-        {**SDP, "schedule": {"sync_interval": 4}},
-        "local steps are not available yet",
+    "local steps with a delay as long as a round": (
+        {**SDP, "schedule": {"sync_interval": 4, "sync_delay": 4}},
+        "schedule.sync_delay: got 4 with sync_interval 4",
     ),
     "a string": ({**SDP, "coverage": "half"}, f'{BLOCK}.coverage: got "half"; '),
 }

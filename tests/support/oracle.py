@@ -10,6 +10,7 @@ where ``theta_w`` is the full model with the activations of all units that worke
 """
 
 import contextlib
+import copy
 import math
 
 import torch
@@ -168,3 +169,81 @@ def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scal
                 p.grad *= clip / (norm + 1e-6)
         optimizer.step()
     return losses, norms
+
+
+def train_apart(
+    model, unit_owners, num_workers, batches, make_optimizer, interval, outer=None,
+    *, clip=0.0, scale=1.0, workers=None, masking="forward", delay=0,
+):  # fmt: skip
+    """Local steps. Every worker trains a model of its own, of which it changes what it owns; every ``interval`` steps
+    each element becomes its owners' average ``m``, or with ``outer`` (``lr``, ``momentum``, ``nesterov``), by the
+    change ``d = x - m`` since they last agreed on ``x``:
+
+        v <- momentum * v + d,   x <- x - lr * (d + momentum * v if nesterov else v)
+
+    ``delay``: they go on meanwhile, and so many steps later take over what that changes in the weights of then. Returns
+    losses ``[step][rank]``, norms ``[step][worker]``; ``model`` is what they agree on.
+    """
+    own = [copy.deepcopy(model) for _ in range(num_workers)]
+    optimizers = [make_optimizer(of_worker) for of_worker in own]
+    owned = [
+        {
+            name: _by_owners(model, unit_owners, name, p, num_workers, lambda s, w=w: w in s).expand(p.shape)
+            for name, p in model.named_parameters()
+        }
+        for w in range(num_workers)
+    ]
+    momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    losses, norms = [], []
+    for number, step in enumerate(batches, 1):
+        losses.append([0.0] * len(step))
+        norms.append([])
+        for worker, mine in enumerate(own):
+            ranks = [r for r in range(len(step)) if (workers[r] if workers else r % num_workers) == worker]
+            mine.zero_grad()
+            for rank in ranks:
+                for ids in step[rank]:
+                    cut = only_units_of(mine, unit_owners, worker, scale)
+                    with cut if masking == "forward" else contextlib.nullcontext():
+                        loss = mine(input_ids=ids, labels=ids).loss / len(step[rank])
+                        (loss / len(ranks)).backward()
+                    losses[-1][rank] += float(loss.detach())
+            before = {name: p.detach().clone() for name, p in mine.named_parameters()}
+            for name, p in mine.named_parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad * owned[worker][name]
+            norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in mine.parameters()))
+            norms[-1].append(norm)
+            if clip and norm > clip:
+                for p in mine.parameters():
+                    p.grad *= clip / (norm + 1e-6)
+            optimizers[worker].step()
+            with torch.no_grad():
+                for name, p in mine.named_parameters():
+                    p.copy_(torch.where(owned[worker][name] > 0, p, before[name]))
+        if number % interval == 0:
+            then = copy.deepcopy(own)
+            agreed = copy.deepcopy(own)
+            _agree(model, agreed, owned, outer, momentum)
+        if number % interval == delay and number >= interval:
+            with torch.no_grad():
+                for now, old, new in zip(own, then, agreed, strict=True):
+                    for name, p in now.named_parameters():
+                        p.add_(new.get_parameter(name) - old.get_parameter(name))
+    if delay or number % interval:
+        _agree(model, own, owned, None, momentum)
+    return losses, norms
+
+
+@torch.no_grad()
+def _agree(model, own, owned, outer, momentum):
+    for name, agreed in model.named_parameters():
+        total = sum(mine.get_parameter(name) * of[name] for mine, of in zip(own, owned, strict=True))
+        mean = total / sum(of[name] for of in owned)
+        if outer is None:
+            agreed.copy_(mean)
+        else:
+            change, v = agreed - mean, momentum[name]
+            v.mul_(outer["momentum"]).add_(change)
+            agreed -= outer["lr"] * (change + outer["momentum"] * v if outer["nesterov"] else v)
+        for mine in own:
+            mine.get_parameter(name).copy_(agreed)

@@ -9,6 +9,7 @@ Many replicas are a table themselves: *levels*, those of a few nodes first, then
 long. The digits of a coordinate say where in each level a replica stands.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
@@ -217,6 +218,7 @@ class Owners:
         outer: the owners at its coordinate; ``None`` where there is one alone, or it is none of them.
         levels: all of them, the innermost first. Whoever is cut goes through them in this order, whoever is gathered
             in the other.
+        sharers: who average gradients and share the optimizer's state; all owners, or see :meth:`apart`.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class Owners:
         self.replicas, self.replica = replicas, replica
         self.inner, self.outer = tuple(inner), outer
         self.levels = self.inner if outer is None else (*self.inner, outer)
+        self.sharers = self
 
     @cached_property
     def _index(self) -> dict[int, int]:
@@ -250,6 +253,15 @@ class Owners:
         workers = len(self.ranks) // self.replicas
         replica, place = divmod(self._index[rank], workers)
         return self.ranks[replica * workers + (place + steps) % workers]
+
+    def apart(self) -> "Owners":
+        """The same owners, of which each worker trains for itself (local steps): only replicas share."""
+        if self.rank not in self:
+            return self
+        workers, made = len(self.ranks) // self.replicas, copy.copy(self)
+        own = self.ranks[self._index[self.rank] % workers :: workers]
+        made.sharers = Owners(own, self.rank, self.replicas, self.replica, self.inner)
+        return made
 
     @cached_property
     def peers(self) -> tuple[int, ...]:

@@ -31,6 +31,10 @@ class Traffic:
         """Close the step: what was counted becomes the last step."""
         self.last, self.current = self.current, Counter()
 
+    def extend_step(self) -> None:
+        """What was counted since the last step was closed belongs to it."""
+        self.last, self.current = self.last + self.current, Counter()
+
     @property
     def last_step(self) -> dict[str, int]:
         """Bytes of the last step by kind of collective."""

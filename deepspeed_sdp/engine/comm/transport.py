@@ -40,6 +40,11 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
+def start_reduce_scatter(part: torch.Tensor, flat: torch.Tensor, group: Group) -> Any:
+    """The work that fills ``part`` ``[n]`` with this rank's part of the sum of ``flat`` ``[ranks * n]``."""
+    return getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True)
+
+
 def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: Group) -> Any:
     """The work that fills ``output`` ``[ranks * n]`` with the ``shard`` ``[n]`` of every rank."""
     return getattr(dist, _ALL_GATHER)(output, shard, group=group.handle, async_op=True)
@@ -71,7 +76,7 @@ class Transport(Protocol):
         """
 
     def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
-        """Fill ``flat`` of every bucket from the shards of its owners; ``kind`` names the traffic."""
+        """Fill ``flat`` of every bucket from the shards of those who share it; ``kind`` names the traffic."""
 
 
 class OwnerSetTransport:
@@ -99,7 +104,7 @@ class OwnerSetTransport:
     def _scatter(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
         """Inside, then of the slice outside."""
         _divide(flat, bucket)
-        first, *others = bucket.owners.levels
+        first, *others = bucket.owners.sharers.levels
         work, take = self._scatter_in(first, bucket, flat)
         for group in others:
             yield work
@@ -114,9 +119,8 @@ class OwnerSetTransport:
         if group.backend != "gloo":
             part = torch.empty_like(parts[group.place])
             self._count("gradient_reduce_scatter", ring, bucket)
-            work = getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True)
-            return self._stopwatch.timed(work, _AVERAGING, group), lambda: part
-        if group is bucket.owners.outer:
+            return self._stopwatch.timed(start_reduce_scatter(part, flat, group), _AVERAGING, group), lambda: part
+        if group is bucket.owners.sharers.outer:
             return self._sum_in(group, bucket, flat), lambda: parts[group.place]
         received = torch.empty_like(parts)
         self._count("gradient_all_to_all", ring, bucket)
@@ -131,7 +135,7 @@ class OwnerSetTransport:
     def _all_reduce(self, bucket: OwnerBucket, flat: torch.Tensor) -> Flow:
         """Scattered inside, all-reduced outside, and gathered inside."""
         _divide(flat, bucket)
-        *inside, last = bucket.owners.levels or (None,)
+        *inside, last = bucket.owners.sharers.levels or (None,)
         if last is None:
             return Arriving([], lambda: [flat], _nbytes(flat))
         parts = [flat]
@@ -147,8 +151,28 @@ class OwnerSetTransport:
         return Arriving([work], lambda: [flat], _nbytes(flat))
 
     @named("gather weights")
-    def gather(self, buckets: Sequence[FlatBucket], kind: str) -> Pending:
-        return self._stages.start([self._gather_one(bucket, kind) for bucket in buckets])
+    def gather(self, buckets: Sequence[OwnerBucket], kind: str) -> Pending:
+        return self._stages.start([
+            self._gather_one(bucket, kind) if isinstance(bucket, FlatBucket) else self._gather_in_place(bucket, kind)
+            for bucket in buckets
+        ])  # fmt: skip
+
+    def _gather_in_place(self, bucket: OwnerBucket, kind: str) -> Flow:
+        """Inside alone: what replicas share of weights that lie in larger ones, where workers train apart."""
+        groups = bucket.owners.sharers.inner if bucket.shards > 1 else ()
+        if not groups:
+            return Arriving([], list)
+        start, stop = (min(place * bucket.shard_numel, bucket.numel) for place in (bucket.index, bucket.index + 1))
+        part = torch.zeros(bucket.shard_numel, dtype=bucket.dtype, device=bucket.device)
+        part[: stop - start] = bucket.read(start, stop)
+        self._count(kind, all_gather_bytes(bucket.shards * _nbytes(part), bucket.shards), bucket)
+        arriving = yield from gather_inside(part, groups, lambda work, of: self._stopwatch.timed(work, _GATHERING, of))
+
+        def write() -> list[torch.Tensor]:
+            bucket.write(0, arriving.take()[0][: bucket.numel])
+            return []
+
+        return arriving._replace(take=write)
 
     def _gather_one(self, bucket: FlatBucket, kind: str) -> Flow:
         """Outside, then inside."""
@@ -156,7 +180,7 @@ class OwnerSetTransport:
         if bucket.shards == 1 and bucket.shard.data_ptr() != bucket.flat.data_ptr():
             bucket.flat.copy_(part)
         works: list[TimedWork] = []
-        groups = bucket.owners.levels if bucket.shards > 1 else ()
+        groups = bucket.owners.sharers.levels if bucket.shards > 1 else ()
         # What each level gathers is this rank's part of what the next one does.
         wholes = [bucket.flat]
         for group in groups[:-1]:
@@ -327,8 +351,8 @@ class AllToAllTransport:
 
 def _divide(flat: torch.Tensor, bucket: OwnerBucket) -> None:
     # Before the sum, so that low precision does not overflow.
-    if len(bucket.owners.ranks) > 1:
-        flat.div_(len(bucket.owners.ranks))
+    if len(bucket.owners.sharers.ranks) > 1:
+        flat.div_(len(bucket.owners.sharers.ranks))
 
 
 def _mean(pieces: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -69,6 +69,21 @@ def check_stage(stage: int, sdp: SDPConfig) -> None:
         )
 
 
+def check_apart(stage: int, sdp: SDPConfig, replicas: int) -> None:
+    """Refuse ZeRO over owners where workers train apart; ``replicas`` is how many ranks each has.
+
+    Raises:
+        ConfigError: names the key, what it got and what it takes.
+    """
+    if not sdp.schedule.is_apart or stage == 0 or (stage < 3 and replicas > 1):
+        return
+    raise ConfigError(
+        f"DeepSpeed config: zero_optimization.stage: got {stage} with local steps ({BLOCK}.schedule.sync_interval or "
+        f"outer_optimizer) and {replicas} rank(s) per subnetwork; takes 0 there, as owners have states of their own "
+        "between rounds; 1 or 2 with several ranks per subnetwork, which share theirs"
+    )
+
+
 def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, optimizer: Any, mpu: Any) -> None:
     """Refuse what would be ignored or go wrong.
 
@@ -79,8 +94,13 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
         value = _lookup(ds_config, key, fine[0])
         if value not in fine:
             raise ConfigError(f"DeepSpeed config: {key}: got {value!r}; {reason}")
-    stage = _lookup(ds_config, "zero_optimization.stage", 0)
+    stage = zero_stage(ds_config)
     check_stage(stage, sdp)
+    if sdp.schedule.is_apart and _lookup(ds_config, "fp16.enabled", False):
+        raise ConfigError(
+            f"DeepSpeed config: fp16.enabled: got true with local steps ({BLOCK}.schedule.sync_interval or "
+            "outer_optimizer); takes bf16 or fp32 there, as workers would find loss scales of their own"
+        )
     if stage != 3 and _lookup(ds_config, "zero_optimization.offload_param.device", None) == "cpu":
         raise ConfigError(
             f'DeepSpeed config: zero_optimization.offload_param: got "cpu" with ZeRO stage {stage}; takes it with '
@@ -116,6 +136,11 @@ def check_supported(ds_config: Mapping[str, Any], sdp: SDPConfig, model: Any, op
             f"DeepSpeed config: optimizer.type: got {name!r}; takes {', '.join(_OF_DEEPSPEED)} or the name of a class "
             "of torch.optim (SGD, RMSprop, ...)"
         )
+
+
+def zero_stage(ds_config: Mapping[str, Any]) -> Any:
+    """As a DeepSpeed config says it."""
+    return _lookup(ds_config, "zero_optimization.stage", 0)
 
 
 def check_batch_sizes(config: Mapping[str, Any], world: int) -> None:

@@ -196,7 +196,7 @@ class ParameterTools:
 
     def _sum(self, bucket: OwnerBucket, flat: torch.Tensor, is_whole: bool = False) -> torch.Tensor:
         """Over the owners, of whom one has other values than zero for each element."""
-        for group in bucket.owners.levels if bucket.shards > 1 or is_whole else ():
+        for group in bucket.owners.sharers.levels if bucket.shards > 1 or is_whole else ():
             with group.waiting("a parameter of all owners") as process_group:
                 dist.all_reduce(flat, group=process_group)
         return flat

@@ -39,6 +39,7 @@ class FullModelFace:
     full_scale: float
     _traffic: Traffic
     _stopwatch: Stopwatch
+    averaged: Any
 
     @property
     def plan(self) -> SubnetworkPlan:
@@ -72,7 +73,8 @@ class FullModelFace:
         Args:
             dtype: cast floating-point weights; ``None`` keeps the dtype they are trained in.
         """
-        return full_state_dict(self._subnetwork, self._access, dtype)
+        with self.averaged():
+            return full_state_dict(self._subnetwork, self._access, dtype)
 
     @while_alive
     def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
@@ -83,7 +85,7 @@ class FullModelFace:
         the full model, and nothing is gathered.
         """
         self.optimizer.refresh.settle()
-        with nullcontext() if self._weights is None else self._weights.paused():
+        with self.averaged(), nullcontext() if self._weights is None else self._weights.paused():
             return evaluate_full(self._subnetwork, batches, self._access)
 
     @while_alive
@@ -135,7 +137,7 @@ class FullModelFace:
         self.optimizer.refresh.settle()
         is_sharded = self._weights is not None
         streamed = is_too_large(self._subnetwork, self.device) if streamed is None else streamed
-        with nullcontext() if self._weights is None else self._weights.paused():
+        with self.averaged(), nullcontext() if self._weights is None else self._weights.paused():
             model = whole_model(self._subnetwork, self._access, is_streamed=streamed, is_sharded=is_sharded)
             with model as full:
                 yield full
@@ -147,7 +149,8 @@ class FullModelFace:
         Raises:
             OutputError: the folder cannot be written; on every rank.
         """
-        save_hf(self._subnetwork, Path(folder), self._access, dtype)
+        with self.averaged():
+            save_hf(self._subnetwork, Path(folder), self._access, dtype)
 
     @while_alive
     @contextmanager

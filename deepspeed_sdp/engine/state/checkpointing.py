@@ -36,7 +36,9 @@ from deepspeed_sdp.engine.state.staging import staged
 from deepspeed_sdp.engine.state.training_state import TrainingState
 from deepspeed_sdp.engine.state.universal import open_universal
 from deepspeed_sdp.engine.zero.behaviour import GROUP_KEY
+from deepspeed_sdp.engine.zero.own_state import fits_own, own_state, take_own_state
 from deepspeed_sdp.errors import CheckpointError
+from deepspeed_sdp.ranks import gather_objects
 from deepspeed_sdp.subnetwork import Subnetwork
 
 # Options of a group that say how a step is computed, on this device and by this implementation.
@@ -52,6 +54,19 @@ def save_checkpoint(
 ) -> None:
     """Collective; see :meth:`SDPEngine.save_checkpoint`."""
     engine.optimizer.refresh.settle()
+    own = _own(engine)
+    with engine.averaged():
+        _save(engine, folder, tag, client_state, is_latest, own)
+
+
+def _save(
+    engine: Any,
+    folder: Path,
+    tag: str | None,
+    client_state: Mapping[str, Any] | None,
+    is_latest: bool,
+    own: dict[str, Any] | None,
+) -> None:
     state, sdp, groups = _state_of(engine), engine.sdp_config, engine._owner_groups
     scalars = state.scalars()
     layout, rank, worker = state.layout(sdp.checkpoint.copies), dist.get_rank(), groups.subnetwork_index
@@ -80,7 +95,7 @@ def save_checkpoint(
                 },
             }
         ),
-        {"random": _random_state()},
+        {"random": _random_state(), "apart": own},
         engine._checkpoint_locks,
         is_latest=is_latest,
         keep_last=sdp.checkpoint.keep_last,
@@ -127,7 +142,8 @@ def load_checkpoint(
             _check_options(group, options, "optimizer_groups")
         _check_options(vars(engine.optimizer.loss_scaler), saved["loss_scaler"]["state"], "loss_scaler")
     has_random = with_optimizer and checkpoint.meta["world_size"] == dist.get_world_size()
-    random_state = agreed(lambda: _checked_random(checkpoint)) if has_random else None
+    own = agreed(lambda: _checked_own(checkpoint)) if has_random else None
+    random_state = own and own["random"]
     if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
         _load_scheduler(engine.lr_scheduler, saved["lr_scheduler"])
     entries = state.to_read(keys)
@@ -144,7 +160,12 @@ def load_checkpoint(
             setattr(engine, counter, checkpoint.meta[counter])
         if random_state is not None:
             _set_random_state(random_state)
-    state.spread()
+    engine.optimizer.spread()
+    if engine._parts.outer is not None:
+        engine.__dict__.update(_agreed_at=engine.global_steps, _is_agreeing=False)
+        engine._parts.outer.begin()
+        if with_optimizer:
+            _take_own(engine, own)
     return str(checkpoint.path), saved["client_state"]
 
 
@@ -259,6 +280,43 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | type(None))}
 
 
+def _own(engine: Any) -> dict[str, Any] | None:
+    """Where workers train apart, what this rank alone knows: weights since owners agreed, and its moments."""
+    outer = engine._parts.outer
+    if outer is None:
+        return None
+    own = {
+        "agreed_at": engine.agreed_at,
+        "is_agreeing": engine._is_agreeing,
+        "inner": own_state(engine.optimizer),
+        "outer": outer.state(),
+    }
+    return _on_cpu(own)  # type: ignore[no-any-return]
+
+
+def _take_own(engine: Any, own: dict[str, Any] | None) -> None:
+    """Collective. Go on in the middle of a round, where every rank finds what it left in the same layout.
+
+    Elsewhere a round begins, with the weights that owners would have agreed on and the moments of one of them.
+    """
+    apart = own and own.get("apart")
+    if not all(gather_objects(apart is not None and fits_own(engine.optimizer, apart["inner"]), "resuming a round")):
+        return
+    assert apart
+    take_own_state(engine.optimizer, apart["inner"])
+    engine._parts.outer.take(apart["outer"])
+    engine.__dict__.update(_agreed_at=apart["agreed_at"], _is_agreeing=apart["is_agreeing"])
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of nested containers with their tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
 def _random_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     accelerator = get_accelerator()
@@ -271,8 +329,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _checked_random(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Random numbers of this rank, ``None`` where they are lost.
+def _checked_own(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What this rank saved for itself, ``None`` where it is lost.
 
     Raises:
         CheckpointError: they are not what generators take.
@@ -288,8 +346,7 @@ def _checked_random(checkpoint: Checkpoint) -> dict[str, Any] | None:
         raise CheckpointError(f"checkpoint: {checkpoint.path}: random numbers are refused: {what}") from None
     finally:
         _set_random_state(before)
-    saved: dict[str, Any] = own["random"]
-    return saved
+    return own
 
 
 def _set_random_state(saved: dict[str, Any]) -> None:

@@ -72,10 +72,15 @@ class Whereabouts:
         layouts: what the ranks of every worker hold.
         workers: of every rank.
         is_sharded: whether owners hold a shard of a bucket each, or all of it.
+        replicas: where workers train apart, so many of each share a bucket, and hold the shards of all owners at their
+            coordinate; else 0.
     """
 
-    def __init__(self, layouts: Mapping[int, Layout], workers: Sequence[int], is_sharded: bool) -> None:
+    def __init__(
+        self, layouts: Mapping[int, Layout], workers: Sequence[int], is_sharded: bool, replicas: int = 0
+    ) -> None:
         self._layouts, self._workers, self._is_sharded = layouts, workers, is_sharded
+        self._replicas = replicas
         self._places: dict[int, dict[Run, tuple[int, int, int]]] = {}
         for worker, layout in layouts.items():
             found = (f for of_name in layout.found.values() for f in of_name)
@@ -102,13 +107,16 @@ class Whereabouts:
             if is_whole and run in own:
                 yield _Piece(run, rank, *own[run])
                 continue
+            together = len(ranks) // self._replicas if self._replicas else 1
             for shard, holder in enumerate(ranks):
                 low, high = max(base, shard * held.share), min(base + run.numel, (shard + 1) * held.share)
                 if low >= high:
                     continue
                 [part] = cut([run], low - base, high - base)
                 section, place, _ = self._places[self._workers[holder]][run]
-                yield _Piece(part, holder, section, place, low if is_whole else low - shard * held.share)
+                yield _Piece(
+                    part, holder, section, place, low if is_whole else low - shard // together * together * held.share
+                )
 
 
 def move(

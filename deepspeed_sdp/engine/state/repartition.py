@@ -18,7 +18,7 @@ from deepspeed_sdp.config import BLOCK, SDPConfig
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.deepspeed.memory import model_state_bytes
 from deepspeed_sdp.engine.deepspeed.param_groups import agree_on_groups
-from deepspeed_sdp.engine.deepspeed.refusals import check_stage
+from deepspeed_sdp.engine.deepspeed.refusals import check_apart, check_stage
 from deepspeed_sdp.engine.deepspeed.settings import Settings
 from deepspeed_sdp.engine.state.moving import Wanted, Whereabouts, move
 from deepspeed_sdp.engine.state.training_state import TrainingState, run_of, shard_of, untrained_of
@@ -35,7 +35,7 @@ from deepspeed_sdp.subnetwork import Subnetwork, give_memory, graft, plan_for, r
 Moments = Literal["move", "reset"]
 
 # Keys by which engines of the same plan differ.
-_OF_ENGINES = ("masking", "output_scaling", "backward", "comm")
+_OF_ENGINES = ("masking", "output_scaling", "backward", "comm", "schedule")
 
 # Meshes whose process groups are kept: this one's, and the last one's, to which a job may come back.
 _MESHES = 2
@@ -66,6 +66,7 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
     agreed(lambda: _check(engine, sdp, moments))
     agree(lambda: {BLOCK: sdp.written(), "plan": None if plan is None else plan.hash, "moments": moments})
     plan, workers = from_first_rank(lambda: placed(plan, old, sdp, groups))
+    agreed(lambda: check_apart(engine.zero_optimization_stage(), sdp, len(workers) // plan.num_subnetworks))
     is_same = (plan.hash, workers) == (old.plan.hash, groups.workers) and moments == "move"
     if is_same and all(getattr(sdp, key) == getattr(engine.sdp_config, key) for key in _OF_ENGINES):
         engine.__dict__["sdp_config"] = sdp
@@ -73,6 +74,8 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
     engine.wait_for_checkpoint()
     optimizer.refresh.settle()
     optimizer.zero_grad()
+    # A round ends early: what moves is what owners agree on.
+    engine.synchronize_workers()
     group_of = agree_on_groups(old.group_of, old.full_order)
     frozen = set().union(*gather_objects(_frozen_by_client(old), "what clients have frozen"))
     # From here on nothing is refused but by all ranks, and nothing is changed until all agree.
@@ -90,6 +93,7 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
         {worker: of for worker, of in zip(groups.workers, layouts, strict=True) if of is not None},
         groups.workers,
         settings.stage > 0,
+        groups.replicas if optimizer.is_apart else 0,
     )
     dtypes = {run.name: _dtype_of(whereabouts, run) for runs in whereabouts.runs.values() for run in runs}
     held = _take_out(state, mine, settings.stage)
@@ -127,11 +131,15 @@ def repartition(engine: Any, plan: SubnetworkPlan | None, sdp: SDPConfig, moment
             parameter.requires_grad_(False)
     _fold_scale(engine, old, buckets)
     _put_in(optimizer, buckets, scalars if moments == "move" else [{}] * len(scalars))
-    TrainingState(parts.subnetwork, optimizer, new_groups).spread()
+    optimizer.spread()
+    if parts.outer is not None:
+        parts.outer.begin()
 
 
 def _check(engine: Any, sdp: SDPConfig, moments: Moments) -> None:
     check_stage(engine.zero_optimization_stage(), sdp)
+    if sdp.schedule.is_apart and engine.fp16_enabled():
+        raise ConfigError(f"{BLOCK}.schedule: got local steps in a job of fp16; takes bf16 or fp32")
     if moments not in ("move", "reset"):
         raise ConfigError(f'moments: got {moments!r}; takes "move" or "reset"')
     engine.optimizer.check_backward()
@@ -208,7 +216,14 @@ def _trained(subnetwork: Subnetwork) -> dict[str, int]:
 def _layout(subnetwork: Subnetwork, groups: OwnerGroups, settings: Settings) -> Layout:
     """Of parameters on the meta device: no memory."""
     trained = {id(subnetwork.module.get_parameter(n)): group for n, group in _trained(subnetwork).items()}
-    return make_layout(subnetwork, groups, trained, stage=settings.stage, round_numel=settings.round_numel)
+    return make_layout(
+        subnetwork,
+        groups,
+        trained,
+        stage=settings.stage,
+        round_numel=settings.round_numel,
+        is_apart=settings.sdp.schedule.is_apart,
+    )
 
 
 def check_memory(engine: Any, made: Subnetwork, settings: Settings) -> None:

@@ -40,6 +40,8 @@ class TrainingState:
         self._optimizer = optimizer
         self._groups = groups
         self._rank = dist.get_rank()
+        # Of what others write an owner has values of its own.
+        self._is_whole = optimizer.stage == 0 or optimizer.is_apart
         self._read: dict[nn.Parameter, dict[str, Any]] = {}
         names = {id(parameter): name for name, parameter in subnetwork.module.named_parameters()}
         self._names = {index: names[id(parameter)] for index, parameter in optimizer.parameters.items()}
@@ -83,7 +85,7 @@ class TrainingState:
                 for kind in kinds:
                     for portion in self._portions(group):
                         own = [self._tensor(bucket, kind, kinds[kind]) for bucket in portion]
-                        if copy == 0 or self._optimizer.stage == 0:
+                        if copy == 0 or self._is_whole:
                             source = [b.owners.next_owner(self._rank, -copy) for b in portion]
                             for bucket, value, rank in zip(portion, own, source, strict=True):
                                 first = self._shard(bucket)[0]
@@ -168,7 +170,8 @@ class TrainingState:
             by the client's group, ``{"value": number, "dtype": name or None}`` of every key; the same on all ranks.
 
         Raises:
-            CheckpointError: parameters of a group differ in it; on every rank.
+            CheckpointError: parameters of a group differ in it; on every rank. Of workers that train apart the first
+                one's are taken.
         """
         mine = agreed(self._own_scalars)
         outcomes = gather_objects((any(self._optimizer.state.values()), mine), "agreeing on what the optimizer counts")
@@ -178,7 +181,8 @@ class TrainingState:
         for rank, (_, of_rank) in enumerate(outcomes):
             for group, scalars in of_rank.items():
                 found[group] = found[group] or scalars
-                if found[group] != scalars:
+                # Workers that train apart may have passed over other steps.
+                if found[group] != scalars and not self._optimizer.is_apart:
                     raise CheckpointError(
                         f"optimizer: rank {rank} has {scalars} in group {group}, another {found[group]}"
                     )
@@ -227,11 +231,6 @@ class TrainingState:
     def _kept(self, bucket: OwnerBucket) -> Mapping[str, Kept]:
         return self._optimizer.behaviour.state[bucket.client_group]
 
-    def spread(self) -> None:
-        """Collective. The master weights are new: bring them to all who compute with them."""
-        self._optimizer.store_masters()
-        self._optimizer.refresh.send_all()
-
     # -- where things lie --------------------------------------------------------------------------------------------
 
     def _shard(self, bucket: OwnerBucket) -> tuple[int, int]:
@@ -259,7 +258,12 @@ def untrained_of(subnetwork: Subnetwork, groups: OwnerGroups) -> Iterator[tuple[
 
 def shard_of(bucket: BucketShape, rank: int) -> tuple[int, int]:
     """The half-open range of the bucket's flat vector of which owner ``rank`` has the master weights."""
-    return (0, bucket.numel) if bucket.shards == 1 else bucket.share_of(rank)
+    if bucket.shards == 1:
+        return 0, bucket.numel
+    if bucket.owners.sharers is bucket.owners:
+        return bucket.share_of(rank)
+    start = bucket.owners.sharers.index(rank) * bucket.shard_numel
+    return min(start, bucket.numel), min(start + bucket.shard_numel, bucket.numel)
 
 
 def run_of(subnetwork: Subnetwork, name: str) -> Run:

@@ -13,7 +13,7 @@ class BucketShape:
     Args:
         bucket: what it holds.
         owners: who owns it.
-        is_sharded: whether state is sharded over the owners (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
+        is_sharded: whether state is sharded over those who share it (ZeRO 1 to 3), or whole on each of them (ZeRO 0).
 
     Attributes:
         key, round: place in the total order of collectives.
@@ -34,8 +34,8 @@ class BucketShape:
         self.ranges = tuple(bucket.ranges)
         self.owners = owners
         self.is_owned = owners.rank in owners
-        self.shards = len(owners.ranks) if is_sharded else 1
-        self.index = owners.index(owners.rank) if is_sharded and self.is_owned else 0
+        self.shards = len(owners.sharers.ranks) if is_sharded else 1
+        self.index = owners.sharers.index(owners.rank) if is_sharded and self.is_owned else 0
         self.padded_numel = padded_numel(self.numel, owners, is_sharded)
         self.shard_numel = self.padded_numel // self.shards
 
@@ -50,7 +50,7 @@ class BucketShape:
     def share_of(self, rank: int) -> tuple[int, int]:
         """The half-open range of the flat vector that owner ``rank`` sends to those who hold a copy.
 
-        At ZeRO 1 and 2 it is the owner's shard, without padding.
+        At ZeRO 1 and 2 it is the owner's shard, without padding, or a part of it where workers train apart.
         """
         share, place = shard_numel(self.numel, len(self.owners.ranks)), self.owners.index(rank)
         return min(place * share, self.numel), min((place + 1) * share, self.numel)

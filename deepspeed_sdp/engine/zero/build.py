@@ -27,6 +27,7 @@ from deepspeed_sdp.engine.zero.host_copies import HostCopies
 from deepspeed_sdp.engine.zero.layout import Layout, make_layout, make_parts
 from deepspeed_sdp.engine.zero.nonfinite import NonFiniteGradients
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
+from deepspeed_sdp.engine.zero.outer_step import OuterStep
 from deepspeed_sdp.engine.zero.refresh import RefreshRules, WeightRefresh
 from deepspeed_sdp.engine.zero.rounds import last_portion
 from deepspeed_sdp.engine.zero.weights import ShardedWeights
@@ -45,6 +46,7 @@ class Parts:
         optimizer: what DeepSpeed's engine takes for its ZeRO optimizer.
         weights: at stage 3, what gathers and frees them.
         tools: what DeepSpeed's own tools come to by a parameter.
+        outer: where workers train apart, how owners agree.
     """
 
     subnetwork: Subnetwork
@@ -53,6 +55,7 @@ class Parts:
     optimizer: SDPOptimizer
     weights: ShardedWeights | None
     tools: ParameterTools
+    outer: OuterStep | None
 
     def close(self) -> None:
         """Take all hooks off the model and let go of parameters and of weights (at stage 3)."""
@@ -84,10 +87,10 @@ def assemble(
         ConfigError: the optimizer is none that can step shards, or trained parameters differ in dtype; on every rank.
     """
     sdp, stage, device, dtype = settings.sdp, settings.stage, settings.device, settings.dtype
-    backend, stages = groups.world.backend, Stages(device, groups.replicas)
+    backend, stages, is_apart = groups.world.backend, Stages(device, groups.replicas), sdp.schedule.is_apart
 
     def transport(payload: Literal["gradients", "weights"], everyone: Owners, of: torch.dtype) -> Transport:
-        if resolve_transport(sdp.comm.transport, backend, stage, payload) == "all_to_all":
+        if not is_apart and resolve_transport(sdp.comm.transport, backend, stage, payload) == "all_to_all":
             return AllToAllTransport(everyone, device, of, stages, traffic, stopwatch)
         return OwnerSetTransport(stages, traffic, stopwatch)
 
@@ -104,7 +107,9 @@ def assemble(
     group_of_id = {id(p): group[GROUP_KEY] for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in subnetwork.module.named_parameters() if id(p) in group_of_id}
     agreed(lambda: _check_dtypes(subnetwork, trained, dtype))
-    layout = make_layout(subnetwork, groups, group_of_id, stage=stage, round_numel=settings.round_numel)
+    layout = make_layout(
+        subnetwork, groups, group_of_id, stage=stage, round_numel=settings.round_numel, is_apart=is_apart
+    )
     for_weights = transport("weights", groups.for_weights, dtype)
     weights = None
     if stage == 3:
@@ -119,7 +124,10 @@ def assemble(
     exchange = None
     if is_masked:
         exchange = Exchange(groups.for_weights, stage > 0, device, dtype, stages, traffic, stopwatch)
-    refresh = _refresh(settings, subnetwork, layout, for_weights, exchange)
+    everywhere = refresh = _refresh(settings, subnetwork, layout, for_weights, exchange)
+    if is_apart and exchange is not None:
+        # Copies are brought up to date when owners have agreed.
+        refresh = _refresh(settings, subnetwork, layout, for_weights, None)
     parameters = dict(enumerate(layout.parameters))
     fragments = subnetwork.fragments
     names = [fragments[name].full_name for name in layout.names]
@@ -140,14 +148,16 @@ def assemble(
         behaviour,
         gradients,
         refresh,
+        everywhere,
         stage=stage,
         world=groups.world,
+        norm_levels=groups.for_gradients.inner if is_apart else (groups.world,),
         device=device,
         loss_scaler=settings.loss_scaler,
         clip_grad=settings.clip_grad,
         state_device=settings.state.device,
         host_copies=host_copies if settings.state.is_offloaded else None,
-        nonfinite=NonFiniteGradients(names, sdp.comm.on_nonfinite),
+        nonfinite=NonFiniteGradients(names, sdp.comm.on_nonfinite, is_apart),
         frozen=FrozenParameters(
             gradients.buckets,
             parameters,
@@ -158,20 +168,25 @@ def assemble(
                 if not p.requires_grad and name not in subnetwork.frozen
             },
             [subnetwork.module.get_parameter(name) for name in subnetwork.frozen],
+            is_apart,
         ),
         identity=digest([subnetwork.fragments[name] for name in layout.names]),
         traffic=traffic,
+        is_apart=is_apart,
     )
+    outer = OuterStep(made, sdp.schedule.outer_optimizer, stages, traffic, stopwatch) if is_apart else None
+    if outer is not None:
+        outer.begin()
     if weights is not None:
         weights.before_backward = made.launch_before
-    return Parts(subnetwork, groups, layout, made, weights, ParameterTools(subnetwork, made))
+    return Parts(subnetwork, groups, layout, made, weights, ParameterTools(subnetwork, made), outer)
 
 
 def _refresh(
     settings: Settings, subnetwork: Subnetwork, layout: Layout, transport: Transport, exchange: Exchange | None
 ) -> WeightRefresh:
     numel = sum(bucket.shard_numel for bucket in layout.buckets)
-    rules = RefreshRules.of(settings.stage, settings.sdp, settings.accumulate, numel)
+    rules = RefreshRules.of(settings.stage, exchange is not None, settings.sdp, settings.accumulate, numel)
     portions = layout.portions(settings.portion_numel, is_gathered=rules.is_gathered, is_exchanged=rules.is_exchanged)
     refresh = WeightRefresh(portions, rules, transport, exchange)
     if rules.is_lazy:

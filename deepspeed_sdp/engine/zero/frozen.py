@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -27,6 +28,7 @@ class FrozenParameters:
         names: full-model name of each of them.
         outside: parameters in no bucket, frozen from the start, by full-model name.
         copies: parameters that others train, or that only views are trained of; frozen whatever the client says.
+        is_apart: whether each worker's step is its own: others are not asked.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class FrozenParameters:
         names: Sequence[str],
         outside: Mapping[str, nn.Parameter],
         copies: Sequence[nn.Parameter],
+        is_apart: bool,
     ) -> None:
+        self._is_apart = is_apart
         self._buckets = tuple(buckets)
         self._parameters = parameters
         self._names = names
@@ -69,9 +73,11 @@ class FrozenParameters:
             for place, index in enumerate(bucket.items)
         }
         thawed = [name for name, parameter in self._outside.items() if parameter.requires_grad]
-        told = gather_objects((held, thawed), "agreeing on frozen parameters")
+        told = {dist.get_rank(): (held, thawed)}
+        if not self._is_apart:
+            told = dict(enumerate(gather_objects((held, thawed), "agreeing on frozen parameters")))
         first: dict[Any, tuple[int, bool]] = {}
-        for rank, (of_rank, outside) in enumerate(told):
+        for rank, (of_rank, outside) in told.items():
             if outside:
                 raise ConfigError(
                     f"requires_grad: rank {rank} has true for {outside[0]}, which was frozen when initialize() was "

@@ -33,13 +33,20 @@ class Layout(Rounds[OwnerBucket]):
 
 
 def make_layout(
-    subnetwork: Subnetwork, groups: OwnerGroups, group_of: Mapping[int, int], *, stage: int, round_numel: int
+    subnetwork: Subnetwork,
+    groups: OwnerGroups,
+    group_of: Mapping[int, int],
+    *,
+    stage: int,
+    round_numel: int,
+    is_apart: bool = False,
 ) -> Layout:
     """Put every trained parameter, and every copy of one, into a bucket.
 
     Args:
         group_of: index of the client's parameter group, by ``id`` of a parameter; others are not trained.
         round_numel: elements of the full model in a round.
+        is_apart: whether workers train apart, each with a state of its own.
     """
     subnetwork.link_views()
     places = _first_places(subnetwork)
@@ -52,6 +59,7 @@ def make_layout(
     ]
     copies = list(_copies(subnetwork)) if subnetwork.masking == "backward" else []
     owners = [groups.owners(owner_set) for owner_set in range(len(subnetwork.plan.owner_sets))]
+    owners = [of_set.apart() for of_set in owners] if is_apart else owners
 
     def build(items: Sequence[Item], weights: Sequence[Any]) -> tuple[tuple[OwnerBucket, ...], ...]:
         def make(pieces: Sequence[Bucket], of: Owners) -> Sequence[OwnerBucket]:

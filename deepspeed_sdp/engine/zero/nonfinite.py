@@ -19,9 +19,11 @@ class NonFiniteGradients:
     Args:
         names: full-model name of every parameter of this rank, by its index in the buckets.
         action: ``"skip"`` the step, or ``"stop"`` the job.
+        is_apart: whether each worker's step is its own: others are not asked.
     """
 
-    def __init__(self, names: Sequence[str], action: Literal["skip", "stop"]) -> None:
+    def __init__(self, names: Sequence[str], action: Literal["skip", "stop"], is_apart: bool) -> None:
+        self._is_apart = is_apart
         self._names = names
         self._action = action
         self._skipped = 0
@@ -42,10 +44,13 @@ class NonFiniteGradients:
             NonFiniteError: on every rank, if the action is ``"stop"`` or no finite step came for long.
         """
         mine = None if first is None else (self._names[first[0]], first[1])
-        reports: list[tuple[str, float] | None] = gather_objects(mine, "finding NaN and Inf in gradients")
+        rank = dist.get_rank()
+        reports: dict[int, tuple[str, float] | None] = {rank: mine}
+        if not self._is_apart:
+            reports = dict(enumerate(gather_objects(mine, "finding NaN and Inf in gradients")))
         self._step += 1
         self._skipped += 1
-        found = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
+        found = [(rank, *report) for rank, report in reports.items() if report is not None]
         where = "; ".join(f"rank {rank}: {value} in {name}" for rank, name, value in found)
         message = f"step {self._step}: gradients are not finite ({where or 'their average overflows'})"
         # The search for a loss scale is expected to overflow now and then.
@@ -53,7 +58,6 @@ class NonFiniteGradients:
             raise NonFiniteError(f"{message}; weights are those before the step")
         if not is_scale_dynamic and self._skipped >= _HOPELESS:
             raise NonFiniteError(f"{message}; so were the {_HOPELESS - 1} steps before")
-        if dist.get_rank() == 0:
-            logger.warning(
-                f"{message}; skipped {f'at loss scale {loss_scale:g}' if is_scale_dynamic else 'on all ranks'}"
-            )
+        where = "on this rank" if self._is_apart else "on all ranks"
+        if rank == 0 or self._is_apart:
+            logger.warning(f"{message}; skipped {f'at loss scale {loss_scale:g}' if is_scale_dynamic else where}")

@@ -42,8 +42,10 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         behaviour: of ``optimizer``.
         gradients: their way, to the averages of this rank's shards.
         refresh: moves weights after the step.
+        everywhere: moves them to all who compute with them.
         stage: of ZeRO.
-        world: of all ranks, for the norm.
+        world: of all ranks.
+        norm_levels: over which the norm is summed: all ranks, or where workers train apart the replicas of one.
         device: of weights and gradients.
         loss_scaler: DeepSpeed's.
         clip_grad: largest norm of the gradient, 0 for none.
@@ -54,6 +56,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         frozen: which parameters a step passes over.
         identity: differs where the parameters in the buckets do.
         traffic: counts bytes sent.
+        is_apart: whether workers train apart (local steps): steps, norms and what is skipped are each worker's own.
         initial: by the client's group, what constructors make of a parameter's state; default: what there is of it.
     """
 
@@ -63,9 +66,11 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         behaviour: Behaviour,
         gradients: GradientPath,
         refresh: WeightRefresh,
+        everywhere: WeightRefresh,
         *,
         stage: int,
         world: Group,
+        norm_levels: Sequence[Group],
         device: torch.device,
         loss_scaler: Any,
         clip_grad: float,
@@ -75,6 +80,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         frozen: FrozenParameters,
         identity: str,
         traffic: Traffic,
+        is_apart: bool = False,
         initial: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
@@ -90,11 +96,12 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         self.torch_autocast_gradscaler = None
         self.overflow = False
         self.synchronize_gradients = True
-        self._world = world
+        self._world, self._norm_levels = world, norm_levels
         self._global_grad_norm: torch.Tensor | float = 0.0
         self.device = device
-        self.refresh = refresh
+        self.refresh, self.everywhere = refresh, everywhere
         self.identity = identity
+        self.is_apart = is_apart
         self.gradients = gradients
         self._buckets = gradients.buckets
         self._nonfinite = nonfinite
@@ -235,21 +242,24 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def _scaled_global_norm(self) -> float:
         """``sqrt(Σ_u ‖g_u‖²)``, every unit once, still multiplied by the loss scale; the same number on every rank.
 
+        Where workers train apart it is that of one worker's units.
+
         Summed on the device. The host reads the result once: it says whether there is a step at all.
         """
         rank = dist.get_rank()
         # At stage 0 every owner holds the whole bucket: the first one counts it.
         averages = self.gradients.averages.items()
-        counted = [average for bucket, average in averages if self.stage > 0 or bucket.owners.ranks[0] == rank]
+        counted = [average for bucket, average in averages if self.stage > 0 or bucket.owners.sharers.ranks[0] == rank]
         norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else ()
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         square = torch.stack([nothing, *(norm.double() ** 2 for norm in norms)]).sum()
         # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
         changed = torch.full_like(square, self._frozen.have_changed(self.gradients.reached))
         total = torch.stack([square, changed])
-        self._traffic.add("norm_all_reduce", all_reduce_bytes(16, dist.get_world_size()))
-        with self._world.waiting("the norm of the gradient") as group:
-            dist.all_reduce(total, group=group)
+        for level in self._norm_levels:
+            self._traffic.add("norm_all_reduce", all_reduce_bytes(16, len(level.ranks)))
+            with level.waiting("the norm of the gradient") as group:
+                dist.all_reduce(total, group=group)
         of_all, changes = total.tolist()
         if changes:
             self._frozen.agree()
@@ -308,6 +318,11 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         elif pairs:
             # To a shard that rests on the host: the gather that reads it comes later on the same stream.
             torch._foreach_copy_(weights, values, non_blocking=True)
+
+    def spread(self) -> None:
+        """Collective. The master weights are new: bring them to all who compute with them."""
+        self.store_masters()
+        self.everywhere.send_all()
 
     def _share_counts(self, part: Sequence[OwnerBucket]) -> None:
         """DeepSpeed's fused optimizers count a call of ``step`` on the last parameter of each group alone."""
@@ -400,7 +415,7 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
     def forget(self) -> None:
         """Let go of master shards and buckets too: what comes next is :meth:`renew`."""
         self._masters, self._buckets, self._parts = {}, [], []
-        self.gradients = self.refresh = self._frozen = self._nonfinite = self._host = None  # type: ignore[assignment]
+        self.gradients = self.refresh = self.everywhere = self._frozen = self._nonfinite = self._host = None  # type: ignore[assignment]
 
     def destroy(self) -> None:
         """Let go of the parameters, whose hooks are taken off."""

@@ -55,8 +55,12 @@ def take_own_state(optimizer: "SDPOptimizer", saved: Any) -> None:
     for group, options in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update(copy.deepcopy(options))
     vars(optimizer.loss_scaler).update(saved["loss_scaler"])
-    optimizer.store_masters()
-    optimizer.refresh.send_all()
+    optimizer.spread()
+
+
+def fits_own(optimizer: "SDPOptimizer", saved: Mapping[str, Any]) -> bool:
+    """Whether :func:`take_own_state` takes it on this rank."""
+    return bool(saved["sdp_layout"] == _layout(optimizer))
 
 
 def _layout(optimizer: "SDPOptimizer") -> dict[str, Any]:

@@ -42,14 +42,13 @@ class RefreshRules:
     least: int = 2
 
     @classmethod
-    def of(cls, stage: int, sdp: SDPConfig, accumulate: torch.dtype, numel: int) -> "RefreshRules":
+    def of(cls, stage: int, is_exchanged: bool, sdp: SDPConfig, accumulate: torch.dtype, numel: int) -> "RefreshRules":
         """Of a job.
 
         Args:
             accumulate: dtype in which gradients wait.
             numel: elements of this rank's shards.
         """
-        is_exchanged = sdp.masking == "backward"
         is_lazy = is_exchanged and sdp.backward.overlap_refresh
         # The averaged gradients are gone when weights travel: with no more than they took the peak does not grow.
         return cls(0 < stage < 3, is_exchanged, is_lazy, accumulate.itemsize * numel * is_lazy)

@@ -80,7 +80,7 @@ class Rounds(Generic[Shape]):
         held = [bucket for round_ in rounds for bucket in (*self.rounds[round_], *self.copies[round_])]
         held.sort(key=lambda bucket: bucket.key)
         exchanged = tuple(b for b in held if is_exchanged and b.is_exchanged)
-        gathered = tuple(b for b in held if is_gathered and not b.in_place and not (is_exchanged and b.is_exchanged))
+        gathered = tuple(b for b in held if is_gathered and b.is_owned and not (is_exchanged and b.is_exchanged))
         return Portion(rounds, owned, gathered, exchanged)
 
 
