@@ -24,6 +24,7 @@ class Layout(Rounds[BucketShape]):
         uses: what uses the weights of every part.
         rules: of what travels after a step.
         step: the portions, in their order.
+        agreement: where workers train apart, the portions in which owners agree on weights.
     """
 
     everyone: Owners
@@ -31,6 +32,7 @@ class Layout(Rounds[BucketShape]):
     uses: tuple[Use, ...]
     rules: RefreshRules
     step: tuple[Portion[BucketShape], ...]
+    agreement: tuple[Portion[BucketShape], ...]
 
     @property
     def shard_numel(self) -> int:
@@ -61,10 +63,12 @@ class Standing:
         workers = place_workers(plan, job.world_size, ranks_per_node, job.sdp.plan.rank_order)
         mesh = Mesh(plan.owner_sets, workers, ranks_per_node)
         rank = workers.index(worker)
-        owners = (
+        owners = [
             Owners(mesh.ranks(owner_set), rank, mesh.replicas, mesh.replica(rank))
             for owner_set in range(len(plan.owner_sets))
-        )
+        ]
+        if job.sdp.schedule.is_apart:
+            owners = [of_set.apart() for of_set in owners]
         return cls(worker, tuple(owners), mesh.levels, len(mesh.groups_of(rank)))
 
 
@@ -88,7 +92,8 @@ def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job, standing: St
         segmentation,
     )
     numel = sum(bucket.shard_numel for bucket in of_rank.buckets)
-    rules = RefreshRules.of(job.stage, job.sdp.masking == "backward", job.sdp, job.accumulate_dtype, numel)
+    is_exchanged = job.sdp.masking == "backward" and not job.sdp.schedule.is_apart
+    rules = RefreshRules.of(job.stage, is_exchanged, job.sdp, job.accumulate_dtype, numel)
     step = of_rank.portions(job.portion_numel, is_gathered=rules.is_gathered, is_exchanged=rules.is_exchanged)
     return Layout(
         **vars(of_rank),
@@ -97,6 +102,9 @@ def make_layout(model: WorkerModel, plan: SubnetworkPlan, job: Job, standing: St
         uses=model.uses,
         rules=rules,
         step=tuple(step),
+        agreement=tuple(of_rank.portions(job.portion_numel, is_gathered=job.stage > 0, is_exchanged=bool(copies)))
+        if job.sdp.schedule.is_apart
+        else (),
     )
 
 

@@ -67,12 +67,21 @@ class EngineStep:
                 weights += held * width
             has_master = not bucket.is_own_master(job.dtype, job.offload_optimizer == rests_on_host)
             optimizer += bucket.shard_numel * 4 * (job.moments + has_master) + _STEP_COUNTER * (job.moments == 2)
+            optimizer += self._held_apart(bucket)
         ledger.add("weights", weights)
         ledger.add("optimizer", 0 if job.offload_optimizer else optimizer)
         if job.offload_optimizer:
             steps = (sum(b.shard_numel for b in chain.from_iterable(portion.owned)) for portion in self.layout.step)
             coming, going = buffer_numels(max(steps), sends=not job.offload_param)
             self.host += optimizer + sum(coming) * 4 + sum(going) * width
+
+    def _held_apart(self, bucket: BucketShape) -> int:
+        """Of local steps: the outer optimizer's slices, and where owners agree beside training what is under way."""
+        assert self._job.sdp is not None
+        schedule, ranks = self._job.sdp.schedule, len(bucket.owners.ranks)
+        slices = bucket.padded_numel // ranks if ranks > bucket.owners.replicas else bucket.shard_numel
+        outer = 2 * slices if schedule.outer_optimizer is not None else 0
+        return 4 * (outer + 2 * bucket.shard_numel * (schedule.sync_delay > 0))
 
     def run(self, moments: Sequence[Moment]) -> Ledger:
         """All passes and the update."""
@@ -182,6 +191,24 @@ class EngineStep:
             self._drop_copies(rules.least)
         if not rules.is_lazy:
             self._settle(len(self.layout.step))
+        self._agree()
+
+    def _agree(self) -> None:
+        """Once a round, of which a step sends its share."""
+        assert self._job.sdp is not None
+        sent: Counter[str] = Counter()
+        for portion in self.layout.agreement:
+            moved = self._wire.agree(list(chain.from_iterable(portion.owned)))
+            self.ledger.pass_by("buffers", moved.passing)
+            sent["outer_average"] += moved.sent
+            for kind, of in (
+                ("weight_gather", self._wire.gather(portion.gathered)),
+                ("weight_refresh", self._wire.exchange(portion.exchanged)),
+            ):
+                self.ledger.pass_by("buffers", of.buffers + of.copied + of.passing)
+                sent[kind] += of.sent
+        for kind, nbytes in sent.items():
+            self.sent[kind] += nbytes // self._job.sdp.schedule.sync_interval
 
     def _arrive(self) -> None:
         self.ledger.add("buffers", -self._under_way.popleft()[1])

@@ -38,8 +38,14 @@ class Wire:
         self._width, self._reduced = job.dtype.itemsize, job.reduce_dtype.itemsize
         self._everyone, self._levels = layout.everyone, layout.levels
         self._is_sharded = job.stage > 0
-        self._sums_itself = resolve_transport(asked, job.backend, job.stage, "gradients") == "all_to_all"
-        self._gathers_at_once = resolve_transport(asked, job.backend, job.stage, "weights") == "all_to_all"
+        is_apart = job.sdp.schedule.is_apart
+        self._is_updated = job.sdp.schedule.outer_optimizer is not None
+        self._sums_itself = (
+            not is_apart and resolve_transport(asked, job.backend, job.stage, "gradients") == "all_to_all"
+        )
+        self._gathers_at_once = (
+            not is_apart and resolve_transport(asked, job.backend, job.stage, "weights") == "all_to_all"
+        )
         # Averages as they arrive.
         self.average_dtype = sum_dtype(job.reduce_dtype) if self._sums_itself else job.reduce_dtype
 
@@ -55,7 +61,8 @@ class Wire:
         return Moved(sum(map(self._averaged, buckets)), sum(map(self._scattered, buckets)) * self._reduced)
 
     def _averaged(self, bucket: BucketShape) -> int:
-        nbytes, ranks, replicas = bucket.padded_numel * self._reduced, len(bucket.owners.ranks), bucket.owners.replicas
+        sharers = bucket.owners.sharers
+        nbytes, ranks, replicas = bucket.padded_numel * self._reduced, len(sharers.ranks), sharers.replicas
         if bucket.shards == 1:
             return all_reduce_bytes(nbytes, ranks)
         inside = all_gather_bytes(nbytes, replicas)
@@ -67,7 +74,7 @@ class Wire:
         replicas, numel = bucket.owners.replicas, bucket.padded_numel
         if self._is_gloo:
             return numel if replicas > 1 else 0
-        rings = [*self._levels, len(bucket.owners.ranks) // replicas]
+        rings = [*self._levels, len(bucket.owners.sharers.ranks) // replicas]
         found = []
         for ring in (ring for ring in rings if ring > 1):
             numel //= ring
@@ -82,7 +89,7 @@ class Wire:
 
     def has_own_memory(self, bucket: BucketShape) -> bool:
         """Whether the average of ``bucket`` that arrives is a tensor of its own, and not a view."""
-        is_scattered = not self._is_gloo and len(bucket.owners.ranks) > 1
+        is_scattered = not self._is_gloo and len(bucket.owners.sharers.ranks) > 1
         return self._sums_itself or bucket.shards == 1 or is_scattered
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ class Wire:
         """Shards of this rank's buckets to their owners."""
         buckets = [bucket for bucket in buckets if bucket.shards > 1]
         padded = sum(bucket.padded_numel for bucket in buckets)
-        sent = sum(all_gather_bytes(b.padded_numel * self._width, len(b.owners.ranks)) for b in buckets)
+        sent = sum(all_gather_bytes(b.padded_numel * self._width, len(b.owners.sharers.ranks)) for b in buckets)
         if not self._gathers_at_once:
             return Moved(sent, copied=padded * self._width * self._is_gloo)
         if self._everyone.replicas > 1:
@@ -118,3 +125,17 @@ class Wire:
             own * replicas * width * self._is_gloo,
             outside.buffers + outside.copied + outside.passing,
         )
+
+    # -- local steps -------------------------------------------------------------------------------------------------
+
+    def agree(self, buckets: Sequence[BucketShape]) -> Moved:
+        """Where workers train apart: owners average a portion's master weights."""
+        owners = {bucket: len(bucket.owners.ranks) // bucket.owners.replicas for bucket in buckets}
+        buckets = [bucket for bucket in buckets if owners[bucket] > 1 or self._is_updated]
+        sent = 0
+        for bucket in (bucket for bucket in buckets if owners[bucket] > 1):
+            inside = 1 if self._is_sharded else bucket.owners.replicas
+            nbytes = 4 * bucket.shard_numel
+            sent += all_reduce_bytes(nbytes, inside) + all_reduce_bytes(nbytes // inside, owners[bucket])
+        # What is averaged and what comes of it; gloo receives as much besides.
+        return Moved(sent, passing=(2 + self._is_gloo) * 4 * sum(bucket.shard_numel for bucket in buckets))

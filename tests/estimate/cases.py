@@ -61,7 +61,7 @@ def _seen(engine, sdp):
     """What the engine of a rank is made of, and what it sent in its last step."""
     refresh, weights = engine._parts.optimizer.refresh, engine._parts.weights
     sent = dict(engine._traffic.last_step)
-    sent.pop("norm_all_reduce")
+    sent.pop("norm_all_reduce", None)
     return {
         "layout": describe(engine._parts.layout, refresh.portions),
         "uses": [] if weights is None else [(part.use.stays, part.use.is_needed_backward) for part in weights._parts],

@@ -65,7 +65,9 @@ def gradient_peak(engine: Any) -> Iterator[Peak]:
 
 
 def _optimizer_tensors(engine: Any) -> Iterator[torch.Tensor]:
-    basic = engine.basic_optimizer
+    basic, parts = engine.basic_optimizer, getattr(engine, "_parts", None)
+    if parts is not None and parts.outer is not None:
+        yield from parts.outer.tensors()
     for group in basic.param_groups:
         yield from group["params"]
     # DeepSpeed's own ZeRO-3 hands its master weights to the basic optimizer only while it steps.

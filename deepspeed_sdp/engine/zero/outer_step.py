@@ -202,6 +202,11 @@ class OuterStep:
     def _count(self, nbytes: int, group: Group, bucket: OwnerBucket) -> None:
         self._traffic.add(KIND, all_gather_bytes(nbytes, len(group.ranks)), bucket.owner_set)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What lives between steps beside the inner optimizer's state."""
+        under_way = [flat for _, flats, _ in self._under_way for flat in flats]
+        return [*self._anchors.values(), *self.momentum.values(), *self._changes.values(), *under_way]
+
     # -- for checkpoints ---------------------------------------------------------------------------------------------
 
     def state(self) -> list[dict[str, torch.Tensor]]:
