@@ -185,6 +185,23 @@ def _schedules() -> list[Row]:
     return _of("schedules", _NEURON, **moving, **growing)
 
 
+def _local() -> list[Row]:
+    """Local steps, dense (DiLoCo) and with subnetworks: ``schedule.sync_interval`` and ``schedule.outer_optimizer``."""
+    return [
+        row
+        for name, sdp in (("dense", {"coverage": 1.0}), (_NEURON, NEURON.sdp))
+        for row in _of(
+            "local",
+            name,
+            **{
+                f"{interval}_local_steps{', outer' * outer}": Method(sdp, sync_interval=interval, outer=outer)
+                for interval in (10, 50)
+                for outer in (False, True)
+            },
+        )
+    ]
+
+
 def averaged(method: Method) -> Method:
     """Subnetworks that compute as a model of their size would, and the full model with the mean of what they add."""
     return replace(with_sdp(method, output_scaling="inverse_coverage"), writes=method.sdp["coverage"])
@@ -269,6 +286,6 @@ def _designs() -> list[Row]:
     ]
 
 
-GROUPS = ("main", "defaults", "gap", "more", "product", "designs", "schedules")
-_ALL = (_main, _averaged, _more, _defaults, _gap, _product, _designs, _schedules)
+GROUPS = ("main", "defaults", "gap", "more", "product", "designs", "schedules", "local")
+_ALL = (_main, _averaged, _more, _defaults, _gap, _product, _designs, _schedules, _local)
 ROWS = {row.name: row for rows in _ALL for row in rows()}

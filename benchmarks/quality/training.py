@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.quality.apart import Apart, Outer
 from benchmarks.quality.ownership import Ownership, dropped_blocks, flops_per_token, make_plan, ownership_of, parse_sdp
 from benchmarks.quality.simulated_llama import SimulatedLlama
 from deepspeed_sdp.config import SDPConfig
@@ -91,6 +92,8 @@ class Method:
         partitioned_lr: factor on the learning rate of partitioned parameters.
         sequences: of a worker in a step; 0: the size's.
         share: of the heads and MLP neurons that the model has at all: a smaller dense model.
+        sync_interval: steps that workers train apart before they agree on weights, 0: gradients are averaged instead.
+        outer: whether an outer SGD with Nesterov's momentum takes the average change, as in DiLoCo.
         writes: factor on the initial values and the learning rate of linears that write to the residual stream.
     """
 
@@ -106,6 +109,8 @@ class Method:
     sequences: int = 0
     writes: float = 1.0
     share: float = 1.0
+    sync_interval: int = 0
+    outer: bool = False
 
     def phases(self) -> list[Phase]:
         """All of them in order; shares add up to 1."""
@@ -219,6 +224,8 @@ def train(
     phases = [(phase, _Owners(model, method, phase, size, seed)) for phase in method.phases()]
     partitioned = set().union(*(owners.static.counts for _, owners in phases))
     optimizer = _optimizer(simulation, method, partitioned, lr)
+    apart = _apart(model, method, phases[0][1], lr) if method.sync_interval else None
+    groups = optimizer.param_groups if apart is None else apart.param_groups
     batches = _batches(train_text, size, seed)
     torch.manual_seed(seed)  # of dropout
     step, flops, losses, until = 0, 0.0, [], 0.0
@@ -228,13 +235,19 @@ def train(
             parameter.requires_grad_(not phase.only_norms or "norm" in name)
         step_cost = per_step * (owners.flops if equal == "flops" else 1.0)
         while schedule.spent + step_cost / 2 < until * schedule.budget:
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = group["peak"] * schedule.lr_factor()
-            found, _ = simulate_step(simulation, optimizer, next(batches), owners.at(step), dropout=method.dropout)
+            ids = next(batches)
+            if apart is not None:
+                found = apart.step(ids)
+            else:
+                found, _ = simulate_step(simulation, optimizer, ids, owners.at(step), dropout=method.dropout)
             losses.append(float(found.mean()))
             schedule.spent += step_cost
             flops += per_step * owners.flops
             step += 1
+    if apart is not None:
+        apart.agree()
     loss = evaluate(simulation, heldout)
     factor, calibrated = _calibrate(simulation, calibration, heldout)
     return {
@@ -250,6 +263,12 @@ def train(
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
     }
+
+
+def _apart(model: nn.Module, method: Method, owners: _Owners, lr: float) -> Apart:
+    outer = Outer() if method.outer else None
+    options = {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
+    return Apart(model, owners.plan, owners.sdp, method.sync_interval, outer, lr, CLIP, **options)
 
 
 def _optimizer(simulation: SimulatedLlama, method: Method, partitioned: set[str], lr: float) -> torch.optim.Optimizer:

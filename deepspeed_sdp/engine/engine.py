@@ -1,6 +1,7 @@
 """A DeepSpeed engine that trains one subnetwork per worker."""
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, NoReturn
@@ -60,7 +61,7 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
             _agreed_weights=agreed_weights,
             _agreed_at=0,
             _is_agreeing=False,
-            _traffic=Traffic(),
+            _traffic=Traffic(recent=deque(maxlen=sdp_config.schedule.sync_interval)),
             _stopwatch=Stopwatch(),
             _client=client,
             _parts=None,

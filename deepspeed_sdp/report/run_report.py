@@ -98,7 +98,7 @@ class RunReport:
             },
             "is_gradient_peak_measured": self.is_peak_measured,
             "reduce_bucket_numel": self.reduce_bucket_numel,
-            "bytes_sent_per_step_per_rank": [rank["bytes_sent"] for rank in self.ranks],
+            "bytes_sent_per_step_per_rank": [rank["mean_bytes_sent"] for rank in self.ranks],
             "bytes_sent_by_kind": [rank["bytes_sent_by_kind"] for rank in self.ranks],
             "owned_parameters_per_rank": [rank["owned_numel"] for rank in self.ranks],
             "plan": None if self.facts.masking == "dense" else self.facts.plan.summary(),

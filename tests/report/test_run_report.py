@@ -37,7 +37,7 @@ def report_of(plan, dense=True, masking="forward", **changes):
     ranks = [
         {
             "model_state_bytes": state(1_234_567 + rank),
-            "bytes_sent": 7_654_321 + rank,
+            "mean_bytes_sent": 7_654_321 + rank,
             "bytes_sent_by_kind": {"gradients": 7_000_000, "parameters": 654_321 + rank},
             "owned_numel": 400_000 + rank,
         }
@@ -238,7 +238,7 @@ def test_a_sentence_stands_where_its_figures_do(changes, there):
         known = {"masking": "dense", "is_peak_measured": False, "timed_steps": 0, "timed_seconds": 0.0, **changes}
         report = report_of(plan_of(2, 1), dense=dense, **known)
         for rank in report.ranks:
-            rank["bytes_sent"] = bytes_sent
+            rank["mean_bytes_sent"] = bytes_sent
         page = to_markdown(report.to_dict()).lower()
         return {name for name, text in words.items() if text in page}
 

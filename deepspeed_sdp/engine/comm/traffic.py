@@ -1,6 +1,6 @@
 """Bytes that this rank sends, counted where a collective is issued."""
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 SHARED_SET = 0
@@ -18,10 +18,15 @@ def all_gather_bytes(nbytes: int, ranks: int) -> int:
 
 @dataclass
 class Traffic:
-    """Bytes sent by this rank, by kind of collective and owner set; ``current`` is the step in progress."""
+    """Bytes sent by this rank, by kind of collective and owner set; ``current`` is the step in progress.
+
+    Attributes:
+        recent: bytes of the last steps, as many as there are in a round of local steps.
+    """
 
     current: Counter[tuple[str, int]] = field(default_factory=Counter)
     last: Counter[tuple[str, int]] = field(default_factory=Counter)
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=1))
 
     def add(self, kind: str, nbytes: int, owner_set: int = SHARED_SET) -> None:
         """Count ``nbytes`` sent by a collective of ``kind`` for what ``owner_set`` owns."""
@@ -30,10 +35,12 @@ class Traffic:
     def end_step(self) -> None:
         """Close the step: what was counted becomes the last step."""
         self.last, self.current = self.current, Counter()
+        self.recent.append(self.last_step_bytes)
 
     def extend_step(self) -> None:
         """What was counted since the last step was closed belongs to it."""
         self.last, self.current = self.last + self.current, Counter()
+        self.recent[-1] = self.last_step_bytes
 
     @property
     def last_step(self) -> dict[str, int]:
@@ -44,6 +51,11 @@ class Traffic:
     def last_step_by_owner_set(self) -> dict[int, int]:
         """Bytes of the last step by owner set."""
         return _sums(self.last, 1)
+
+    @property
+    def mean_step_bytes(self) -> int:
+        """Bytes sent in a step, on average over a round."""
+        return round(sum(self.recent) / max(1, len(self.recent)))
 
     @property
     def last_step_bytes(self) -> int:

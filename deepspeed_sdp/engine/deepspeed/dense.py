@@ -182,6 +182,7 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
             "owner_sets": [0],
             "model_state_bytes": model_state_bytes(self),
             "bytes_sent": None,
+            "mean_bytes_sent": None,
             "bytes_sent_by_kind": {},
             "bytes_sent_by_owner_set": {},
             "seconds": self.phase_seconds,

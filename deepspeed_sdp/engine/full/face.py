@@ -184,11 +184,11 @@ class FullModelFace:
         """Figures of the last step on this rank.
 
         ``model_state_bytes`` (weights, gradients, optimizer; live tensors), ``bytes_sent``, also by kind of collective
-        and by owner set, ``seconds`` (forward, backward with its reductions, step; ``communication`` from issue of all
-        collectives until they were waited for, ``exposed`` the part in which nothing else could run, ``overlapped`` the
-        rest; on an accelerator by its own clock, of the step before),
-        ``checkpoint_stall_seconds`` (what the last ``save_checkpoint`` took of the training), ``grad_norm``,
-        ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
+        and by owner set, ``mean_bytes_sent`` (of a step, over the last round of local steps), ``seconds`` (forward,
+        backward with its reductions, step; ``communication`` from issue of all collectives until they were waited for,
+        ``exposed`` the part in which nothing else could run, ``overlapped`` the rest; on an accelerator by its own
+        clock, of the step before), ``checkpoint_stall_seconds`` (what the last ``save_checkpoint`` took of the
+        training), ``grad_norm``, ``owned_numel``, ``subnetwork_index``, ``owner_sets`` (those this rank belongs to).
         """
         owned = self._subnetwork.fragments.keys() - self._subnetwork.frozen
         sets = {self._subnetwork.owner_set(name) for name in owned}
@@ -199,6 +199,7 @@ class FullModelFace:
             "owner_sets": sorted(sets),
             "model_state_bytes": model_state_bytes(self),
             "bytes_sent": self._traffic.last_step_bytes,
+            "mean_bytes_sent": self._traffic.mean_step_bytes,
             "bytes_sent_by_kind": dict(self._traffic.last_step),
             "bytes_sent_by_owner_set": self._traffic.last_step_by_owner_set,
             "seconds": self._stopwatch.last_step_seconds,
