@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.quality import tables
+from benchmarks.quality.apart import Apart, Outer
 from benchmarks.quality.methods import SIZES
 from benchmarks.quality.ownership import (
     Ownership,
@@ -23,7 +24,7 @@ from benchmarks.quality.simulated_llama import SimulatedLlama
 from benchmarks.quality.training import Method, Phase, simulate_step, train
 from deepspeed_sdp.plan import SubnetworkPlan
 from tests.support import oracle
-from tests.support.compare import SCALES, adamw, assert_same_weights
+from tests.support.compare import EPS, LR, SCALES, WEIGHT_DECAY, adamw, assert_same_weights
 from tests.support.models import tiny_model, token_batches
 
 STEPS, CLIP = 4, 1.0
@@ -92,6 +93,31 @@ def test_dense_training_equals_the_reference():
     expected, _ = reference(theirs, make_plan(tiny_model(meta=True), sdp, 4), sdp, batches)
     assert torch.allclose(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-5)
     assert_same_weights(ours.state_dict(), theirs.state_dict(), 1e-5)
+
+
+@pytest.mark.parametrize("outer", [None, Outer(0.7, 0.9)])
+@pytest.mark.parametrize("block", [{"coverage": 1.0}, HALF, MOST], ids=str)
+def test_local_steps_equal_the_reference(block, outer):
+    batches = token_batches(6, 4)
+    model, sdp = tiny_model().double(), parse_sdp(block, seed=0, seq_length=12)
+    plan = make_plan(model, sdp, 4)
+    options = {"weight_decay": WEIGHT_DECAY, "eps": EPS}
+    apart = Apart(model, plan, sdp, 2, outer, LR, CLIP, **options)
+    losses = [apart.step(torch.stack([micro[0] for micro in step])).tolist() for step in batches]
+    expected = tiny_model().double()
+    found, _ = oracle.train_apart(
+        expected,
+        oracle.unit_owners_of(plan),
+        4,
+        batches,
+        adamw,
+        2,
+        None if outer is None else {"lr": outer.lr, "momentum": outer.momentum, "nesterov": True},
+        clip=CLIP,
+        scale=plan.coverage ** -SCALES[sdp.output_scaling],
+    )
+    assert np.array(losses) == pytest.approx(np.array(found), abs=1e-6)
+    assert_same_weights(model.state_dict(), expected.state_dict(), 1e-6)
 
 
 def test_shuffled_plans_keep_every_owner_count():
