@@ -108,7 +108,8 @@ def sleep_in_backward(module, seed, longest=0.01):
             time.sleep(generator.random() * longest)
 
     for parameter in module.parameters():
-        parameter.register_hook(hook)
+        if parameter.requires_grad:
+            parameter.register_hook(hook)
 
 
 def run_steps(engine, steps, seed=1, repeat=False):

@@ -3,7 +3,7 @@
 import torch
 
 import deepspeed_sdp
-from tests.engine.cases import build_model, ds_config, face, run_steps
+from tests.engine.cases import build_model, ds_config, face, run_steps, sleep_in_backward
 
 
 def start(ds, sdp, model=None, optimizer=None, family="llama"):
@@ -14,9 +14,11 @@ def start(ds, sdp, model=None, optimizer=None, family="llama"):
     return engine
 
 
-def train(ds, sdp, steps, model=None, optimizer=None, family="llama"):
+def train(ds, sdp, steps, model=None, optimizer=None, family="llama", sleep=None):
     """Losses, norms, bytes of every step, and the full model in the end, which may be in the middle of a round."""
     engine = start(ds, sdp, model, optimizer, family)
+    if sleep is not None:
+        sleep_in_backward(engine.module, sleep)
     result = {"losses": [], "norms": [], "bytes": []}
     for step in range(steps):
         one = run_steps(engine, 1, seed=100 + step)

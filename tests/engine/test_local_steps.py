@@ -1,10 +1,13 @@
 """Workers that train apart, and agree every few steps: beside the simulation."""
 
+import random
+
 import pytest
 import torch
 
 from deepspeed_sdp.plan import SubnetworkPlan
 from tests.engine.cases import build_model
+from tests.engine.test_no_hang import random_case
 from tests.support import oracle
 from tests.support.compare import SCALES, _share, adamw, assert_same_weights
 from tests.support.models import token_batches
@@ -91,6 +94,29 @@ def test_sgd(ranks4, job):
     sdp, ds = JOBS[job]
     ds = {**ds, "zero_allow_untested_optimizer": True}
     check(ranks4.run(f"{CASES}:train", ds=ds, sdp=sdp, steps=9, optimizer=SGD), sdp, ds, 9, 1e-6, make=sgd)
+
+
+def random_job(seed):
+    world, values = random_case(seed)
+    draw, sdp, ds = random.Random(seed), values["sdp"], values["ds"]
+    del sdp["comm"]
+    has_replicas = "num_subnetworks" in sdp
+    ds |= {"stage": draw.choice([0, 1, 2]) if has_replicas else 0, "clip": draw.choice([0.0, 0.5])}
+    sdp["masking"] = draw.choice(["forward", "forward", "backward"])
+    interval = draw.choice([1, 2, 3])
+    sdp["schedule"] = {"sync_interval": interval, "outer_optimizer": NESTEROV}
+    if interval > 1 and draw.random() < 0.5:
+        del sdp["schedule"]["outer_optimizer"]
+    if sdp["masking"] == "forward":
+        sdp["schedule"]["sync_delay"] = draw.randrange(interval)
+    return world, sdp, ds, {"model": values["model"], "sleep": seed}
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 80))])
+def test_random_jobs_with_random_delays(pools, seed):
+    world, sdp, ds, job = random_job(seed)
+    results = pools(world).run(f"{CASES}:train", timeout=120, ds=ds, sdp=sdp, steps=5, **job)
+    check(results, sdp, ds, 5, model=job["model"], world=world)
 
 
 @pytest.mark.parametrize("job", ["forward", "forward, outer", "backward", "replicas", "replicas, whole"])
