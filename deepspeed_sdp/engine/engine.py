@@ -3,7 +3,7 @@
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -23,17 +23,17 @@ from deepspeed_sdp.engine.full.face import FullModelFace
 from deepspeed_sdp.engine.lifetime import while_alive
 from deepspeed_sdp.engine.state.consistency import check_owners
 from deepspeed_sdp.engine.state.face import CheckpointFace
+from deepspeed_sdp.engine.state.local_steps import LocalStepsFace
 from deepspeed_sdp.engine.state.repartition import Moments, changed, repartition
 from deepspeed_sdp.engine.state.schedule import check_schedule, follow_schedule
 from deepspeed_sdp.engine.zero.build import Parts, assemble
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
-from deepspeed_sdp.engine.zero.outer_step import OuterStep
 from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import ClientMap, Subnetwork
 
 
-class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore[misc]
+class SDPEngine(FullModelFace, CheckpointFace, LocalStepsFace, DeepSpeedEngine):  # type: ignore[misc]
     """``DeepSpeedEngine`` with the plan, the full model's face, and gradients averaged over owners.
 
     Built by :func:`deepspeed_sdp.initialize`. Everything that ``DeepSpeedEngine`` offers keeps its meaning.
@@ -141,56 +141,10 @@ class SDPEngine(FullModelFace, CheckpointFace, DeepSpeedEngine):  # type: ignore
                 self._check_owners(steps + 1)
             super().step(*args, **kwargs)
         if self.global_steps > steps:
-            if self._outer is not None:
-                self._agree_as_scheduled(self._outer)
-                self._traffic.extend_step()
+            self._agree_as_scheduled()
             self._stopwatch.end_step()
             self._write_figures()
             follow_schedule(self, self.global_steps)
-
-    def _agree_as_scheduled(self, outer: OuterStep) -> None:
-        schedule, step = self.sdp_config.schedule, self.global_steps
-        place = step % schedule.sync_interval
-        if not schedule.sync_delay:
-            if not place:
-                self.synchronize_workers()
-        elif not place:
-            outer.issue()
-            self.__dict__["_is_agreeing"] = True
-        elif place == schedule.sync_delay:
-            self._end_agreement()
-
-    def _end_agreement(self) -> None:
-        """What was issued at the end of a round, if it is still under way, is applied."""
-        if self._outer is not None and self._is_agreeing:
-            self._outer.apply()
-            self.__dict__["_is_agreeing"] = False
-
-    @property
-    def agreed_at(self) -> int:
-        """The step after which owners agreed on weights for the last time; every one, but for local steps."""
-        at: int = self.global_steps if self._outer is None else self._agreed_at
-        return at
-
-    @property
-    def _outer(self) -> OuterStep | None:
-        return None if self._parts is None else self._parts.outer
-
-    @while_alive
-    def synchronize_workers(self) -> None:
-        """Collective, between steps. With local steps (``schedule.sync_interval``): have owners agree on weights now.
-
-        The engine does so itself every ``sync_interval`` steps, and before it re-partitions.
-        """
-        self._end_agreement()
-        if self._outer is not None and self.agreed_at < self.global_steps:
-            self._outer.step()
-            self.__dict__["_agreed_at"] = self.global_steps
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Collective. Inside, weights are what owners would agree on now; afterwards training goes on as before."""
-        outer = self._outer if self.agreed_at < self.global_steps else None
-        return nullcontext() if outer is None else outer.averaged()
 
     @property
     def phase_seconds(self) -> dict[str, float]:
