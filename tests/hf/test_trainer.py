@@ -49,6 +49,8 @@ def test_with_all_owners_it_is_trainer(ranks4, tmp_path, stage, values):
 
 BACKWARD = {**HALF, "masking": "backward"}
 BLOCKS = {**HALF, "granularity": "layer"}
+# Saved and evaluated in the middle of a round.
+LOCAL = {**HALF, "schedule": {"sync_interval": 5, "outer_optimizer": {}}}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ BLOCKS = {**HALF, "granularity": "layer"}
         slow(BACKWARD, 2, "streamed"),
         slow(BLOCKS, 3, "gathered"),
         (BLOCKS, 3, "streamed"),
+        (LOCAL, 0, "gathered"),
+        slow(LOCAL, 0, "streamed"),
     ],
 )
 def test_evaluate_and_predict_are_the_exported_models(ranks4, tmp_path, sdp, stage, evaluation):
@@ -89,7 +93,7 @@ def test_evaluate_and_predict_are_the_exported_models(ranks4, tmp_path, sdp, sta
 GROWING = {"schedule": {"coverage_schedule": [[0.0, 0.25], [0.75, 0.5]], "resample_interval": 1}}
 
 
-@pytest.mark.parametrize(("stage", "sdp"), [(1, HALF), slow(3, HALF), (1, GROWING), slow(3, GROWING)])
+@pytest.mark.parametrize(("stage", "sdp"), [(1, HALF), slow(3, HALF), (1, GROWING), slow(3, GROWING), (0, LOCAL)])
 def test_resumed_to_the_bit(ranks4, tmp_path, stage, sdp):
     values = {"sdp": sdp, "stage": stage, "max_steps": 4, "rows": 20, "timeout": 90}
     whole = ranks4.run(f"{CASES}:save_and_resume", folder=str(tmp_path), **values)

@@ -4,7 +4,7 @@
 :meth:`GradientPath.add`    a micro-batch's gradient is in ``grad``: it is added to those before, in ``accumulate``
 :meth:`GradientPath.ready`  the parameter's gradient is whole: rounds that are complete are launched, in the total order
 ``_launch_next``            of a round, every bucket is laid flat in ``reduce`` and sent to be averaged
-``_flatten``                notes the norm of each gradient, which NaN and Inf spoil; the gradients are free afterwards
+``_note_norms``             notes the norm of each gradient, which NaN and Inf spoil; they are free once they are flat
 ``_take``                   the averaged shard has arrived: it is added to :attr:`GradientPath.averages`
 :meth:`GradientPath.finish` the backward pass is over: all that is left is launched and taken
 =========================== ============================================================================================
@@ -137,28 +137,39 @@ class GradientPath:
         buckets = self._rounds[self._launches.launch()]
         self.is_half_way = True
         with named("flatten gradients"):
+            self._note_norms(buckets)
             flats = [self._flatten(bucket) for bucket in buckets]
         self._in_flight.append((buckets, self._transport.reduce(buckets, flats)))
+
+    def _note_norms(self, buckets: Sequence[OwnerBucket]) -> None:
+        """Of a round's gradients, all at once."""
+        pieces = [(index, start, stop) for bucket in buckets for index, start, stop in bucket.ranges]
+        found = [(index, self._gradient(index), start, stop) for index, start, stop in pieces]
+        values = [(index, of.reshape(-1)[start:stop]) for index, of, start, stop in found if of is not None]
+        if values:
+            dtype = torch.promote_types(values[0][1].dtype, torch.float32)
+            norms = torch._foreach_norm([value for _, value in values], dtype=dtype)
+            self._norms += zip((index for index, _ in values), norms, strict=True)
+
+    def _gradient(self, index: int) -> torch.Tensor | None:
+        return self._sums.get(index, self.parameters[index].grad)
 
     def _flatten(self, bucket: OwnerBucket) -> torch.Tensor:
         """The gradients of ``bucket`` as one ``[padded_numel]`` tensor, zeros where the backward pass did not reach."""
         flat = torch.empty(bucket.padded_numel, dtype=self._reduce, device=bucket.device)
-        indices, places, values, taken = [], [], [], 0
+        places, values, taken = [], [], 0
         for index, start, stop in bucket.ranges:
             place, taken = flat[taken : taken + stop - start], taken + stop - start
-            gradient = self._sums.get(index, self.parameters[index].grad)
+            gradient = self._gradient(index)
             if gradient is None:
                 place.zero_()
             else:
-                indices.append(index)
                 places.append(place)
                 values.append(gradient.reshape(-1)[start:stop])
             if self._launches.is_used_up(index):
                 self._forget(index)
         flat[taken:].zero_()
         if values:
-            dtype = torch.promote_types(values[0].dtype, torch.float32)
-            self._norms += zip(indices, torch._foreach_norm(values, dtype=dtype), strict=True)
             torch._foreach_copy_(places, values)
         return flat
 

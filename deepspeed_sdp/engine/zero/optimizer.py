@@ -251,8 +251,9 @@ class SDPOptimizer(ZeROOptimizer):  # type: ignore[misc]
         averages = self.gradients.averages.items()
         counted = [average for bucket, average in averages if self.stage > 0 or bucket.owners.sharers.ranks[0] == rank]
         norms = torch._foreach_norm(counted, dtype=torch.float32) if counted else ()
-        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
-        square = torch.stack([nothing, *(norm.double() ** 2 for norm in norms)]).sum()
+        nothing = torch.zeros((), dtype=torch.float32, device=self.device)
+        # A kernel for all of them, and not some for each.
+        square = torch.stack([nothing, *norms]).double().square().sum()
         # Beside it, how many ranks have frozen or unfrozen parameters since the last step.
         changed = torch.full_like(square, self._frozen.have_changed(self.gradients.reached))
         total = torch.stack([square, changed])
