@@ -32,8 +32,8 @@ _ENGINE_NAMES = (
     "_backward_epilogue", "_backward_prologue", "_broadcast_model", "allreduce_gradients", "backward",
     "clip_fp32_gradients", "coalesce_grad_reduction", "destroy", "dynamic_loss_scale", "dynamic_loss_scale_args",
     "forward", "fp16_enabled", "get_data_types", "get_global_grad_norm", "gradient_accumulation_steps",
-    "gradient_clipping", "is_gradient_accumulation_boundary", "loss_scale", "managed_gradient_accumulation", "offload_states",
-    "reload_states", "zero_grad", "zero_optimization", "zero_optimization_partition_gradients",
+    "gradient_clipping", "is_gradient_accumulation_boundary", "loss_scale", "managed_gradient_accumulation",
+    "offload_states", "reload_states", "zero_grad", "zero_optimization", "zero_optimization_partition_gradients",
     "zero_optimization_partition_weights", "zero_optimization_stage",
 )  # fmt: skip
 ENGINE_METHODS: dict[str, tuple[str, ...]] = {
