@@ -10,7 +10,10 @@ from benchmarks.quality.training import Method, Phase, Size, with_sdp
 SIZES = {
     # 267 thousand parameters
     "small": Size(64, 176, 4, 4, 512, 64, 8, 2, 480),
-    # The same on four times the budget: 7 tokens of a dense training per parameter instead of 2
+    # A tenth and a fiftieth of the steps: what averages gradients in every step sends then as much as local steps do
+    "tenth": Size(64, 176, 4, 4, 512, 64, 8, 2, 48),
+    "fiftieth": Size(64, 176, 4, 4, 512, 64, 8, 2, 10),
+    # The first on four times the budget: 7 tokens of a dense training per parameter instead of 2
     "long": Size(64, 176, 4, 4, 512, 64, 8, 2, 1920),
     # 83 thousand parameters and 47 tokens of a dense training for each: the end of a training rather than its start
     "narrow": Size(32, 88, 4, 4, 512, 64, 8, 2, 3840),
