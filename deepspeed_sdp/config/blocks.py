@@ -193,6 +193,10 @@ class ScheduleBlock(Block):
         description="steps that training goes on while owners agree on the weights of a round's end; then it takes "
         "over what that changed",
     )
+    moments_sync: bool = Field(
+        False,
+        description="whether owners average the inner optimizer's state of a unit too: with Adam three times the bytes",
+    )
     outer_optimizer: OuterOptimizer | None = Field(
         None, description="what is done with the owners' average change; without it the average itself is taken"
     )
@@ -204,6 +208,11 @@ class ScheduleBlock(Block):
             raise ConfigError(
                 f"{BLOCK}.schedule.coverage_schedule: got the shares {', '.join(f'{share:g}' for share in shares)}; "
                 "takes shares that begin at 0 and ascend"
+            )
+        if self.moments_sync and (self.sync_delay or not self.is_apart):
+            raise ConfigError(
+                f"{BLOCK}.schedule.moments_sync: got true with sync_interval {self.sync_interval} and sync_delay "
+                f"{self.sync_delay}; takes local steps without a delay"
             )
         if self.sync_delay and self.sync_delay >= self.sync_interval:
             raise ConfigError(

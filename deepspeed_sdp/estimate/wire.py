@@ -39,6 +39,7 @@ class Wire:
         self._everyone, self._levels = layout.everyone, layout.levels
         self._is_sharded = job.stage > 0
         is_apart = job.sdp.schedule.is_apart
+        self._kinds = 1 + job.moments * job.sdp.schedule.moments_sync
         self._is_updated = job.sdp.schedule.outer_optimizer is not None
         self._sums_itself = (
             not is_apart and resolve_transport(asked, job.backend, job.stage, "gradients") == "all_to_all"
@@ -129,13 +130,17 @@ class Wire:
     # -- local steps -------------------------------------------------------------------------------------------------
 
     def agree(self, buckets: Sequence[BucketShape]) -> Moved:
-        """Where workers train apart: owners average a portion's master weights."""
+        """Where workers train apart: owners average a portion's master weights, and perhaps moments."""
         owners = {bucket: len(bucket.owners.ranks) // bucket.owners.replicas for bucket in buckets}
         buckets = [bucket for bucket in buckets if owners[bucket] > 1 or self._is_updated]
         sent = 0
         for bucket in (bucket for bucket in buckets if owners[bucket] > 1):
             inside = 1 if self._is_sharded else bucket.owners.replicas
             nbytes = 4 * bucket.shard_numel
-            sent += all_reduce_bytes(nbytes, inside) + all_reduce_bytes(nbytes // inside, owners[bucket])
+            once = all_reduce_bytes(nbytes, inside) + all_reduce_bytes(nbytes // inside, owners[bucket])
+            sent += self._kinds * once
         # What is averaged and what comes of it; gloo receives as much besides.
-        return Moved(sent, passing=(2 + self._is_gloo) * 4 * sum(bucket.shard_numel for bucket in buckets))
+        return Moved(
+            sent,
+            passing=max(1, self._kinds - 1) * (2 + self._is_gloo) * 4 * sum(bucket.shard_numel for bucket in buckets),
+        )

@@ -40,6 +40,7 @@ def simulated(result, sdp, ds, steps, make=adamw, model=None, family="llama", wo
         workers=result["workers"],
         masking=masking,
         delay=sdp["schedule"].get("sync_delay", 0),
+        with_moments=sdp["schedule"].get("moments_sync", False),
     )
     return module, losses, norms
 
@@ -53,8 +54,9 @@ def check(results, sdp, ds, steps, tolerance=1e-5, **job):
     assert_same_weights(results[0]["full"], module.state_dict(), tolerance)
 
 
-def apart(interval=3, outer=None, delay=0, **sdp):
-    schedule = {"sync_interval": interval, "sync_delay": delay} | ({} if outer is None else {"outer_optimizer": outer})
+def apart(interval=3, outer=None, delay=0, moments_sync=False, **sdp):
+    schedule = {"sync_interval": interval, "sync_delay": delay, "moments_sync": moments_sync}
+    schedule |= {} if outer is None else {"outer_optimizer": outer}
     return {"coverage": 0.5, **sdp, "schedule": schedule}
 
 
@@ -65,6 +67,12 @@ JOBS = {
     "one owner": (apart(coverage=0.25), {"stage": 0, "accumulation": 2}),
     "one owner, outer": (apart(coverage=0.25, outer=NESTEROV), {"stage": 0}),
     "blocks": (apart(granularity="layer"), {"stage": 0, "clip": 0.5}),
+    "moments": (apart(2, moments_sync=True), {"stage": 0}),
+    "moments, outer, replicas": (
+        apart(3, NESTEROV, moments_sync=True, num_subnetworks=2, coverage=1.0),
+        {"stage": 2},
+    ),
+    "moments, backward": (apart(3, moments_sync=True, masking="backward"), {"stage": 0}),
     "delay": (apart(3, delay=1), {"stage": 0, "clip": 0.5}),
     "delay, outer": (apart(3, NESTEROV, delay=2), {"stage": 0}),
     "delay, replicas": (apart(2, NESTEROV, delay=1, num_subnetworks=2, coverage=1.0), {"stage": 1}),
@@ -268,6 +276,7 @@ REFUSED = [
     ),
     ({"stage": 0}, apart(0), "sync_interval: got 0"),
     ({"stage": 0}, apart(2, delay=1, masking="backward"), "sync_delay: got 1 with masking"),
+    ({"stage": 0}, apart(1, moments_sync=True), "moments_sync: got true with sync_interval 1"),
     ({"stage": 0}, apart(2, delay=2), "sync_delay: got 2 with sync_interval 2"),
     ({"stage": 0}, apart(outer={"lr": -1.0}), "outer_optimizer.lr: got -1.0"),
     ({"stage": 0}, apart(outer={"rate": 1.0}), "outer_optimizer.rate: unknown key"),

@@ -141,7 +141,7 @@ QUICK = [
     ("backward", 0, "bf16", {}),
     ("backward", 1, "fp32", {}),
     ("backward", 2, "bf16", {"backward": {"overlap_refresh": True}}),
-    ("forward", 0, "bf16", {"schedule": {"outer_optimizer": {}}}),
+    ("forward", 0, "bf16", {"schedule": {"outer_optimizer": {}, "moments_sync": True}}),
     ("forward", 1, "bf16", {"num_subnetworks": 2, "coverage": 1.0, "schedule": {"outer_optimizer": {}}}),
     ("backward", 0, "fp32", {"schedule": {"outer_optimizer": {}}}),
 ]

@@ -173,7 +173,7 @@ def train(model, unit_owners, num_workers, batches, optimizer, *, clip=0.0, scal
 
 def train_apart(
     model, unit_owners, num_workers, batches, make_optimizer, interval, outer=None,
-    *, clip=0.0, scale=1.0, workers=None, masking="forward", delay=0,
+    *, clip=0.0, scale=1.0, workers=None, masking="forward", delay=0, with_moments=False,
 ):  # fmt: skip
     """Local steps. Every worker trains a model of its own, of which it changes what it owns; every ``interval`` steps
     each element becomes its owners' average ``m``, or with ``outer`` (``lr``, ``momentum``, ``nesterov``), by the
@@ -181,8 +181,9 @@ def train_apart(
 
         v <- momentum * v + d,   x <- x - lr * (d + momentum * v if nesterov else v)
 
-    ``delay``: they go on meanwhile, and so many steps later take over what that changes in the weights of then. Returns
-    losses ``[step][rank]``, norms ``[step][worker]``; ``model`` is what they agree on.
+    ``with_moments``: owners average those too. ``delay``: they go on meanwhile, and so many steps later take over what
+    that changes in the weights of then. Returns losses ``[step][rank]``, norms ``[step][worker]``; ``model`` is what
+    they agree on.
     """
     own = [copy.deepcopy(model) for _ in range(num_workers)]
     optimizers = [make_optimizer(of_worker) for of_worker in own]
@@ -224,6 +225,8 @@ def train_apart(
             then = copy.deepcopy(own)
             agreed = copy.deepcopy(own)
             _agree(model, agreed, owned, outer, momentum)
+            if with_moments:
+                _average_moments(own, owned, optimizers)
         if number % interval == delay and number >= interval:
             with torch.no_grad():
                 for now, old, new in zip(own, then, agreed, strict=True):
@@ -232,6 +235,17 @@ def train_apart(
     if delay or number % interval:
         _agree(model, own, owned, None, momentum)
     return losses, norms
+
+
+@torch.no_grad()
+def _average_moments(own, owned, optimizers):
+    for name, _ in own[0].named_parameters():
+        states = [optimizer.state[of.get_parameter(name)] for of, optimizer in zip(own, optimizers, strict=True)]
+        for key in [key for key, value in states[0].items() if value.dim()]:
+            total = sum(state[key] * of[name] for state, of in zip(states, owned, strict=True))
+            mean = total / sum(of[name] for of in owned)
+            for state, of in zip(states, owned, strict=True):
+                state[key].copy_(torch.where(of[name] > 0, mean, state[key]))
 
 
 @torch.no_grad()

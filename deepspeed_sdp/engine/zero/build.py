@@ -174,8 +174,10 @@ def assemble(
         traffic=traffic,
         is_apart=is_apart,
     )
-    outer = OuterStep(made, sdp.schedule.outer_optimizer, stages, traffic, stopwatch) if is_apart else None
-    if outer is not None:
+    outer = None
+    if is_apart:
+        schedule = sdp.schedule
+        outer = OuterStep(made, schedule.outer_optimizer, schedule.moments_sync, stages, traffic, stopwatch)
         outer.begin()
     if weights is not None:
         weights.before_backward = made.launch_before

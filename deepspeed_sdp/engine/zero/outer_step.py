@@ -2,7 +2,7 @@
 
 They average what has become of its master weights, or take the average for the gradient of an outer optimizer with
 Nesterov's momentum (DiLoCo, arXiv 2311.08105), whose state is sharded over them. Moments of the inner optimizer stay
-where they are. docs/schedules.md has the formulas.
+where they are, or are averaged too. docs/schedules.md has the formulas.
 """
 
 import math
@@ -31,6 +31,7 @@ class OuterStep:
     Args:
         optimizer: the inner one, whose master weights are averaged.
         outer: what is done with the average; ``None``: it is taken as it is.
+        with_moments: whether the inner optimizer's state is averaged too.
         stages, traffic, stopwatch: of the job's collectives.
 
     Attributes:
@@ -41,12 +42,14 @@ class OuterStep:
         self,
         optimizer: SDPOptimizer,
         outer: OuterOptimizer | None,
+        with_moments: bool,
         stages: Stages,
         traffic: Traffic,
         stopwatch: Stopwatch,
     ) -> None:
         self._optimizer = optimizer
         self._outer = outer
+        self._with_moments = with_moments
         self._stages = stages
         self._traffic = traffic
         self._stopwatch = stopwatch
@@ -120,7 +123,22 @@ class OuterStep:
             ):
                 master = self._optimizer.masters[bucket]
                 master.copy_(whole[: master.numel()])
+        if is_lasting and self._with_moments:
+            self._average_moments()
         self._optimizer.spread()
+
+    def _average_moments(self) -> None:
+        for buckets in self._portions(is_lasting=False):
+            held = [
+                (bucket, value)
+                for bucket in buckets
+                for kind, value in self._optimizer.tensors_of(bucket).items()
+                if kind != "master"
+            ]
+            averages = self._stages.start([self._average(b, self._padded(b, value)) for b, value in held]).finish()
+            flows = [self._gather(bucket, part) for (bucket, _), part in zip(held, averages, strict=True)]
+            for (_, value), whole in zip(held, self._stages.start(flows).finish(), strict=True):
+                value.copy_(whole[: value.numel()])
 
     def _portions(self, is_lasting: bool = True) -> Iterator[list[OwnerBucket]]:
         """A portion at a time, the buckets on which there is something to agree: not where one owns them alone."""
@@ -159,11 +177,14 @@ class OuterStep:
             return ()
         return owners.levels if self._optimizer.stage == 0 else (owners.outer,)
 
-    def _padded(self, bucket: OwnerBucket) -> torch.Tensor:
-        """The shard, fp32 on the device of the collectives, with zeros up to slices of one size."""
-        master, ranks = self._optimizer.masters[bucket].data, math.prod(len(g.ranks) for g in self._levels(bucket))
-        flat = torch.zeros(ranks * shard_numel(master.numel(), ranks), device=self._optimizer.device)
-        flat[: master.numel()] = master
+    def _padded(self, bucket: OwnerBucket, value: torch.Tensor | None = None) -> torch.Tensor:
+        """The shard of master weights, or another ``value`` of it, fp32 on the device of the collectives, with zeros
+        up to slices of one size.
+        """
+        value = self._optimizer.masters[bucket].data if value is None else value
+        ranks = math.prod(len(group.ranks) for group in self._levels(bucket))
+        flat = torch.zeros(ranks * shard_numel(value.numel(), ranks), device=self._optimizer.device)
+        flat[: value.numel()] = value
         return flat
 
     def _own_slice(self, bucket: OwnerBucket, flat: torch.Tensor) -> torch.Tensor:
