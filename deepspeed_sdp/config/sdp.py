@@ -123,6 +123,11 @@ class SDPConfig(Block):
                 f"{BLOCK}.comm.consistency_check_interval: got {self.comm.consistency_check_interval} with local steps "
                 "(schedule.sync_interval, schedule.outer_optimizer); takes 0 there, where owners differ between rounds"
             )
+        if self.schedule.is_apart and self.comm.transport == "all_to_all":
+            raise ConfigError(
+                f'{BLOCK}.comm.transport: got "all_to_all" with local steps (schedule.sync_interval, '
+                'schedule.outer_optimizer); takes "auto" or "owner_sets" there, where only replicas average gradients'
+            )
         if self.schedule.sync_delay and self.masking == "backward":
             raise ConfigError(
                 f'{BLOCK}.schedule.sync_delay: got {self.schedule.sync_delay} with masking "backward"; takes 0 there, '

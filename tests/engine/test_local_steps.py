@@ -274,6 +274,7 @@ REFUSED = [
         apart(masking="backward", backward={"overlap_refresh": True}),
         "overlap_refresh: got true with local",
     ),
+    ({"stage": 1}, apart(comm={"transport": "all_to_all"}), 'comm.transport: got "all_to_all" with local steps'),
     ({"stage": 0}, apart(0), "sync_interval: got 0"),
     ({"stage": 0}, apart(2, delay=1, masking="backward"), "sync_delay: got 1 with masking"),
     ({"stage": 0}, apart(1, moments_sync=True), "moments_sync: got true with sync_interval 1"),

@@ -233,7 +233,11 @@ def check_memory(engine: Any, made: Subnetwork, settings: Settings) -> None:
         ConfigError: it has not.
     """
     replicas = dist.get_world_size() // made.plan.num_subnetworks
-    owners = {name: len(made.plan.owner_sets[made.owner_set(name)]) * replicas for name in made.fragments}
+    # Who shares a state: owners, or the replicas of one where workers train apart.
+    is_apart = settings.sdp.schedule.is_apart
+    owners = {
+        name: replicas * (1 if is_apart else len(made.plan.owner_sets[made.owner_set(name)])) for name in made.fragments
+    }
     numels = {name: p.numel() for name, p in made.module.named_parameters() if name not in made.views}
     trained = {name: made.module.get_parameter(name).numel() for name in _trained(made)}
     shards = sum(numel / (owners[name] if settings.stage else 1) for name, numel in trained.items())
