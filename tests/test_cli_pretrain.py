@@ -247,6 +247,11 @@ def test_it_starts_its_ranks_itself_and_ends_with_their_error(tmp_path):
         (["--gpus", "3"], {}, "error: train_batch_size: got 16 with 3 ranks"),
         ([], {"sdp.coverage": 0.3}, "coverage: got 0.3 with 2 subnetworks"),
         ([], {"sdp.coverag": 0.5}, "coverag: unknown key"),
+        (
+            [],
+            {"sdp.schedule.sync_interval": 2, "deepspeed.zero_optimization.stage": 1},
+            "error: DeepSpeed config: zero_optimization.stage: got 1 with local steps",
+        ),
     ):
         early = run(place, *place.arguments(*switches, script=(), **changes), seconds=60)
         assert (early.returncode, early.stderr.count(message)) == (1, 1), early.stderr

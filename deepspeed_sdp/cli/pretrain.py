@@ -95,6 +95,8 @@ def _start_ranks(args: argparse.Namespace) -> None:
     quiet(args.verbose)
     from deepspeed.accelerator import get_accelerator
 
+    from deepspeed_sdp.engine import check_apart, zero_stage
+
     recipe = _read(args)
     check_job_options(args, recipe.data.source)
     accelerator = get_accelerator()
@@ -105,7 +107,9 @@ def _start_ranks(args: argparse.Namespace) -> None:
     # What can be known is said before any rank is started.
     recipe.micro_batches(ranks)
     if recipe.sdp.enabled:
-        recipe.sdp.owners(recipe.sdp.subnetworks(ranks))
+        workers = recipe.sdp.subnetworks(ranks)
+        recipe.sdp.owners(workers)
+        check_apart(zero_stage(recipe.ds_config), recipe.sdp, ranks // workers)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     port = os.environ.get("MASTER_PORT") or _free_port()

@@ -2,7 +2,7 @@
 
 from deepspeed_sdp.engine.deepspeed.dense import DenseEngine, initialize_dense
 from deepspeed_sdp.engine.deepspeed.memory import Peak, gradient_peak, model_state_bytes
-from deepspeed_sdp.engine.deepspeed.refusals import check_supported
+from deepspeed_sdp.engine.deepspeed.refusals import check_apart, check_supported, zero_stage
 from deepspeed_sdp.engine.deepspeed.settings import reduce_bucket_numel
 from deepspeed_sdp.engine.deepspeed.start import start_communication
 from deepspeed_sdp.engine.engine import SDPEngine
@@ -12,6 +12,7 @@ __all__ = [
     "DenseEngine",
     "Peak",
     "SDPEngine",
+    "check_apart",
     "check_copies",
     "check_job",
     "check_supported",
@@ -21,4 +22,5 @@ __all__ = [
     "model_state_bytes",
     "reduce_bucket_numel",
     "start_communication",
+    "zero_stage",
 ]

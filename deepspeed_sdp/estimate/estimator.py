@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.deepspeed.refusals import check_stage
+from deepspeed_sdp.engine.deepspeed.refusals import check_apart, check_stage
 from deepspeed_sdp.estimate.buckets import Standing, make_layout
 from deepspeed_sdp.estimate.deepspeed_engine import DeepSpeedStep
 from deepspeed_sdp.estimate.flops import FlopsPerToken, flops_per_token
@@ -128,6 +128,7 @@ class Estimator:
         job = replace(job, sdp=sdp)
         if sdp is not None:
             check_stage(job.stage, sdp)
+            check_apart(job.stage, sdp, job.world_size // sdp.subnetworks(job.world_size))
         plan = (
             self._once(
                 ("plan", _key(sdp), job.world_size, job.backend),

@@ -12,7 +12,14 @@ from torch import nn
 
 from deepspeed_sdp.config import SDPConfig, SDPSource
 from deepspeed_sdp.data import load_tokenizer, separate_documents, vocab_size
-from deepspeed_sdp.engine import check_copies, check_supported, initialize, initialize_dense
+from deepspeed_sdp.engine import (
+    check_apart,
+    check_copies,
+    check_supported,
+    initialize,
+    initialize_dense,
+    zero_stage,
+)
 from deepspeed_sdp.estimate.flops import FlopsPerToken, flops_per_token
 from deepspeed_sdp.estimate.gpu import gpu_of_device
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -84,6 +91,8 @@ def make_job(
     separate_documents(copy.copy(config), data.document_reset, micro_batch)
     model = meta_model(config, "model.path")
     plan = plan or make_plan_of(run, world_size, tokenizer_folder)
+    if run.sdp.enabled:
+        check_apart(zero_stage(run.ds_config), run.sdp, world_size // plan.num_subnetworks)
     flops = flops_per_token(model, data.seq_length, run.sdp, plan)
     tokens_per_step = run.global_batch(world_size) * data.seq_length
     facts = make_facts(model, run.sdp, plan, flops, tokens_per_step)
