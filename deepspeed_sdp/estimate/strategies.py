@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.engine.deepspeed.refusals import check_stage
+from deepspeed_sdp.engine.deepspeed.refusals import check_apart, check_stage
 from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.estimate.estimator import Estimate, Estimator
 from deepspeed_sdp.estimate.job import Job
@@ -91,13 +91,14 @@ def strategies(
                 ).at_length(job.seq_length)
                 sdp.owners(num_subnetworks)
                 for stage in stages:
-                    if not _is_refused(stage, sdp):
+                    if not _is_refused(stage, sdp, job.world_size // num_subnetworks):
                         yield replace(job, stage=stage, sdp=sdp)
 
 
-def _is_refused(stage: int, sdp: SDPConfig) -> bool:
+def _is_refused(stage: int, sdp: SDPConfig, replicas: int) -> bool:
     try:
         check_stage(stage, sdp)
+        check_apart(stage, sdp, replicas)
     except ConfigError:
         return True
     return False

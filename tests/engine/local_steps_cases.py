@@ -119,3 +119,17 @@ def nan_on_one(sdp, bad_rank):
     skipped = engine.skipped_steps
     engine.destroy()
     return skipped, losses
+
+
+def nan_always(sdp, bad_rank):
+    """``bad_rank`` has no step that is finite; losses of all are."""
+    engine, losses = start({"stage": 0}, sdp), []
+    for _ in range(4):
+        ids = torch.ones(2, 12, dtype=torch.int64)
+        loss = engine(input_ids=ids, labels=ids).loss
+        losses.append(float(loss))
+        engine.backward(loss * float("nan") if torch.distributed.get_rank() == bad_rank else loss)
+        engine.step()
+    skipped = engine.skipped_steps
+    engine.destroy()
+    return skipped, losses

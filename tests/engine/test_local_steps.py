@@ -295,3 +295,28 @@ def test_one_worker_s_nan_is_its_own(ranks4):
     for rank, (skipped, losses) in enumerate(ranks4.run(f"{CASES}:nan_on_one", sdp=apart(), bad_rank=1)):
         assert skipped == int(rank == 1)
         assert all(loss == loss for loss in losses[2:])
+
+
+def test_a_worker_that_passes_over_every_step_keeps_up_with_the_others(ranks4):
+    """It has no moments to average, and the others wait for as many of them."""
+    sdp = apart(2, moments_sync=True)
+    for rank, (skipped, losses) in enumerate(ranks4.run(f"{CASES}:nan_always", timeout=90, sdp=sdp, bad_rank=1)):
+        assert skipped == 4 * (rank == 1)
+        assert all(loss == loss for loss in losses)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (apart(3, delay=2), apart(3, delay=1)),
+        (apart(3), apart(3, NESTEROV)),
+        (apart(3, NESTEROV, delay=1), apart(2)),
+        (apart(3, NESTEROV), {"coverage": 0.5}),
+    ],
+)
+def test_a_job_goes_on_with_another_schedule(ranks4, tmp_path, before, after):
+    """In the middle of a round, with an agreement under way: nothing of it is lost, or left half done."""
+    full = ranks4.run(f"{CASES}:saved", ds={"stage": 0}, sdp=before, folder=str(tmp_path), steps=4)[0]
+    loaded = ranks4.run(f"{CASES}:loaded", ds={"stage": 0}, sdp=after, folder=str(tmp_path), timeout=90)
+    assert_same_weights(loaded[0]["full"], full, 1e-6)
+    assert all(loss == loss for result in loaded for loss in result["losses"])

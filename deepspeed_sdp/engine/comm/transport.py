@@ -40,9 +40,18 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
-def start_reduce_scatter(part: torch.Tensor, flat: torch.Tensor, group: Group) -> Any:
-    """The work that fills ``part`` ``[n]`` with this rank's part of the sum of ``flat`` ``[ranks * n]``."""
-    return getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True)
+def start_scatter(flat: torch.Tensor, group: Group) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """The work, and then what gives this rank's part ``[n]`` of the sum of ``flat`` ``[ranks * n]`` over ``group``.
+
+    gloo has no reduce-scatter of its own: there it is an all-to-all and a sum here, in the order of the ranks.
+    """
+    parts = flat.view(len(group.ranks), -1)
+    if group.backend == "gloo":
+        received = torch.empty_like(parts)
+        work = dist.all_to_all_single(received, parts, group=group.handle, async_op=True)
+        return work, lambda: _sum(received.unbind(0)).to(flat.dtype)
+    part = torch.empty_like(parts[group.place])
+    return getattr(dist, _REDUCE_SCATTER)(part, flat, group=group.handle, async_op=True), lambda: part
 
 
 def start_all_gather(output: torch.Tensor, shard: torch.Tensor, group: Group) -> Any:
@@ -115,17 +124,14 @@ class OwnerSetTransport:
         self, group: Group, bucket: OwnerBucket, flat: torch.Tensor
     ) -> tuple[TimedWork, Callable[[], torch.Tensor]]:
         """The sum over ``group`` of this rank's part of ``flat``."""
-        parts, ring = flat.view(len(group.ranks), -1), all_gather_bytes(_nbytes(flat), len(group.ranks))
-        if group.backend != "gloo":
-            part = torch.empty_like(parts[group.place])
-            self._count("gradient_reduce_scatter", ring, bucket)
-            return self._stopwatch.timed(start_reduce_scatter(part, flat, group), _AVERAGING, group), lambda: part
-        if group is bucket.owners.sharers.outer:
+        is_gloo = group.backend == "gloo"
+        if is_gloo and group is bucket.owners.sharers.outer:
+            parts = flat.view(len(group.ranks), -1)
             return self._sum_in(group, bucket, flat), lambda: parts[group.place]
-        received = torch.empty_like(parts)
-        self._count("gradient_all_to_all", ring, bucket)
-        work = dist.all_to_all_single(received, parts, group=group.handle, async_op=True)
-        return self._stopwatch.timed(work, _AVERAGING, group), lambda: _sum(received.unbind(0)).to(flat.dtype)
+        ring = all_gather_bytes(_nbytes(flat), len(group.ranks))
+        self._count("gradient_all_to_all" if is_gloo else "gradient_reduce_scatter", ring, bucket)
+        work, take = start_scatter(flat, group)
+        return self._stopwatch.timed(work, _AVERAGING, group), take
 
     def _sum_in(self, group: Group, bucket: OwnerBucket, flat: torch.Tensor) -> TimedWork:
         self._count("gradient_all_reduce", all_reduce_bytes(_nbytes(flat), len(group.ranks)), bucket)

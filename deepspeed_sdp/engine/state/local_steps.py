@@ -54,6 +54,8 @@ class LocalStepsFace:
             if not place:
                 self.synchronize_workers()
         elif not place:
+            # A job may go on with another delay than it was saved with.
+            self._end_agreement()
             self._outer.issue()
             self.__dict__["_is_agreeing"] = True
         elif place == schedule.sync_delay:

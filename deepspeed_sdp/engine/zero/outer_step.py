@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from deepspeed_sdp.config import OuterOptimizer
 from deepspeed_sdp.engine.comm.mesh import Group
 from deepspeed_sdp.engine.comm.stages import Arriving, Flow, Pending, Stages
 from deepspeed_sdp.engine.comm.timing import Stopwatch, TimedWork, named
 from deepspeed_sdp.engine.comm.traffic import Traffic, all_gather_bytes
-from deepspeed_sdp.engine.comm.transport import gather_inside, start_reduce_scatter
+from deepspeed_sdp.engine.comm.transport import gather_inside, start_scatter
 from deepspeed_sdp.engine.zero.optimizer import SDPOptimizer
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
 from deepspeed_sdp.plan.segmentation import shard_numel
@@ -129,16 +128,19 @@ class OuterStep:
 
     def _average_moments(self) -> None:
         for buckets in self._portions(is_lasting=False):
-            held = [
-                (bucket, value)
-                for bucket in buckets
-                for kind, value in self._optimizer.tensors_of(bucket).items()
-                if kind != "master"
-            ]
+            held = [(bucket, value) for bucket in buckets for value in self._moments(bucket)]
             averages = self._stages.start([self._average(b, self._padded(b, value)) for b, value in held]).finish()
             flows = [self._gather(bucket, part) for (bucket, _), part in zip(held, averages, strict=True)]
             for (_, value), whole in zip(held, self._stages.start(flows).finish(), strict=True):
                 value.copy_(whole[: value.numel()])
+
+    def _moments(self, bucket: OwnerBucket) -> Iterator[torch.Tensor]:
+        """As many on all owners: of one that has passed over every step so far they are zeros, which go nowhere."""
+        found, master = self._optimizer.tensors_of(bucket), self._optimizer.masters[bucket].data
+        for key, kept in sorted(self._optimizer.behaviour.state[bucket.client_group].items()):
+            if kept.by_element:
+                value = found.get(f"optimizer.{key}")
+                yield torch.zeros_like(master) if value is None else value
 
     def _portions(self, is_lasting: bool = True) -> Iterator[list[OwnerBucket]]:
         """A portion at a time, the buckets on which there is something to agree: not where one owns them alone."""
@@ -196,16 +198,10 @@ class OuterStep:
         """This rank's slice of the owners' average, summed in fp32 and in the order of the ranks; takes ``flat``."""
         levels = self._levels(bucket)
         for group in levels:
-            parts = flat.view(len(group.ranks), -1)
             self._count(flat.nbytes, group, bucket)
-            if group.backend == "gloo":
-                received = torch.empty_like(parts)
-                yield self._timed(dist.all_to_all_single(received, parts, group=group.handle, async_op=True), group)
-                flat = received.sum(dim=0)
-            else:
-                part = torch.empty_like(parts[group.place])
-                yield self._timed(start_reduce_scatter(part, flat, group), group)
-                flat = part
+            work, take = start_scatter(flat, group)
+            yield self._timed(work, group)
+            flat = take()
         flat.div_(math.prod(len(group.ranks) for group in levels))
         return Arriving([], lambda: [flat])
 
@@ -241,9 +237,9 @@ class OuterStep:
 
     @torch.no_grad()
     def take(self, state: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Go on from what :meth:`state` gave in the same layout."""
+        """Go on from what :meth:`state` gave in the same layout; an outer optimizer that was not there begins anew."""
         for bucket, saved in zip(self._optimizer.masters, state, strict=True):
-            if self._outer is not None:
+            if self._outer is not None and "anchor" in saved:
                 self._anchors[bucket].copy_(saved["anchor"])
                 self.momentum[bucket].copy_(saved["momentum"])
             if "change" in saved:
