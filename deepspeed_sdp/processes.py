@@ -7,15 +7,15 @@ from pathlib import Path
 
 def process_name() -> str:
     """This process among all that may see the same files: host, PID namespace, PID and start time; a file name."""
-    return f"{_place()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
+    return f"{place()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
 
 
 def is_running(name: str) -> bool | None:
     """Whether the process with that :func:`process_name` runs; ``None`` where it cannot be seen from here."""
-    place, _, rest = name.partition("@")
+    host, _, rest = name.partition("@")
     namespace, _, numbers = rest.partition("-")
     pid, _, start = numbers.partition("-")
-    if f"{place}@{namespace}" != _place() or not (pid.isdigit() and start.isdigit()):
+    if f"{host}@{namespace}" != place() or not (pid.isdigit() and start.isdigit()):
         return None
     return _start_of(int(pid)) == int(start)
 
@@ -26,8 +26,8 @@ def describe(name: str) -> str:
     return f"process {rest.split('-')[1]} on {place}" if rest.count("-") == 2 else f"process {name!r}"
 
 
-def _place() -> str:
-    """Containers of one host may have its name, and PIDs of their own."""
+def place() -> str:
+    """Host and PID namespace: containers of one host may have its name, and PIDs of their own."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:

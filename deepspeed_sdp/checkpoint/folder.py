@@ -184,6 +184,11 @@ def _step_of(checkpoint: Path, default: int) -> int:
     return default
 
 
+def latest_step(folder: Path) -> int:
+    """The step of what ``latest`` names, -1 where a job could not go on from it."""
+    return _step_of(folder / str(latest(folder)), -1) if has_checkpoint(folder) else -1
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end; what became of its files since is :func:`damage`."""
     return (checkpoint / MANIFEST).is_file()
@@ -241,11 +246,13 @@ def damage(checkpoint: Path, manifest: Manifest, part: int = 0, parts: int = 1, 
         except CheckpointError as error:
             found[name] = str(error).removeprefix("checkpoint: ")
             found.update((file, f"{checkpoint / file} is in no manifest") for file in files_of(rank))
-    for name, written in listed.items() if is_read else ():
-        problem = _difference(checkpoint / name, written)
-        if problem:
-            found[name] = problem
-    return found
+    return found | damage_of(checkpoint, listed) if is_read else found
+
+
+def damage_of(checkpoint: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What is wrong with ``files`` that differ from what a manifest says of them, by name."""
+    found = ((name, _difference(checkpoint / name, written)) for name, written in files.items())
+    return {name: problem for name, problem in found if problem}
 
 
 def files_of_rank(checkpoint: Path, manifest: Manifest, rank: int) -> dict[str, dict[str, Any]]:

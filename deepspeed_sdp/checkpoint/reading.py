@@ -1,6 +1,6 @@
 """Reading a checkpoint: verified before it is used, into any layout."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,12 +64,14 @@ class Checkpoint:
         meta: JSON data of the job that wrote it; empty for a HuggingFace folder.
         source: of its tensors.
         damage: of files that it can do without, by name.
+        elsewhere: names of files that this rank cannot see.
     """
 
     path: Path
     meta: dict[str, Any]
     source: Source
     damage: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Container[str] = ()
 
     @property
     def has_weights_only(self) -> bool:
@@ -81,9 +83,9 @@ class Checkpoint:
         return {"client_state": {}} if self.has_weights_only else load_state(self.path)
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
-        """What rank ``rank`` of the job saved for itself; ``None`` if the file is lost."""
+        """What rank ``rank`` of the job saved for itself; ``None`` if the file is lost, or elsewhere."""
         name, _ = folders.files_of(rank)
-        return None if name in self.damage else _load(self.path / name, _RankState)
+        return None if name in self.damage or name in self.elsewhere else _load(self.path / name, _RankState)
 
     def read(self, entries: Sequence[Entry]) -> None:
         """Collective. Fill the tensors of ``entries``.

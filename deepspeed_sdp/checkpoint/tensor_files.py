@@ -8,7 +8,7 @@ import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,6 +135,55 @@ class Snapshot:
         return answer
 
 
+class Placed:
+    """A file's content as it is now, in a file without a name in ``folder``, which :meth:`write` gives it one.
+
+    In memory where the folder is; a process that dies leaves nothing.
+    """
+
+    def __init__(self, content: Iterable[memoryview], folder: Path) -> None:
+        self._error: OSError | None = None
+        content = iter(content)
+        try:
+            self._file = os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b", buffering=0)
+            for piece in content:
+                while piece:
+                    piece = piece[self._file.write(piece) :]
+        except OSError as error:
+            self._error = error
+        for _ in content:
+            pass
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Let it appear at ``path``, on the same file system; what the manifest says of it.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        if self._error is not None:
+            raise self._error
+        with self._file as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            nbytes = file.tell()
+            folder = os.open(path.parent, os.O_PATH)
+            try:
+                # A descriptor of the folder makes Python follow the link to the file without a name.
+                os.link(f"/proc/self/fd/{file.fileno()}", path.name, dst_dir_fd=folder)
+            finally:
+                os.close(folder)
+        return {"bytes": nbytes, "sha256": digest}
+
+
+class Stored(NamedTuple):
+    """A tensor in the file of ``rank``."""
+
+    rank: int
+    key: str
+    numel: int
+    dtype: torch.dtype
+
+
 class TensorFiles(Source):
     """Reads what ranks wrote: layouts when they are needed, no more of a file than is asked for.
 
@@ -249,23 +298,29 @@ class TensorFiles(Source):
         dtype = own.sections[place.section].kinds[kind]
         shift = int(starts[place.bucket]) + found.base - found.run.start - shard * bucket.share
 
-        def read(start: int, stop: int) -> torch.Tensor:
-            path = self._folder / tensor_file(rank)
-            try:
-                stored = self._open(path).get_slice(key)
-                if (stored.get_shape(), stored.get_dtype()) != ([numel], _DTYPES[dtype]):
-                    raise CheckpointError(
-                        f"checkpoint: {path} has {stored.get_shape()} {stored.get_dtype()} of {key}; the layout says "
-                        f"{[numel]} {_DTYPES[dtype]}"
-                    )
-                values: torch.Tensor = stored[start + shift : stop + shift]
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
-            if len(values) != stop - start:
-                raise CheckpointError(f"checkpoint: {path} lacks a part of {kind}.{found.run.name}")
-            return values
+        stored = Stored(rank, key, numel, dtype)
+        return lambda start, stop: self.elements(stored, start + shift, stop + shift)
 
-        return read
+    def elements(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
+        """Elements of what a rank wrote, flat, on the CPU.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        path = self._folder / tensor_file(stored.rank)
+        try:
+            found = self._open(path).get_slice(stored.key)
+            if (found.get_shape(), found.get_dtype()) != ([stored.numel], _DTYPES[stored.dtype]):
+                raise CheckpointError(
+                    f"checkpoint: {path} has {found.get_shape()} {found.get_dtype()} of {stored.key}; the layout says "
+                    f"{[stored.numel]} {_DTYPES[stored.dtype]}"
+                )
+            values: torch.Tensor = found[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from None
+        if len(values) != stop - start:
+            raise CheckpointError(f"checkpoint: {path} lacks a part of {stored.key}")
+        return values
 
     @staticmethod
     def _open_file(path: Path) -> Any:

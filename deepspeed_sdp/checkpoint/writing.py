@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.lock import FolderLocks
 from deepspeed_sdp.checkpoint.meta import META, PLAN, STATE
-from deepspeed_sdp.checkpoint.tensor_files import Snapshot, Streamed
+from deepspeed_sdp.checkpoint.tensor_files import Placed, Snapshot, Streamed
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 from deepspeed_sdp.files import fsync
 from deepspeed_sdp.ranks import gather_objects
@@ -24,7 +24,7 @@ T = TypeVar("T")
 def write_checkpoint(
     folder: Path,
     tag: str,
-    tensors: Streamed | Snapshot,
+    tensors: Streamed | Snapshot | Placed,
     layout: tuple[str, str] | None,
     meta: Mapping[str, Any],
     plan_json: str,
@@ -32,12 +32,16 @@ def write_checkpoint(
     rank_state: Mapping[str, Any],
     locks: FolderLocks,
     *,
+    keepers: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
     is_latest: bool = True,
     keep_last: int = 0,
     keep_every: int = 0,
 ) -> None:
     """Collective. Write checkpoint ``tag`` below ``folder``.
+
+    Where every node has a folder of its own, there the files of its ranks lie, and all that ranks do not write for
+    themselves. Older checkpoints go when the new one is complete on all nodes.
 
     Args:
         tensors: content of this rank's file of tensors.
@@ -46,7 +50,8 @@ def write_checkpoint(
         plan_json: of the plan; rank 0's counts.
         state: what ``torch.load(weights_only=True)`` can load; rank 0's counts.
         rank_state: the same, of every rank.
-        locks: rank 0's count: what it writes nobody else may be writing.
+        locks: those of keepers count: what they write nobody else may be writing.
+        keepers: by rank, the first one that sees the same folder; ``None``: rank 0, of all.
         group: of all ranks; default: the package's own. A thread beside the training has another.
         keep_last: older checkpoints than so many are removed, 0 for none;
         keep_every: but for those whose step is a multiple of this.
@@ -57,45 +62,54 @@ def write_checkpoint(
         CheckpointError: ``state`` holds what cannot be loaded safely.
     """
     rank = dist.get_rank()
+    keeper = keepers[rank] if keepers else 0
 
     def begin() -> dict[str, Any]:
-        if rank != 0:
+        if rank != keeper:
             return {}
         folders.check_tag(tag)
         locks.take(folder)
-        # Its name says which job it is of, and with that of rank 0 all ranks write into one.
+        # Its name says which job it is of, and with that of its keeper all ranks write into one.
         return {"name": folders.begin(folder, tag).name, "mark": folders.new_mark()}
 
-    begun = _together(begin, group)[0]
-    staging = folder / begun["name"]
+    begun = _together(begin, group)
+    staging, mark = folder / begun[keeper]["name"], begun[0]["mark"]
 
     own, tensor_file = folders.files_of(rank)
     files: dict[str, Any] = {}
 
-    def write() -> dict[str, Any]:
-        files.update(_write(staging, {own: _pickled(rank_state, "random state")}))
+    def make() -> dict[str, bytes]:
         content = {} if layout is None else {layout[0]: layout[1].encode()}
         if rank == 0:
             content[STATE] = _pickled(state, "client_state")
             content[PLAN] = plan_json.encode()
             content[META] = json.dumps(meta, indent=1).encode()
-        return _write(staging, content)
+        return content
 
+    def write() -> dict[str, Any]:
+        files.update(_write(staging, {own: _pickled(rank_state, "random state")}))
+        return _write(staging, content if keepers is None or rank == keeper else {})
+
+    if keepers is None:
+        content = agreed(make, group=group)
+    else:
+        content = {name: value for of_rank in _together(make, group) for name, value in of_rank.items()}
     described = {name: of for of_rank in _together(write, group) for name, of in of_rank.items()}
 
     def write_tensors() -> None:
         files[tensor_file] = tensors.write(staging / tensor_file)
-        folders.finish_rank(staging, begun["mark"], rank, files)
+        folders.finish_rank(staging, mark, rank, files)
 
     _together(write_tensors, group)
 
     def finish() -> None:
-        if rank == 0:
-            manifest = folders.Manifest(begun["mark"], dist.get_world_size(), described)
+        if rank == keeper:
+            manifest = folders.Manifest(mark, dist.get_world_size(), described)
             folders.finish(staging, folder / tag, manifest, is_latest)
-            folders.remove_old(folder, keep_last, keep_every, tag)
 
     _together(finish, group)
+    if rank == keeper:
+        folders.remove_old(folder, keep_last, keep_every, tag)
 
 
 def _write(folder: Path, contents: Mapping[str, bytes]) -> dict[str, Any]:

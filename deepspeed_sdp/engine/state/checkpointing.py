@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import random
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from deepspeed_sdp.agreement import agreed
@@ -22,15 +19,19 @@ from deepspeed_sdp.checkpoint import (
     FULL_SCALE,
     Checkpoint,
     Entry,
+    Placed,
     Snapshot,
     Streamed,
     factor_on,
     header,
+    keepers_of,
     layout_file,
     open_checkpoint,
     write_checkpoint,
     writes_of,
 )
+from deepspeed_sdp.engine.state.memory_room import make_room
+from deepspeed_sdp.engine.state.random_state import random_state, set_random_state
 from deepspeed_sdp.engine.state.schedule import follow_schedule
 from deepspeed_sdp.engine.state.staging import staged
 from deepspeed_sdp.engine.state.training_state import TrainingState
@@ -46,17 +47,26 @@ _OF_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 _NUMBERS = (int, float, torch.Tensor)
 
+# Of each element, as many owners keep it: one may be lost.
+COPIES_IN_MEMORY = 2
+
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def save_checkpoint(
-    engine: Any, folder: Path, tag: str | None, client_state: Mapping[str, Any] | None, is_latest: bool
+    engine: Any,
+    folder: Path,
+    tag: str | None,
+    client_state: Mapping[str, Any] | None,
+    is_latest: bool,
+    *,
+    is_in_memory: bool = False,
 ) -> None:
-    """Collective; see :meth:`SDPEngine.save_checkpoint`."""
+    """Collective; see :meth:`SDPEngine.save_checkpoint` and :meth:`SDPEngine.save_in_memory`."""
     engine.optimizer.refresh.settle()
     own = _own(engine)
     with engine.averaged():
-        _save(engine, folder, tag, client_state, is_latest, own)
+        _save(engine, folder, tag, client_state, is_latest, own, is_in_memory)
 
 
 def _save(
@@ -66,15 +76,20 @@ def _save(
     client_state: Mapping[str, Any] | None,
     is_latest: bool,
     own: dict[str, Any] | None,
+    is_in_memory: bool,
 ) -> None:
-    state, sdp, groups = _state_of(engine), engine.sdp_config, engine._owner_groups
-    scalars = state.scalars()
-    layout, rank, worker = state.layout(sdp.checkpoint.copies), dist.get_rank(), groups.subnetwork_index
+    state, settings, groups = _state_of(engine), engine.sdp_config.checkpoint, engine._owner_groups
+    scalars, copies = state.scalars(), COPIES_IN_MEMORY if is_in_memory else settings.copies
+    layout, rank, worker = state.layout(copies), dist.get_rank(), groups.subnetwork_index
     head = agreed(lambda: header(layout, rank))
-    content = chain([memoryview(head)], staged(state.values(sdp.checkpoint.copies), engine.optimizer.device))
+    keepers = None
+    if is_in_memory:
+        keepers = keepers_of(folder)
+        agreed(lambda: make_room(folder, layout, rank, keepers.count(keepers[rank])))
+    content = chain([memoryview(head)], staged(state.values(copies), engine.optimizer.device))
     # What training changes from here on is not saved.
-    is_async = sdp.checkpoint.is_async
-    tensors = Snapshot(content) if is_async else Streamed(content)
+    is_async = settings.is_async or is_in_memory
+    tensors = Placed(content, folder) if is_in_memory else Snapshot(content) if is_async else Streamed(content)
     write = functools.partial(
         write_checkpoint,
         folder,
@@ -95,11 +110,12 @@ def _save(
                 },
             }
         ),
-        {"random": _random_state(), "apart": own},
+        {"random": random_state(), "apart": own},
         engine._checkpoint_locks,
+        keepers=keepers,
         is_latest=is_latest,
-        keep_last=sdp.checkpoint.keep_last,
-        keep_every=sdp.checkpoint.keep_every,
+        keep_last=1 if is_in_memory else settings.keep_last,
+        keep_every=0 if is_in_memory else settings.keep_every,
     )
     if is_async:
         engine._checkpoint_writer.start(functools.partial(write, group=groups.for_checkpoints().handle))
@@ -121,6 +137,17 @@ def load_checkpoint(
     if checkpoint is None:
         logger.warning(f"{folder} has no checkpoint: nothing is loaded")
         return None, None
+    return take_checkpoint(engine, checkpoint, with_optimizer=with_optimizer, with_scheduler=with_scheduler)
+
+
+def take_checkpoint(
+    engine: Any, checkpoint: Checkpoint, *, with_optimizer: bool = True, with_scheduler: bool = True
+) -> tuple[str, dict[str, Any]]:
+    """Collective. Make what was saved the engine's; its path and the client state.
+
+    Raises:
+        CheckpointError: it does not fit; on every rank.
+    """
     saved = checkpoint.state()
     if checkpoint.has_weights_only:
         with_optimizer = with_scheduler = False
@@ -143,7 +170,7 @@ def load_checkpoint(
         _check_options(vars(engine.optimizer.loss_scaler), saved["loss_scaler"]["state"], "loss_scaler")
     has_random = with_optimizer and checkpoint.meta["world_size"] == dist.get_world_size()
     own = agreed(lambda: _checked_own(checkpoint)) if has_random else None
-    random_state = own and own["random"]
+    generators = own and own["random"]
     if with_scheduler and saved["lr_scheduler"] is not None and engine.lr_scheduler is not None:
         _load_scheduler(engine.lr_scheduler, saved["lr_scheduler"])
     entries = state.to_read(keys)
@@ -158,8 +185,8 @@ def load_checkpoint(
             vars(scaler).update(saved["loss_scaler"]["state"])
         for counter in _COUNTERS:
             setattr(engine, counter, checkpoint.meta[counter])
-        if random_state is not None:
-            _set_random_state(random_state)
+        if generators is not None:
+            set_random_state(generators)
     engine.optimizer.spread()
     if engine._parts.outer is not None:
         engine.__dict__.update(_agreed_at=engine.global_steps, _is_agreeing=False)
@@ -317,18 +344,6 @@ def _on_cpu(value: Any) -> Any:
     return [_on_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def _random_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
-    accelerator = get_accelerator()
-    on_device = accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "device": on_device,
-    }
-
-
 def _checked_own(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What this rank saved for itself, ``None`` where it is lost.
 
@@ -338,21 +353,12 @@ def _checked_own(checkpoint: Checkpoint) -> dict[str, Any] | None:
     own = checkpoint.rank_state(dist.get_rank())
     if own is None:
         return None
-    before = _random_state()
+    before = random_state()
     try:
-        _set_random_state(own["random"])
+        set_random_state(own["random"])
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"checkpoint: {checkpoint.path}: random numbers are refused: {what}") from None
     finally:
-        _set_random_state(before)
+        set_random_state(before)
     return own
-
-
-def _set_random_state(saved: dict[str, Any]) -> None:
-    random.setstate(saved["python"])
-    name, keys, *rest = saved["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(saved["torch"])
-    if saved["device"] is not None and get_accelerator().device_name() != "cpu":
-        get_accelerator().set_rng_state(saved["device"])

@@ -1,19 +1,39 @@
 """An engine's checkpoints, with DeepSpeed's signatures."""
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepspeed.utils import logger
 
 from deepspeed_sdp.agreement import from_first_rank
-from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks
+from deepspeed_sdp.checkpoint import BackgroundWriter, FolderLocks, latest_step, open_newest
 from deepspeed_sdp.config import SDPConfig
+from deepspeed_sdp.engine.comm.mesh import OwnerGroups
 from deepspeed_sdp.engine.comm.timing import Stopwatch
 from deepspeed_sdp.engine.lifetime import while_alive
-from deepspeed_sdp.engine.state.checkpointing import load_checkpoint, save_checkpoint
+from deepspeed_sdp.engine.state.checkpointing import load_checkpoint, save_checkpoint, take_checkpoint
 from deepspeed_sdp.errors import ConfigError, OutputError
+
+
+@dataclass(frozen=True)
+class Newest:
+    """What :meth:`SDPEngine.load_newest` took up.
+
+    Attributes:
+        path: of it, ``None`` where there is nothing.
+        client_state: as it was saved.
+        is_in_memory: whether nodes kept it.
+        problems: why newer ones that they keep are not used.
+    """
+
+    path: str | None
+    client_state: dict[str, Any] | None
+    is_in_memory: bool
+    problems: Sequence[str]
 
 
 class CheckpointFace:
@@ -24,6 +44,7 @@ class CheckpointFace:
     _checkpoint_writer: BackgroundWriter
     _checkpoint_locks: FolderLocks
     _stopwatch: Stopwatch
+    _owner_groups: OwnerGroups
 
     @while_alive
     def save_checkpoint(
@@ -55,6 +76,36 @@ class CheckpointFace:
         saved = self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
         self._stopwatch.checkpoint_stall = time.perf_counter() - began
         return saved and before
+
+    @while_alive
+    def save_in_memory(self, folder: str | Path, client_state: Mapping[str, Any] | None = None) -> bool:
+        """Collective. Keep the state of the training in ``folder`` of every node, below ``/dev/shm`` as a rule.
+
+        Every rank's part is copied there at once, with one more copy at another owner, on another node where there is
+        one, and replaces the one before when all nodes have theirs, beside the training. So the state outlives the
+        processes, and the loss of a node: :meth:`load_newest` takes it up on those that are left. Errors and return
+        value: see :meth:`save_checkpoint`.
+        """
+        before = self.wait_for_checkpoint()
+        path = Path(folder)
+        save = functools.partial(save_checkpoint, self, path, None, client_state, True, is_in_memory=True)
+        return self._try_to_save(save) and before
+
+    @while_alive
+    def load_newest(self, folder: str | Path, load_dir: str | Path) -> Newest:
+        """Collective. Take up the newest state: what nodes keep in ``folder``, or the latest checkpoint.
+
+        Raises:
+            CheckpointError: see :meth:`load_checkpoint`.
+        """
+        self.wait_for_checkpoint()
+        worker = self._owner_groups.subnetwork_index
+        kept, problems = open_newest(Path(folder), worker)
+        step = -1 if kept is None else int(kept.meta["global_steps"])
+        if kept is None or step < from_first_rank(lambda: latest_step(Path(load_dir))):
+            path, state = self.load_checkpoint(load_dir)
+            return Newest(path, state, False, problems)
+        return Newest(*take_checkpoint(self, kept), True, problems)
 
     @while_alive
     def claim_checkpoints(self, folder: str | Path) -> None:
