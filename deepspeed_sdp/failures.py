@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,9 @@ _GRACE_SECONDS = 10.0
 _CLAIM_SECONDS = 1.0
 _is_terminated = False
 
+Leave = Callable[[BaseException, Callable[[], None]], int]
+"""What a rank does that ends with an error: it is given the error, and what reports it; returns the exit code."""
+
 
 @contextmanager
 def one_report() -> Iterator[None]:
@@ -39,11 +42,17 @@ def one_report() -> Iterator[None]:
     except SDPError as error:
         if error.is_of_another_rank:  # which has the traceback
             time.sleep(_CLAIM_SECONDS)
-        _end_job(f"error: {error}")
-    except KeyboardInterrupt:
-        _end_job("interrupted")
-    except Exception:
-        _end_job(f"rank {_rank()} failed:\n{traceback.format_exc().rstrip()}")
+        _end_job(f"error: {error}", error)
+    except KeyboardInterrupt as error:
+        _end_job("interrupted", error)
+    except Exception as error:
+        _end_job(f"rank {_rank()} failed:\n{traceback.format_exc().rstrip()}", error)
+
+
+def end_by(leave: Leave) -> None:
+    """From here on a rank that fails inside :func:`one_report` ends as ``leave`` says."""
+    global _leave
+    _leave = leave
 
 
 @functools.cache
@@ -83,12 +92,16 @@ def note_termination() -> None:
     _is_terminated = True
 
 
-def _end_job(message: str) -> None:
+def _end_job(message: str, error: BaseException) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _report(message)
     # Not sys.exit: destructors of half-done collectives may wait for ranks that are gone.
-    os._exit(1)
+    os._exit(_leave(error, functools.partial(_report, message)))
+
+
+def _report_and_fail(error: BaseException, report: Callable[[], None]) -> int:
+    report()
+    return 1
 
 
 def _report(message: str) -> None:
@@ -130,3 +143,6 @@ def _wait_for_claims() -> None:
         store = dist.distributed_c10d._get_default_store()
         while store.add(_CLAIM, 0) < dist.get_world_size() and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+_leave: Leave = _report_and_fail

@@ -2,12 +2,26 @@
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 
 def process_name() -> str:
     """This process among all that may see the same files: host, PID namespace, PID and start time; a file name."""
-    return f"{place()}-{os.getpid()}-{_start_of(os.getpid()) or 0}"
+    return process_name_of(os.getpid())
+
+
+def process_name_of(pid: int) -> str:
+    """The same of another process that can be seen from here."""
+    return f"{place()}-{pid}-{_start_of(pid) or 0}"
+
+
+def exit_status(pid: int) -> int | None:
+    """How a process ended, as ``os.waitstatus_to_exitcode`` has it, while its parent has not asked; else ``None``."""
+    with suppress(OSError, IndexError, ValueError):
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] in "ZX" else None
+    return None
 
 
 def is_running(name: str) -> bool | None:

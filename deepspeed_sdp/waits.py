@@ -53,6 +53,13 @@ def waiting(what: str, ranks: Sequence[int]) -> Iterator[None]:
         raise
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether it says that other ranks did not come to a collective, or are gone."""
+    return isinstance(error, WaitError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    )
+
+
 def raise_if_lost(error: RuntimeError, what: str, ranks: Sequence[int]) -> None:
     """Say in words what ``error`` of a collective means, if it means that other ranks did not come.
 
@@ -60,7 +67,7 @@ def raise_if_lost(error: RuntimeError, what: str, ranks: Sequence[int]) -> None:
         WaitError: see :func:`waiting`.
     """
     reason = str(error)
-    if isinstance(error, WaitError) or not any(sign in reason for sign in _SIGNS):
+    if isinstance(error, WaitError) or not is_loss(error):
         return
     import torch.distributed as dist
 

@@ -1,7 +1,7 @@
 """Checkpoints of which every node has the files of its own ranks, in shared memory as a rule.
 
-A rank that needs what lies on another node asks a rank there. What is lost with a node is read from the copies that
-other owners wrote.
+The files of a node lie on the next one too (:mod:`~deepspeed_sdp.checkpoint.node_copies`). A rank that needs what is
+not on its node asks one where it is.
 """
 
 from collections import defaultdict
@@ -112,8 +112,9 @@ def _open(
         return manifest, [written for written in share if _is_whole(checkpoint, manifest, written)]
 
     manifest, good = agreed(verify)
-    holders = {written: holder for holder, of_rank in enumerate(gather_objects(good, _WHAT)) for written in of_rank}
-    local = {written for written, holder in holders.items() if keepers[holder] == keepers[rank]}
+    whole = gather_objects(good, _WHAT)
+    holders = {written: holder for holder, of_rank in enumerate(whole) for written in of_rank}
+    local = {written for other in here for written in whole[other]}
     every = set(range(manifest.ranks))
     gone = [name for written in sorted(every - holders.keys()) for name in folders.files_of(written)]
     damage = {name: f"{checkpoint / name} is on no node" for name in gone}

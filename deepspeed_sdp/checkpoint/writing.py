@@ -13,6 +13,7 @@ from deepspeed_sdp.agreement import agreed
 from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.lock import FolderLocks
 from deepspeed_sdp.checkpoint.meta import META, PLAN, STATE
+from deepspeed_sdp.checkpoint.node_copies import copy_to_another_node
 from deepspeed_sdp.checkpoint.tensor_files import Placed, Snapshot, Streamed
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 from deepspeed_sdp.files import fsync
@@ -40,8 +41,8 @@ def write_checkpoint(
 ) -> None:
     """Collective. Write checkpoint ``tag`` below ``folder``.
 
-    Where every node has a folder of its own, there the files of its ranks lie, and all that ranks do not write for
-    themselves. Older checkpoints go when the new one is complete on all nodes.
+    Where every node has a folder of its own, there the files of its ranks lie, those of another node's ranks, and all
+    that ranks do not write for themselves. Older checkpoints go when the new one is complete on all nodes.
 
     Args:
         tensors: content of this rank's file of tensors.
@@ -101,6 +102,9 @@ def write_checkpoint(
         folders.finish_rank(staging, mark, rank, files)
 
     _together(write_tensors, group)
+    if keepers is not None and len(set(keepers)) > 1:
+        for name in (own, tensor_file, folders.rank_manifest(rank)):
+            copy_to_another_node(staging / name, keepers, group)
 
     def finish() -> None:
         if rank == keeper:

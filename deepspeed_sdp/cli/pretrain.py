@@ -27,7 +27,9 @@ Any value of the recipe can be changed, by the options below or as --deepspeed.K
 baseline.
 
 The ranks of this machine are started here. Where a launcher has started this already, it is one of the ranks:
-deepspeed --module deepspeed_sdp.cli pretrain ..., torchrun -m deepspeed_sdp.cli pretrain ..., or srun."""
+deepspeed --module deepspeed_sdp.cli pretrain ..., torchrun -m deepspeed_sdp.cli pretrain ..., or srun.
+
+With --elastic torchrun is the launcher, and a rank that is killed does not end the job."""
 
 
 def add_commands(commands: "Commands") -> None:
@@ -89,13 +91,17 @@ def _read(args: argparse.Namespace) -> "Run":
 
 
 def _start_ranks(args: argparse.Namespace) -> None:
-    """DeepSpeed's launcher takes the place of this process, and starts the same command on every rank."""
+    """DeepSpeed's launcher takes the place of this process, and starts the same command on every rank.
+
+    torchrun does for an elastic job: it starts ranks again.
+    """
     from deepspeed_sdp.pretraining.console import quiet
 
     quiet(args.verbose)
     from deepspeed.accelerator import get_accelerator
 
     from deepspeed_sdp.engine import check_apart, zero_stage
+    from deepspeed_sdp.pretraining.fitting import check_fits
 
     recipe = _read(args)
     check_job_options(args, recipe.data.source)
@@ -106,6 +112,8 @@ def _start_ranks(args: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus: got {ranks}; takes up to the {devices} of this machine")
     # What can be known is said before any rank is started.
     recipe.micro_batches(ranks)
+    if args.elastic is not None:
+        check_fits(recipe)
     if recipe.sdp.enabled:
         workers = recipe.sdp.subnetworks(ranks)
         recipe.sdp.owners(workers)
@@ -114,12 +122,17 @@ def _start_ranks(args: argparse.Namespace) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     port = os.environ.get("MASTER_PORT") or _free_port()
     # By its module: its script may lie in no folder of PATH.
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    launcher += ["--num_accelerators", str(ranks), "--master_port", port]
+    if args.elastic is None:
+        launcher = ["deepspeed.launcher.runner", "--log_level", "error", "--num_accelerators", str(ranks)]
+        launcher += ["--master_port", port, "--module"]
+    else:
+        # One restart for each rank but the last that may be lost.
+        launcher = ["deepspeed_sdp.cli.elastic_launcher", "--standalone", "--nproc_per_node", str(ranks)]
+        launcher += ["--max_restarts", str(ranks - 1), "-m"]
     sys.stdout.flush()
     # DeepSpeed looks for tools beside the interpreter.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    os.execv(sys.executable, [*launcher, "--module", "deepspeed_sdp.cli", *args.command])
+    os.execv(sys.executable, [sys.executable, "-m", *launcher, "deepspeed_sdp.cli", *args.command])
 
 
 def _free_port() -> str:

@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations of the full model, checkpoints, a clean stop, the report."""
 
 import itertools
+import logging
 import math
 import os
 import time
@@ -9,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,11 @@ from deepspeed_sdp.pretraining.text import Batch, Text, heldout_batches
 from deepspeed_sdp.ranks import gather_objects, meet, object_of_first
 from deepspeed_sdp.report import RunReport
 from deepspeed_sdp.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed_sdp.pretraining.elastic import Kept
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,11 @@ class Outcome(Enum):
 
 
 class Loop:
-    """One run of an engine of this package, SDP or dense, over a text."""
+    """One run of an engine of this package, SDP or dense, over a text.
+
+    Attributes:
+        kept: where its state is kept in memory meanwhile, if it is.
+    """
 
     def __init__(self, engine: Any, text: Text, report: RunReport, settings: LoopSettings, stop: StopRequest) -> None:
         self.engine = engine
@@ -73,8 +83,24 @@ class Loop:
         self.settings = settings
         self.checkpoints = settings.output / "checkpoints"
         self.peak = Peak()
+        self.kept: Kept | None = None
         self._stop = stop
         stop.note_termination_too()
+
+    def claim(self) -> None:
+        """Collective. Be the one job that saves checkpoints of this run; one that begins anew sets older ones aside.
+
+        Raises:
+            OutputError: another job does, or they cannot be written.
+        """
+        settings = self.settings
+        if settings.restart and on_every_rank(self.checkpoints.exists):
+            # Not those of a job that writes them.
+            self.engine.claim_checkpoints(self.checkpoints)
+            from_first_rank(self._set_aside)
+        if settings.checkpoint_interval:
+            # Rather now than after an interval of work.
+            self.engine.claim_checkpoints(self.checkpoints)
 
     def run(self) -> Outcome:
         """Collective. Train to the end, from the latest checkpoint if there is one.
@@ -85,13 +111,6 @@ class Loop:
             OutputError: it was asked to stop, and no checkpoint could be written; or another job writes them.
         """
         settings = self.settings
-        if settings.restart and on_every_rank(self.checkpoints.exists):
-            # Not those of a job that writes them.
-            self.engine.claim_checkpoints(self.checkpoints)
-            from_first_rank(self._set_aside)
-        if settings.checkpoint_interval:
-            # Rather now than after an interval of work.
-            self.engine.claim_checkpoints(self.checkpoints)
         done = self._resume()
         if done > settings.steps:
             raise ConfigError(
@@ -122,10 +141,11 @@ class Loop:
             if is_timed:
                 clock.count()
             is_asked = self._stop.agreed()
-            interval = settings.checkpoint_interval
+            interval, kept = settings.checkpoint_interval, self.kept
             is_saved = is_asked or bool(interval and (step % interval == 0 or step == settings.steps))
+            is_kept = kept is not None and step % kept.interval == 0 and step < settings.steps
             # A job that goes on from a checkpoint knows nothing of losses that were not written by then.
-            if step % settings.log_interval == 0 or step == settings.steps or is_saved:
+            if step % settings.log_interval == 0 or step == settings.steps or is_saved or is_kept:
                 lap = clock.lap()
                 report.add_lap(*lap)
                 with clock.aside():
@@ -133,6 +153,14 @@ class Loop:
                 report.train_losses.append((step, line["loss"]))
                 self._show(progress, line)
             progress.update()
+            if kept is not None:
+                # What the step before was to keep is kept by now: no more than an interval can be lost.
+                engine.wait_for_checkpoint()
+                kept.note_step(step)
+                if is_kept:
+                    with clock.aside():
+                        report.seconds = time.monotonic() - began
+                        engine.save_in_memory(kept.folder, self._client_state())
             is_evaluated = step % settings.eval_interval == 0 and step < settings.steps
             if is_evaluated or is_saved or step == settings.steps:
                 with clock.aside():
@@ -190,11 +218,16 @@ class Loop:
         metrics.write_evaluation(step, loss)
 
     def _save(self) -> bool:
-        state = {"report": self.report.history(), "text": self.text.state_dict()}
-        return bool(self.engine.save_checkpoint(self.checkpoints, client_state=state))
+        return bool(self.engine.save_checkpoint(self.checkpoints, client_state=self._client_state()))
+
+    def _client_state(self) -> dict[str, Any]:
+        return {"report": self.report.history(), "text": self.text.state_dict()}
 
     def _resume(self) -> int:
-        path, state = self.engine.load_checkpoint(self.checkpoints)
+        if self.kept is None:
+            path, state = self.engine.load_checkpoint(self.checkpoints)
+        else:
+            path, state = self._newest(self.kept)
         if state is None:
             return 0
         self.report.set_history(state["report"])
@@ -202,6 +235,21 @@ class Loop:
         if dist.get_rank() == 0:
             print(f"going on from {path}", flush=True)
         return int(self.engine.global_steps)
+
+    def _newest(self, kept: "Kept") -> tuple[str | None, dict[str, Any] | None]:
+        """What is newer, kept in memory or saved; says how many steps are lost with a rank."""
+        newest = self.engine.load_newest(kept.folder, self.checkpoints)
+        done = int(self.engine.global_steps) if newest.path else 0
+        lost = max(gather_objects(kept.farthest(), "how far the job had come")) - done
+        kept.forget_steps()
+        meet("forgetting how far the job had come")
+        if dist.get_rank() == 0:
+            for problem in newest.problems:
+                logger.warning("what is in memory is not used: %s", problem)
+            if lost > 0:
+                where = "memory" if newest.is_in_memory else "the latest checkpoint" if newest.path else "the beginning"
+                print(f"{lost} steps are lost: from {where} on they are done again", flush=True)
+        return newest.path, newest.client_state
 
     def _set_aside(self) -> None:
         """Checkpoints of a run that is begun anew: nothing saved is lost, and nobody goes on from them by mistake."""

@@ -98,7 +98,7 @@ class Metrics:
         ranks = {name: everyone[:, i] for i, name in enumerate(mine)}
         line = {
             "step": step,
-            "tokens": step * self._facts.tokens_per_step,
+            "tokens": self._done_tokens(),
             "loss": float(ranks["loss"].mean()),
             "learning_rate": self._learning_rate,
             "grad_norm": None if norm is None else float(norm),
@@ -117,12 +117,17 @@ class Metrics:
         self._seconds.clear()
         return self._write(line)
 
+    def _done_tokens(self) -> int:
+        """A job may have gone on with another batch."""
+        each = self._facts.tokens_per_step // int(self._engine.train_batch_size())
+        return int(self._engine.global_samples) * each
+
     def write_evaluation(self, step: int, loss: float) -> dict[str, Any]:
         """The full model's loss on held-out text, nats per token."""
         return self._write(
             {
                 "step": step,
-                "tokens": step * self._facts.tokens_per_step,
+                "tokens": self._done_tokens(),
                 "full_model_val_loss": loss,
                 "full_model_val_perplexity": math.exp(min(loss, 700.0)),
             }

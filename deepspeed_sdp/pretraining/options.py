@@ -92,6 +92,20 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--stop_file", metavar="FILE", help="written when the job saved because it was asked to stop, for its scheduler"
     )
+    job.add_argument(
+        "--elastic",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="N",
+        help="go on without ranks that are killed, from the state that is kept in memory every N steps (10)",
+    )
+    job.add_argument(
+        "--elastic_folder",
+        metavar="DIR",
+        default="/dev/shm",
+        help="where each node keeps it (default: /dev/shm, its memory)",
+    )
     add_dry_run(job)
     job.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log")
 
@@ -126,4 +140,4 @@ def check_job_options(args: argparse.Namespace, source: str | None) -> None:
         )
     if not args.dry_run and not args.output_dir:
         raise ConfigError("--output_dir: got none; takes one, or --dry_run")
-    check_values(args, {})
+    check_values(args, {"elastic": (args.elastic is None or args.elastic >= 1, "a number of steps from 1 on")})

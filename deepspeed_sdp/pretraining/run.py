@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from deepspeed_sdp.pretraining.recipe import Run
 
 # What the parser keeps besides, what is compared as it was read, and what may differ between ranks.
-_NOT_COMPARED = ("run", "command", "settings", "recipe", "deepspeed_config", "sdp_config", "local_rank", "gpus")
+_NOT_COMPARED = (
+    "run", "command", "settings", "recipe", "deepspeed_config", "sdp_config", "local_rank", "gpus", "elastic_folder",
+)  # fmt: skip
 
 
 def run_job(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run"]) -> None:
@@ -50,6 +52,8 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
     from deepspeed_sdp.agreement import agreed, from_first_rank
     from deepspeed_sdp.engine import check_job, start_communication
     from deepspeed_sdp.pretraining.dense import add_dense_state
+    from deepspeed_sdp.pretraining.elastic import Elastic
+    from deepspeed_sdp.pretraining.fitting import fitted
     from deepspeed_sdp.pretraining.job import build_engine, describe, loop_settings, make_job, make_plan_of
     from deepspeed_sdp.pretraining.loop import Loop, Outcome, conclude, leave, make_writable
     from deepspeed_sdp.pretraining.monitors import add_monitors, check_monitors
@@ -57,11 +61,22 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
     from deepspeed_sdp.report import RunReport
     from deepspeed_sdp.subnetwork import meta_model, read_model_config
 
+    elastic: Elastic | None = None
+
     def settled() -> "Run":
         run = read(args)
         check_job_options(args, run.data.source)
+        if elastic is not None and elastic.first is not None:
+            run = fitted(run, elastic.first, dist.get_world_size())
         run.micro_batches(dist.get_world_size())
         return run
+
+    if args.elastic is not None:
+        check_job_options(args, (run := read(args)).data.source)
+        elastic = Elastic(args, run)
+        if not elastic.members.is_member:
+            elastic.members.wait_until_over()
+            return
 
     # The launcher's option, or what torchrun and the Slurm template set.
     local_rank = args.local_rank if args.local_rank >= 0 else int(os.environ.get("LOCAL_RANK", "-1"))
@@ -72,6 +87,7 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
     options = {key: value for key, value in vars(args).items() if key not in _NOT_COMPARED}
     run = agreed(settled, lambda found: {**found.describe(), "option": options})
     world_size, output = dist.get_world_size(), Path(args.output_dir)
+    kept = elastic.begin() if elastic is not None and not elastic.is_new else None
     add_monitors(run.ds_config, output, run.logging.tensorboard, run.logging.wandb)
     agreed(lambda: check_monitors(run.ds_config))
     # Before the text is opened, which can take longer.
@@ -81,11 +97,20 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
     plan = from_first_rank(lambda: make_plan_of(run, world_size, text.tokenizer_folder, dist.get_backend()))
     job = agreed(lambda: make_job(run, world_size, text.tokenizer_folder, plan))
     about = describe(job)
+    if elastic is not None and elastic.members.left_out:
+        about["left out"] = (
+            f"{elastic.members.left_out} of the ranks that torchrun started: they were lost, or are too many"
+        )
     say(about)
     engine = build_engine(job)
     report = RunReport(facts=job.facts, unigram_val_loss=text.unigram_val_loss, run=about)
-    settings = dataclasses.replace(loop_settings(job, output), restart=args.restart)
+    settings = loop_settings(job, output)
+    if elastic is None or elastic.is_new:
+        settings = dataclasses.replace(settings, restart=args.restart)
     loop = Loop(engine, text, report, settings, stop)
+    loop.claim()
+    if elastic is not None:
+        loop.kept = kept or elastic.begin(world_size, job.length.steps)
     outcome = loop.run()
     if outcome is Outcome.FINISHED:
         conclude(loop)
@@ -99,6 +124,8 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
             print(f"finished before: {output / 'report.md'}; --restart begins anew", flush=True)
         elif args.stop_file:
             Path(args.stop_file).write_text("", encoding="utf-8")
+    if elastic is not None:
+        elastic.end()
     leave()
 
 

@@ -212,7 +212,6 @@ class Owners:
         rank: this one, which may own nothing.
         replicas: ``R``.
         replica: its coordinate.
-        ranks_per_node: see :class:`Mesh`.
 
     Attributes:
         inner: the replicas of its worker, level by level; nothing where it has one alone, or is no owner.
@@ -230,10 +229,8 @@ class Owners:
         replica: int = 0,
         inner: Sequence[Group] = (),
         outer: Group | None = None,
-        ranks_per_node: int | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
-        self._ranks_per_node = ranks_per_node or max(self.ranks) + 1
         self.rank = rank
         self.replicas, self.replica = replicas, replica
         self.inner, self.outer = tuple(inner), outer
@@ -251,42 +248,26 @@ class Owners:
         """Which shard is that of owner ``rank``."""
         return self._index[rank]
 
-    @property
-    def workers(self) -> int:
-        """How many own it."""
-        return len(self.ranks) // self.replicas
-
-    def next_owner(self, rank: int, copy: int) -> int:
-        """The rank at another owner that writes copy ``copy`` of what owner ``rank`` holds; of ``-copy``, the other way
-        round. First come those on other nodes.
-        """
-        replica, place = divmod(self._index[rank], self.workers)
-        step = self._steps[abs(copy) % self.workers] * (1 if copy > 0 else -1)
-        return self.ranks[replica * self.workers + (place + step) % self.workers]
-
-    @cached_property
-    def _steps(self) -> list[int]:
-        """By copy, how far on in the circle of owners it lies."""
-        nodes = [rank // self._ranks_per_node for rank in self.ranks[: self.workers]]
-
-        def stay(step: int) -> int:
-            return sum(node == other for node, other in zip(nodes, nodes[step:] + nodes[:step], strict=True))
-
-        return [0, *sorted(range(1, self.workers), key=lambda step: (stay(step), step))]
+    def next_owner(self, rank: int, steps: int) -> int:
+        """The rank that stands for owner ``rank`` at the worker ``steps`` further, in a circle of all that own this."""
+        workers = len(self.ranks) // self.replicas
+        replica, place = divmod(self._index[rank], workers)
+        return self.ranks[replica * workers + (place + steps) % workers]
 
     def apart(self) -> "Owners":
         """The same owners, of which each worker trains for itself (local steps): only replicas share."""
         if self.rank not in self:
             return self
-        made = copy.copy(self)
-        own = self.ranks[self._index[self.rank] % self.workers :: self.workers]
+        workers, made = len(self.ranks) // self.replicas, copy.copy(self)
+        own = self.ranks[self._index[self.rank] % workers :: workers]
         made.sharers = Owners(own, self.rank, self.replicas, self.replica, self.inner)
         return made
 
     @cached_property
     def peers(self) -> tuple[int, ...]:
         """The owners at this rank's coordinate, in the order of their shards, this rank too if it is one."""
-        return self.ranks[self.replica * self.workers : (self.replica + 1) * self.workers]
+        workers = len(self.ranks) // self.replicas
+        return self.ranks[self.replica * workers : (self.replica + 1) * workers]
 
 
 class OwnerGroups(Mesh):
@@ -321,12 +302,12 @@ class OwnerGroups(Mesh):
     def _owners(self, ranks: Sequence[int], family: str, outer: str) -> Owners:
         replicas, replica = self.replicas, self.replica(self.rank)
         if self.rank not in ranks:
-            return Owners(ranks, self.rank, replicas, replica, ranks_per_node=self.ranks_per_node)
+            return Owners(ranks, self.rank, replicas, replica)
         levels = (self._groups.get(f"{family} inside {level}") for level in range(len(self.levels)))
         inner = [group for group in levels if group is not None]
         # At R = 1 there is a group of all ranks even if there is only one.
         found = self._groups.get(outer) if len(ranks) > replicas else None
-        return Owners(ranks, self.rank, replicas, replica, inner, found, self.ranks_per_node)
+        return Owners(ranks, self.rank, replicas, replica, inner, found)
 
     def owners(self, owner_set: int) -> Owners:
         """Who owns what ``owner_set`` owns."""

@@ -47,9 +47,6 @@ _OF_IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
 _NUMBERS = (int, float, torch.Tensor)
 
-# Of each element, as many owners keep it: one may be lost.
-COPIES_IN_MEMORY = 2
-
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -79,13 +76,13 @@ def _save(
     is_in_memory: bool,
 ) -> None:
     state, settings, groups = _state_of(engine), engine.sdp_config.checkpoint, engine._owner_groups
-    scalars, copies = state.scalars(), COPIES_IN_MEMORY if is_in_memory else settings.copies
+    scalars, copies = state.scalars(), 1 if is_in_memory else settings.copies
     layout, rank, worker = state.layout(copies), dist.get_rank(), groups.subnetwork_index
     head = agreed(lambda: header(layout, rank))
     keepers = None
     if is_in_memory:
         keepers = keepers_of(folder)
-        agreed(lambda: make_room(folder, layout, rank, keepers.count(keepers[rank])))
+        agreed(lambda: make_room(folder, layout, rank, keepers))
     content = chain([memoryview(head)], staged(state.values(copies), engine.optimizer.device))
     # What training changes from here on is not saved.
     is_async = settings.is_async or is_in_memory

@@ -81,10 +81,10 @@ class CheckpointFace:
     def save_in_memory(self, folder: str | Path, client_state: Mapping[str, Any] | None = None) -> bool:
         """Collective. Keep the state of the training in ``folder`` of every node, below ``/dev/shm`` as a rule.
 
-        Every rank's part is copied there at once, with one more copy at another owner, on another node where there is
-        one, and replaces the one before when all nodes have theirs, beside the training. So the state outlives the
-        processes, and the loss of a node: :meth:`load_newest` takes it up on those that are left. Errors and return
-        value: see :meth:`save_checkpoint`.
+        Every rank's part is copied there at once. Beside the training it goes to another node too, if there is one, and
+        replaces what was kept before when all nodes have theirs. So the state outlives the processes, and the loss of a
+        node: :meth:`load_newest` takes it up on those that are left. Errors and return value: see
+        :meth:`save_checkpoint`.
         """
         before = self.wait_for_checkpoint()
         path = Path(folder)

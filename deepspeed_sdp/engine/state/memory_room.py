@@ -2,17 +2,19 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from deepspeed_sdp.checkpoint import MANIFEST, Layout
 from deepspeed_sdp.errors import OutputError
 
 
-def make_room(folder: Path, layout: Layout, rank: int, ranks_here: int) -> None:
+def make_room(folder: Path, layout: Layout, rank: int, keepers: Sequence[int]) -> None:
     """The folder of this node, if what it will hold fits: one state that is complete and one that is being written.
 
     Args:
-        ranks_here: ranks of this node, of which each holds about as much.
+        keepers: the first rank of every rank's node. Ranks hold about as much; with several nodes, each holds that of
+            another one too.
 
     Raises:
         OutputError: it does not fit, cannot be made, or is another user's.
@@ -28,7 +30,8 @@ def make_room(folder: Path, layout: Layout, rank: int, ranks_here: int) -> None:
         raise OutputError(f"cannot keep the state of the training in {folder}: {error.strerror or error}") from None
     nbytes = sum(numel * dtype.itemsize for *_, dtype, numel in layout.tensors(rank))
     has_one = any(folder.glob(f"*/{MANIFEST}"))
-    takes = nbytes * ranks_here * (1 if has_one else 2)
+    ranks_here = keepers.count(keepers[rank])
+    takes = nbytes * ranks_here * (1 if has_one else 2) * (2 if len(set(keepers)) > 1 else 1)
     if takes > free:
         raise OutputError(
             f"cannot keep the state of the training in {folder}: {free / 1e9:.2f} GB are free there; the {ranks_here} "

@@ -55,14 +55,12 @@ class TrainingState:
         is not trained.
 
         Args:
-            copies: how many owners write each element, each of them once; all, where there are fewer.
+            copies: how many owners write each element, each of them once.
         """
         writers: dict[Writers, int] = {}
 
         def number(owners: Owners, ranks: Sequence[int]) -> int:
-            of_copies = (
-                tuple(owners.next_owner(rank, copy) for rank in ranks) for copy in range(_at_most(copies, owners))
-            )
+            of_copies = (tuple(owners.next_owner(rank, copy) for rank in ranks) for copy in range(copies))
             return writers.setdefault(tuple(of_copies), len(writers))
 
         of_set: dict[int, int] = {}
@@ -85,8 +83,7 @@ class TrainingState:
         for copy in range(copies):
             for group, kinds in self._kinds().items():
                 for kind in kinds:
-                    for buckets in self._portions(group):
-                        portion = [bucket for bucket in buckets if copy < _at_most(copies, bucket.owners)]
+                    for portion in self._portions(group):
                         own = [self._tensor(bucket, kind, kinds[kind]) for bucket in portion]
                         if copy == 0 or self._is_whole:
                             source = [b.owners.next_owner(self._rank, -copy) for b in portion]
@@ -97,7 +94,7 @@ class TrainingState:
                         else:
                             yield from exchange_copies(self._groups, self._optimizer.device, portion, own, copy)
             for _, _, value, owners in self._untrained():
-                if copy < _at_most(copies, owners) and owners.next_owner(owners.ranks[0], copy) == self._rank:
+                if owners.next_owner(owners.ranks[0], copy) == self._rank:
                     yield value
 
     def held(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -246,10 +243,6 @@ class TrainingState:
 
     def _untrained(self) -> Iterator[tuple[str, Run, torch.Tensor, Owners]]:
         return untrained_of(self._subnetwork, self._groups)
-
-
-def _at_most(copies: int, owners: Owners) -> int:
-    return min(copies, owners.workers)
 
 
 def untrained_of(subnetwork: Subnetwork, groups: OwnerGroups) -> Iterator[tuple[str, Run, torch.Tensor, Owners]]:
