@@ -20,6 +20,7 @@ from deepspeed_sdp.failures import end_by
 from deepspeed_sdp.files import write_text
 from deepspeed_sdp.pretraining.fitting import First, check_fits, most_ranks
 from deepspeed_sdp.pretraining.members import Members, check_launcher, end_launcher, meet_members
+from deepspeed_sdp.pretraining.options import check_job_options
 from deepspeed_sdp.pretraining.watch import LEFT, LOST, Watch, note_name
 from deepspeed_sdp.processes import process_name_of
 from deepspeed_sdp.waits import is_loss
@@ -84,26 +85,27 @@ class Elastic:
         members: who takes part.
     """
 
-    def __init__(self, args: argparse.Namespace, run: "Run") -> None:
+    def __init__(self, args: argparse.Namespace, read: "Callable[[argparse.Namespace], Run]") -> None:
         """Collective over all that ``torchrun`` started. Afterwards the environment is that of the members.
 
         Raises:
             ConfigError: the run can not go on with other numbers of ranks, or none is left.
         """
+        self._watch: Watch | None = None
+        self._launcher = os.getppid()
+        end_by(self._leave)
         check_launcher()
+        run = read(args)
+        check_job_options(args, run.data.source)
         check_fits(run)
         self._file = Path(args.output_dir) / FILE
         self._base = Path(args.elastic_folder)
         self._interval: int = args.elastic
-        self._launcher, self._local_rank = os.getppid(), int(os.environ["LOCAL_RANK"])
-        is_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        self._name = note_name(process_name_of(self._launcher), int(os.environ["LOCAL_RANK"]))
         self._record = self._read()
-        if args.restart and not is_again:
+        if args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self._set_aside()
-        self._watch: Watch | None = None
-        noted = note_name(process_name_of(self._launcher), self._local_rank)
-        is_lost = self._record is not None and (self.kept.folder / LOST / noted).exists()
-        end_by(self._leave)
+        is_lost = self._record is not None and (self.kept.folder / LOST / self._name).exists()
         self.members: Members = meet_members(
             not is_lost, lambda ranks: ranks if self.first is None else most_ranks(run, self.first, ranks)
         )
@@ -139,8 +141,7 @@ class Elastic:
         kept = self.kept
         agreed(lambda: _own_folder(kept.folder))
         here = (place(), str(kept.folder.resolve()))
-        name = note_name(process_name_of(self._launcher), self._local_rank)
-        ranks_of = gather_objects((here, name, os.getpid()), "finding the ranks of each node")
+        ranks_of = gather_objects((here, self._name, os.getpid()), "finding the ranks of each node")
         peers = {other: pid for where, other, pid in ranks_of if where == here and pid != os.getpid()}
         self._watch = Watch(kept.folder, peers, self._launcher)
         return kept

@@ -132,6 +132,7 @@ class Loop:
         )
         progress = progress_bar(settings.steps, dist.get_rank(), done)
         began, clock = time.monotonic() - report.seconds, TrainingClock()
+        is_being_kept = False
         for step in range(done + 1, settings.steps + 1):
             is_measured = step == min(done + 2, settings.steps)
             # The first step compiles and allocates, and measuring takes time.
@@ -143,7 +144,9 @@ class Loop:
             is_asked = self._stop.agreed()
             interval, kept = settings.checkpoint_interval, self.kept
             is_saved = is_asked or bool(interval and (step % interval == 0 or step == settings.steps))
-            is_kept = kept is not None and step % kept.interval == 0 and step < settings.steps
+            # The first one too: whether there is room is known at once.
+            is_due = kept is not None and (step % kept.interval == 0 or step == done + 1)
+            is_kept = is_due and step < settings.steps
             # A job that goes on from a checkpoint knows nothing of losses that were not written by then.
             if step % settings.log_interval == 0 or step == settings.steps or is_saved or is_kept:
                 lap = clock.lap()
@@ -154,13 +157,15 @@ class Loop:
                 self._show(progress, line)
             progress.update()
             if kept is not None:
-                # What the step before was to keep is kept by now: no more than an interval can be lost.
-                engine.wait_for_checkpoint()
+                if is_being_kept:
+                    # No more than an interval can be lost. A checkpoint on disk may take its time.
+                    engine.wait_for_checkpoint()
                 kept.note_step(step)
                 if is_kept:
                     with clock.aside():
                         report.seconds = time.monotonic() - began
                         engine.save_in_memory(kept.folder, self._client_state())
+                is_being_kept = is_kept and not is_saved
             is_evaluated = step % settings.eval_interval == 0 and step < settings.steps
             if is_evaluated or is_saved or step == settings.steps:
                 with clock.aside():

@@ -72,8 +72,7 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
         return run
 
     if args.elastic is not None:
-        check_job_options(args, (run := read(args)).data.source)
-        elastic = Elastic(args, run)
+        elastic = Elastic(args, read)
         if not elastic.members.is_member:
             elastic.members.wait_until_over()
             return
