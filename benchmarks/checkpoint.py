@@ -24,12 +24,14 @@ from engines import Rows, build_engine, build_llama, largest, make_parser, repor
 from deepspeed_sdp.engine import model_state_bytes
 
 HALF = {"coverage": 0.5}
+IN_MEMORY = "coverage 1/2, in memory"
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "deepspeed, dense": None,
     "coverage 1/2": HALF,
     "coverage 1/2, 2 copies": {**HALF, "checkpoint": {"copies": 2}},
     "coverage 1/2, async": {**HALF, "checkpoint": {"async": True}},
     "coverage 1/2, async, 2 copies": {**HALF, "checkpoint": {"async": True, "copies": 2}},
+    IN_MEMORY: HALF,
 }
 
 
@@ -38,16 +40,19 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     start()
-    folder = [tempfile.mkdtemp(prefix="checkpoints-")]
+    folder: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        folder = [tempfile.mkdtemp(prefix="checkpoints-", dir=parent) for parent in (None, "/dev/shm")]
     dist.broadcast_object_list(folder)
-    rows = [row for stage in args.stages for row in run(args, stage, Path(folder[0]))]
+    rows = [row for stage in args.stages for row in run(args, stage, *map(Path, folder))]
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(folder[0])
+        for made in folder:
+            shutil.rmtree(made)
     report(args, rows, table)
 
 
-def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
+def run(args: argparse.Namespace, stage: int, folder: Path, memory: Path) -> Rows:
     engines = {name: build(args, stage, sdp) for name, sdp in CONTENDERS.items()}
     measured: dict[str, dict[str, list[float]]] = {
         name: {"stall": [], "until saved": [], "slowdown": [], "load": []} for name in engines
@@ -56,11 +61,13 @@ def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
         train(args, engine)
     for _ in range(args.repetitions):
         for name, engine in engines.items():
-            one(args, engine, folder / str(stage) / name.replace(" ", "_"), measured[name])
+            parent = memory if name == IN_MEMORY else folder
+            one(args, engine, parent / str(stage) / name.replace(" ", "_"), measured[name], name == IN_MEMORY)
     rows = []
     for name, engine in engines.items():
         state = model_state_bytes(engine) if CONTENDERS[name] else None
-        target = folder / str(stage) / name.replace(" ", "_") / "t"
+        parent = (memory if name == IN_MEMORY else folder) / str(stage) / name.replace(" ", "_")
+        [target] = [file.parent for file in parent.glob("*/manifest.json")] or [parent / "t"]
         written = sum(file.stat().st_size for file in target.iterdir())
         own = sum(file.stat().st_size for file in target.glob(f"tensors-{dist.get_rank():05d}*"))
         sdp = CONTENDERS[name] or {}
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
                 "engine": name,
                 **{key: statistics.median(values) for key, values in measured[name].items()},
                 "written": written,
-                "copied": largest(own if sdp.get("checkpoint", {}).get("async") else 0),
+                "copied": largest(own if sdp.get("checkpoint", {}).get("async") or name == IN_MEMORY else 0),
                 "index": max(index, default=None),
                 "state": largest(state["weights"] + state["optimizer"]) if state else None,
             }
@@ -80,20 +87,24 @@ def run(args: argparse.Namespace, stage: int, folder: Path) -> Rows:
     return rows
 
 
-def one(args: argparse.Namespace, engine: Any, folder: Path, measured: dict[str, list[float]]) -> None:
+def one(
+    args: argparse.Namespace, engine: Any, folder: Path, measured: dict[str, list[float]], is_in_memory: bool
+) -> None:
     """One checkpoint, with training beside it."""
     alone = timed(lambda: train(args, engine))
-    measured["stall"].append(timed(lambda: engine.save_checkpoint(str(folder), tag="t")))
+    save = engine.save_in_memory if is_in_memory else lambda path: engine.save_checkpoint(path, tag="t")
+    measured["stall"].append(timed(lambda: save(str(folder))))
     began = time.perf_counter()
     beside = timed(lambda: train(args, engine))
     if hasattr(engine, "wait_for_checkpoint"):
         engine.wait_for_checkpoint()
     waited = largest(time.perf_counter() - began)
     sdp = getattr(engine, "sdp_config", None)
-    is_async = sdp is not None and sdp.checkpoint.is_async
+    is_async = is_in_memory or (sdp is not None and sdp.checkpoint.is_async)
     measured["until saved"].append(measured["stall"][-1] + (waited if is_async else 0.0))
     measured["slowdown"].append(beside / alone)
-    measured["load"].append(timed(lambda: engine.load_checkpoint(str(folder), tag="t")))
+    load = engine.load_newest if is_in_memory else lambda path, _: engine.load_checkpoint(path, tag="t")
+    measured["load"].append(timed(lambda: load(str(folder), str(folder / "none"))))
 
 
 def timed(work: Any) -> float:

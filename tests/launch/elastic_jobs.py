@@ -98,17 +98,18 @@ class ElasticPlace(RecipePlace):
             env.pop(variable, None)
         clear_stale_locks(patience=0)
         name, *rest = arguments
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name(name)), *rest],
-            env=env,
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        process.mark = mark
+        # Into a file: nobody reads meanwhile, and a pipe would be full one day.
+        log = self.folder / f"log-{mark[-8:]}.txt"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).with_name(name)), *rest],
+                env=env,
+                cwd=self.folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        process.mark, process.log = mark, log
         return process
 
     def run(self, *switches, environment=None, **values):
@@ -126,15 +127,18 @@ class ElasticPlace(RecipePlace):
 def end(process, seconds=HANGS_AFTER):
     """Wait for it; :class:`Job`."""
     began = time.monotonic()
+    how = ""
     try:
-        output, _ = process.communicate(timeout=seconds)
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill(marked(process.mark))
-        output = process.communicate()[0] + f"\nkilled: hung for {seconds} s"
+        process.wait()
+        how = f"\nkilled: hung for {seconds} s"
     time.sleep(0.2)
     left = marked(process.mark)
     commands = [command_line(pid) for pid in left]
     kill(left)
+    output = process.log.read_text(errors="replace") + how
     return Job(process.returncode, output, time.monotonic() - began, commands, 4)
 
 
@@ -187,8 +191,8 @@ def main(folder, kills, seed):
                 time.sleep(0.1)
         finally:
             kill(marked(process.mark))
-            output = process.communicate()[0]
-        for line in output.splitlines():
+            process.wait()
+        for line in process.log.read_text(errors="replace").splitlines():
             if "steps are lost" in line:
                 worst = max(worst, int(line.split()[0]))
                 assert "from memory on" in line, line
