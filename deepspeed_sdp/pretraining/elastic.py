@@ -72,9 +72,11 @@ class Kept:
         for path in self.folder.glob(f"{_STEP}-*"):
             path.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """The run has ended: free the memory."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def remove(self, is_finished: bool) -> None:
+        """What was to be saved is saved: free the memory. Of a run that goes on, who was lost stays noted."""
+        for path in [self.folder] if is_finished else self.folder.iterdir():
+            if path.name != LOST:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class Elastic:
@@ -146,13 +148,14 @@ class Elastic:
         self._watch = Watch(kept.folder, peers, self._launcher)
         return kept
 
-    def end(self) -> None:
-        """Collective. What the job was to save is saved: no rank is missed any more, and nothing stays in memory."""
+    def end(self, is_finished: bool) -> None:
+        """Collective. What the job was to save is saved: no rank is missed any more, and no state stays in memory."""
         from deepspeed_sdp.ranks import meet
 
         self._stop_watching()
         meet("the end of an elastic job")
-        self.kept.remove()
+        self.kept.remove(is_finished)
+        meet("freeing the memory of an elastic job")
         self.members.say_over()
 
     def _leave(self, error: BaseException, report: Callable[[], None]) -> int:
@@ -175,7 +178,7 @@ class Elastic:
     def _set_aside(self) -> None:
         """A run that begins anew: what is in memory is another one's."""
         if self._record is not None:
-            self.kept.remove()
+            self.kept.remove(is_finished=True)
         self._record = None
         with suppress(OSError):
             self._file.unlink(missing_ok=True)

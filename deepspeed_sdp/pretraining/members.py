@@ -75,7 +75,7 @@ def check_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise ConfigError(
-            "--elastic: got ranks that torchrun has not started; takes torchrun --max-restarts N -m deepspeed_sdp.cli "
+            "--elastic: got ranks that torchrun has not started; takes torchrun --max_restarts N -m deepspeed_sdp.cli "
             "pretrain ..., or no launcher, for which the ranks of this machine are started by it"
         )
 

@@ -124,7 +124,7 @@ def pretrain(args: argparse.Namespace, read: Callable[[argparse.Namespace], "Run
         elif args.stop_file:
             Path(args.stop_file).write_text("", encoding="utf-8")
     if elastic is not None:
-        elastic.end()
+        elastic.end(outcome is not Outcome.STOPPED)
     leave()
 
 

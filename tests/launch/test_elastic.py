@@ -36,7 +36,7 @@ def test_a_killed_rank_is_left_out_and_the_others_go_on(place):
     assert (first["ranks"], first["path"]) == (4, None)
     assert (again["ranks"], again["step"]) == (3, 12)
     assert again["samples"] == 12 * 24
-    check_taken(place, 4)
+    check_taken(place)
     assert "2 steps are lost: from memory on they are done again" in job.output
     assert "1 of the ranks that torchrun started" in job.output
     steps = [line["step"] for line in place.lines() if "loss" in line]
@@ -61,7 +61,7 @@ def test_a_rank_that_breaks_by_itself_is_left_out_too(place):
     assert job.code == 0, job.output
     assert "the device fell off the bus" in job.output
     assert [line["ranks"] for line in place.read("taken.jsonl")] == [4, 3]
-    check_taken(place, 4)
+    check_taken(place)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_job_that_was_killed_whole_goes_on_from_memory_with_all_ranks(place):
     job = place.run("--elastic", "4")
     assert job.code == 0, job.output
     assert [(line["ranks"], line["step"]) for line in place.read("taken.jsonl")] == [(4, 0), (4, 8)]
-    check_taken(place, 4)
+    check_taken(place)
 
 
 @pytest.mark.slow
@@ -119,8 +119,9 @@ def test_a_node_is_lost_with_its_memory(place):
             "job",
         ]
         where += ["--rdzv_conf", "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"]
-        command = place.job("--elastic", "5", nodes=where, ranks=1, folder=f"memory-{number}", steps=400)
-        extra = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1, "STEP_SECONDS": 0.1}
+        shape = {"sdp.num_subnetworks": 3, "sdp.coverage": "2/3", "deepspeed.train_batch_size": 18}
+        command = place.job("--elastic", "5", nodes=where, ranks=1, folder=f"memory-{number}", steps=60, **shape)
+        extra = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1, "STEP_SECONDS": 0.5}
         nodes.append(place.start(*command, **extra))
         time.sleep(3)
     deadline = time.monotonic() + 120
@@ -136,8 +137,9 @@ def test_a_node_is_lost_with_its_memory(place):
     assert [job.code for job in jobs[:2]] == [0, 0], jobs[0].output + jobs[1].output
     taken = place.read("taken.jsonl")
     assert [line["ranks"] for line in taken] == [3, 2]
-    assert taken[1]["step"] >= 10
-    check_taken(place, 5)
+    # It may be killed while the state of step 10 is being kept.
+    assert taken[1]["step"] >= 5
+    check_taken(place)
     assert place.memory() == []
 
 
@@ -172,4 +174,4 @@ def test_what_is_wrong_for_all_ranks_ends_the_job_at_once(place):
 @pytest.mark.slow
 def test_other_launchers_are_refused(place):
     job = place.launch("--elastic")
-    assert "--elastic: got ranks that torchrun has not started; takes torchrun --max-restarts" in job.output
+    assert "--elastic: got ranks that torchrun has not started; takes torchrun --max_restarts" in job.output
