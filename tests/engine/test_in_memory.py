@@ -26,7 +26,11 @@ def of_layouts(layouts=LAYOUTS, quick=QUICK):
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in layouts]
 
 
-@pytest.mark.parametrize("nodes", [(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 3)], ids=str)
+def of_nodes(values, quick):
+    return [pytest.param(value, id=str(value), marks=[] if value == quick else pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("nodes", of_nodes([(0, 0, 0, 0), (0, 0, 1, 1), (0, 1, 2, 3)], (0, 0, 1, 1)))
 @pytest.mark.parametrize("layout", of_layouts())
 def test_it_goes_on_to_the_bit(ranks4, tmp_path, layout, nodes):
     sdp, ds = LAYOUTS[layout]
@@ -46,7 +50,7 @@ def test_it_goes_on_to_the_bit(ranks4, tmp_path, layout, nodes):
     assert not [path for node in tmp_path.iterdir() for path in node.glob(".*") if path.name != ".lock"]
 
 
-@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("lost", of_nodes([0, 1, 3], 1))
 @pytest.mark.parametrize("layout", of_layouts([name for name in LAYOUTS if name != "local_steps-0"]))
 def test_a_node_may_be_lost(ranks4, tmp_path, layout, lost):
     sdp, ds = LAYOUTS[layout]
