@@ -92,7 +92,7 @@ def write_checkpoint(
         return _write(staging, content if keepers is None or rank == keeper else {})
 
     if keepers is None:
-        content = agreed(make, group=group)
+        content = _agreed(make, group)
     else:
         content = {name: value for of_rank in _together(make, group) for name, value in of_rank.items()}
     described = {name: of for of_rank in _together(write, group) for name, of in of_rank.items()}
@@ -146,6 +146,11 @@ def _pickled(value: Any, what: str) -> bytes:
 
 def _together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Collective. Results of ``work`` on all ranks; an error of one of them is raised on all."""
+    return gather_objects(_agreed(work, group), "writing a checkpoint", group)
+
+
+def _agreed(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Collective. What ``work`` returns; an error of one of the ranks is raised on all."""
 
     def write() -> T:
         try:
@@ -157,4 +162,4 @@ def _together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]
         except Exception as error:
             raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
-    return gather_objects(agreed(write, group=group), "writing a checkpoint", group)
+    return agreed(write, group=group)
