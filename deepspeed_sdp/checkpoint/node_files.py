@@ -91,10 +91,8 @@ def _open(
     rank, checkpoint = dist.get_rank(), folder / candidate.tag
     has_it = gather_objects(candidate in mine, _WHAT)
     if not all(has_it):
-        given = {}
-        if rank == source:
-            names = [*mine[candidate].files, folders.MANIFEST]
-            given = {name: (checkpoint / name).read_bytes() for name in names}
+        names = [*mine[candidate].files, folders.MANIFEST] if rank == source else []
+        given = agreed(lambda: {name: (checkpoint / name).read_bytes() for name in names})
         given = object_of(source, given, _WHAT)
 
         def write() -> None:

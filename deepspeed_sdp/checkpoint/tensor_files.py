@@ -100,7 +100,7 @@ class Snapshot:
         content = iter(content)
         try:
             # Its memory is free when nothing refers to it any more.
-            self._memory = os.fdopen(os.memfd_create("checkpoint"), "w+b", buffering=0)
+            self._memory = os.fdopen(self._open(), "w+b", buffering=0)
             # Not through a map: each of its new pages would be a fault, which takes as long again.
             for piece in content:
                 while piece:
@@ -109,6 +109,9 @@ class Snapshot:
             self._error = error
         for _ in content:
             pass
+
+    def _open(self) -> int:
+        return os.memfd_create("checkpoint")
 
     def write(self, path: Path) -> dict[str, Any]:
         """See :meth:`Streamed.write`.
@@ -135,24 +138,18 @@ class Snapshot:
         return answer
 
 
-class Placed:
+class Placed(Snapshot):
     """A file's content as it is now, in a file without a name in ``folder``, which :meth:`write` gives it one.
 
     In memory where the folder is; a process that dies leaves nothing.
     """
 
     def __init__(self, content: Iterable[memoryview], folder: Path) -> None:
-        self._error: OSError | None = None
-        content = iter(content)
-        try:
-            self._file = os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b", buffering=0)
-            for piece in content:
-                while piece:
-                    piece = piece[self._file.write(piece) :]
-        except OSError as error:
-            self._error = error
-        for _ in content:
-            pass
+        self._folder = folder
+        super().__init__(content)
+
+    def _open(self) -> int:
+        return os.open(self._folder, os.O_TMPFILE | os.O_RDWR, 0o600)
 
     def write(self, path: Path) -> dict[str, Any]:
         """Let it appear at ``path``, on the same file system; what the manifest says of it.
@@ -162,7 +159,7 @@ class Placed:
         """
         if self._error is not None:
             raise self._error
-        with self._file as file:
+        with self._memory as file:
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             nbytes = file.tell()

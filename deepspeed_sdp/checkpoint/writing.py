@@ -14,7 +14,7 @@ from deepspeed_sdp.checkpoint import folder as folders
 from deepspeed_sdp.checkpoint.lock import FolderLocks
 from deepspeed_sdp.checkpoint.meta import META, PLAN, STATE
 from deepspeed_sdp.checkpoint.node_copies import copy_to_another_node
-from deepspeed_sdp.checkpoint.tensor_files import Placed, Snapshot, Streamed
+from deepspeed_sdp.checkpoint.tensor_files import Snapshot, Streamed
 from deepspeed_sdp.errors import CheckpointError, OutputError, SDPError
 from deepspeed_sdp.files import fsync
 from deepspeed_sdp.ranks import gather_objects
@@ -25,7 +25,7 @@ T = TypeVar("T")
 def write_checkpoint(
     folder: Path,
     tag: str,
-    tensors: Streamed | Snapshot | Placed,
+    tensors: Streamed | Snapshot,
     layout: tuple[str, str] | None,
     meta: Mapping[str, Any],
     plan_json: str,

@@ -16,9 +16,9 @@ def main(argv: list[str]) -> int:
     """Run it; the exit code."""
     for name in _TALKERS:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    takes = get_args_parser().format_help().replace("-", "_")
+    is_known = _PATIENCE[0] in get_args_parser().format_help()
     try:
-        run(parse_args([*(_PATIENCE if _PATIENCE[0].replace("-", "_") in takes else ()), *argv]))  # type: ignore[no-untyped-call]
+        run(parse_args([*(_PATIENCE if is_known else ()), *argv]))  # type: ignore[no-untyped-call]
     except SignalException:
         return 1
     except ChildFailedError as error:

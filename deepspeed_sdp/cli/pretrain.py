@@ -120,9 +120,9 @@ def _start_ranks(args: argparse.Namespace) -> None:
         check_apart(zero_stage(recipe.ds_config), recipe.sdp, ranks // workers)
     if on_cpu:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    port = os.environ.get("MASTER_PORT") or _free_port()
     # By its module: its script may lie in no folder of PATH.
     if args.elastic is None:
+        port = os.environ.get("MASTER_PORT") or _free_port()
         launcher = ["deepspeed.launcher.runner", "--log_level", "error", "--num_accelerators", str(ranks)]
         launcher += ["--master_port", port, "--module"]
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from deepspeed_sdp.pretraining.recipe import Run
 
 FILE = "elastic.json"
-DEFAULT_FOLDER = Path("/dev/shm")
 _STEP = "step"
 _WATCH_SECONDS = 2.0
 
@@ -74,9 +73,14 @@ class Kept:
 
     def remove(self, is_finished: bool) -> None:
         """What was to be saved is saved: free the memory. Of a run that goes on, who was lost stays noted."""
-        for path in [self.folder] if is_finished else self.folder.iterdir():
-            if path.name != LOST:
-                shutil.rmtree(path, ignore_errors=True)
+        # All ranks of a node do it at once.
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if path.is_dir() and (is_finished or path.name != LOST):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif not path.is_dir():
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 class Elastic:
@@ -104,13 +108,17 @@ class Elastic:
         self._base = Path(args.elastic_folder)
         self._interval: int = args.elastic
         self._name = note_name(process_name_of(self._launcher), int(os.environ["LOCAL_RANK"]))
+        # Of which rank 0's counts: a node that has joined may see the file later.
         self._record = self._read()
         if args.restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             self._set_aside()
         is_lost = self._record is not None and (self.kept.folder / LOST / self._name).exists()
-        self.members: Members = meet_members(
-            not is_lost, lambda ranks: ranks if self.first is None else most_ranks(run, self.first, ranks)
-        )
+
+        def most(ranks: int, said: Any) -> int:
+            self._record = said and _Record(**said)
+            return ranks if self.first is None else most_ranks(run, self.first, ranks)
+
+        self.members: Members = meet_members(not is_lost, self._record and self._record.model_dump(), most)
 
     @property
     def first(self) -> First | None:
@@ -138,7 +146,6 @@ class Elastic:
         from deepspeed_sdp.processes import place
         from deepspeed_sdp.ranks import gather_objects
 
-        # A node that has joined may see the file later than rank 0.
         self._record = from_first_rank(lambda: self._record or self._write(ranks, steps))
         kept = self.kept
         agreed(lambda: _own_folder(kept.folder))

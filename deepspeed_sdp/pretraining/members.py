@@ -58,13 +58,16 @@ class Members:
 
 
 class _Joined(NamedTuple):
-    """What a process says of itself: who it is, on which node, whether it may take part, where it can be reached."""
+    """What a process says of itself: who it is, on which node, whether it may take part, where it can be reached, and
+    what it knows, of which rank 0's counts.
+    """
 
     name: str
     group: int
     is_fit: bool
     address: str
     port: int
+    said: Any
 
 
 def check_launcher() -> None:
@@ -87,12 +90,13 @@ def end_launcher(pid: int) -> None:
             os.kill(pid, signal.SIGTERM)
 
 
-def meet_members(is_fit: bool, most: Callable[[int], int]) -> Members:
+def meet_members(is_fit: bool, said: Any, most: Callable[[int, Any], int]) -> Members:
     """Collective over all processes of ``torchrun``, before there is a process group.
 
     Args:
         is_fit: whether this one may take part.
-        most: how many of so many fit ones can.
+        said: JSON, of which rank 0's counts.
+        most: how many of so many fit ones can, by what was said.
 
     Raises:
         ConfigError: none is fit.
@@ -111,12 +115,12 @@ def meet_members(is_fit: bool, most: Callable[[int], int]) -> Members:
         timeout=timedelta(seconds=_PATIENCE_SECONDS),
         wait_for_workers=False,
     )
-    mine = _Joined(uuid.uuid4().hex, group, is_fit, _own_address(address, port, group), _free_port())
+    mine = _Joined(uuid.uuid4().hex, group, is_fit, _own_address(address, port, group), _free_port(), said)
     joined, token = _meet(store, rank, world, mine)
     fit = [other for other, of_rank in enumerate(joined) if of_rank.is_fit]
     if not fit:
         raise ConfigError("--elastic: no rank is left that was not killed before; start the job again to go on")
-    members = fit[: most(len(fit))]
+    members = fit[: most(len(fit), joined[0].said)]
     over = f"{_KEY}/{token}/over"
     if rank in members:
         first = joined[members[0]]

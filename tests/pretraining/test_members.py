@@ -9,6 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from deepspeed_sdp.pretraining.elastic import Kept
 from tests.support.ranks import ROOT, free_port, rank_environment
 
 MEET = """
@@ -16,7 +17,7 @@ import json, os, sys
 from deepspeed_sdp.errors import SDPError
 from deepspeed_sdp.pretraining.members import meet_members
 try:
-    found = meet_members(os.environ["IS_FIT"] == "1", lambda ranks: min(ranks, int(os.environ["MOST"])))
+    found = meet_members(os.environ["IS_FIT"] == "1", int(os.environ["MOST"]), min)
 except SDPError as error:
     print(json.dumps(str(error)))
     sys.exit()
@@ -51,7 +52,8 @@ def meet(port, fit, groups=None, most=99, offered=True):
             MASTER_PORT=port,
             TORCHELASTIC_USE_AGENT_STORE=offered,
             IS_FIT=int(is_fit),
-            MOST=most,
+            # Rank 0's counts.
+            MOST=most if rank == 0 else 1,
         )
         command = [sys.executable, "-c", MEET]
         processes.append(
@@ -183,3 +185,19 @@ def test_ranks_that_are_through_are_not_missed(ranks, tmp_path):
         process.stdin.flush()
     assert [ended(process) for process in ranks.values()] == [0, 0, 0]
     assert lost(tmp_path) == []
+
+
+def test_who_was_lost_stays_noted_until_the_run_has_ended(tmp_path):
+    kept = Kept(tmp_path / "state", 5)
+    for folder in ("lost", "global_step5"):
+        (kept.folder / folder).mkdir(parents=True)
+        (kept.folder / folder / "x").write_text("")
+    (kept.folder / "latest").write_text("global_step5")
+    kept.note_step(7)
+    assert kept.farthest() == 7
+    kept.remove(is_finished=False)
+    assert [path.name for path in kept.folder.iterdir()] == ["lost"]
+    kept.remove(is_finished=True)
+    assert not kept.folder.exists()
+    # Another rank of the node was faster.
+    kept.remove(is_finished=True)

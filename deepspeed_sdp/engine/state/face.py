@@ -1,6 +1,5 @@
 """An engine's checkpoints, with DeepSpeed's signatures."""
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,11 +70,7 @@ class CheckpointFace:
         """
         if exclude_frozen_parameters:
             raise ConfigError("exclude_frozen_parameters: got True; takes False, a checkpoint is complete")
-        began = time.perf_counter()
-        before = self.wait_for_checkpoint()
-        saved = self._try_to_save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
-        self._stopwatch.checkpoint_stall = time.perf_counter() - began
-        return saved and before
+        return self._save(lambda: save_checkpoint(self, Path(save_dir), tag, client_state, save_latest))
 
     @while_alive
     def save_in_memory(self, folder: str | Path, client_state: Mapping[str, Any] | None = None) -> bool:
@@ -86,10 +81,7 @@ class CheckpointFace:
         node: :meth:`load_newest` takes it up on those that are left. Errors and return value: see
         :meth:`save_checkpoint`.
         """
-        before = self.wait_for_checkpoint()
-        path = Path(folder)
-        save = functools.partial(save_checkpoint, self, path, None, client_state, True, is_in_memory=True)
-        return self._try_to_save(save) and before
+        return self._save(lambda: save_checkpoint(self, Path(folder), None, client_state, True, is_in_memory=True))
 
     @while_alive
     def load_newest(self, folder: str | Path, load_dir: str | Path) -> Newest:
@@ -161,6 +153,13 @@ class CheckpointFace:
             OutputError: it could not be written; on every rank.
         """
         return self._try_to_save(self._checkpoint_writer.wait)
+
+    def _save(self, save: Callable[[], None]) -> bool:
+        began = time.perf_counter()
+        before = self.wait_for_checkpoint()
+        saved = self._try_to_save(save)
+        self._stopwatch.checkpoint_stall = time.perf_counter() - began
+        return saved and before
 
     def _try_to_save(self, save: Callable[[], None]) -> bool:
         try:
