@@ -99,9 +99,9 @@ def ownership_of(model: nn.Module, plan: SubnetworkPlan, sdp: SDPConfig, shuffle
             counts.update((name, float(len(owners[0]))) for name in _of_block(model, space.name))
             continue
         parts[space.name] = Removed(owners, len(workers), scale) if sdp.masking == "forward" else Frozen(owners)
-        for linear in modules[space.name].linears:
-            number = torch.tensor([float(len(s)) for s in owners]).repeat_interleave(linear.features_per_unit)
-            counts[f"{space.name}.{linear.name}.weight"] = number[:, None] if linear.cut == "out" else number
+        for tensor in modules[space.name].tensors:
+            number = torch.tensor([float(len(s)) for s in owners]).repeat_interleave(tensor.width)
+            counts[tensor.name] = number if tensor.dim else number[:, None]
     return Ownership(len(workers), parts, blocks, counts)
 
 

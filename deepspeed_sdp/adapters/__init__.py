@@ -2,13 +2,22 @@
 
 from torch import nn
 
-from deepspeed_sdp.adapters.base import Adapter, Block, BlockUnit, PartitionedLinear, PartitionedModule
+from deepspeed_sdp.adapters.base import Adapter, Block, BlockUnit, Layer, PartitionedModule, PartitionedTensor
 from deepspeed_sdp.adapters.gpt2 import GPT2Adapter
 from deepspeed_sdp.adapters.gpt_neox import GPTNeoXAdapter
 from deepspeed_sdp.adapters.llama import LlamaAdapter
 from deepspeed_sdp.errors import ModelError
 
-__all__ = ["ADAPTERS", "Adapter", "Block", "BlockUnit", "PartitionedLinear", "PartitionedModule", "find_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Block",
+    "BlockUnit",
+    "Layer",
+    "PartitionedModule",
+    "PartitionedTensor",
+    "find_adapter",
+]
 
 ADAPTERS: tuple[Adapter, ...] = (LlamaAdapter(), GPT2Adapter(), GPTNeoXAdapter())
 

@@ -1,54 +1,72 @@
-"""What an adapter says about a model family: which modules fall apart into units, and how their weights do."""
+"""What an adapter says about a model family: which modules fall apart into units, and how their tensors do."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deepspeed_sdp.adapters.tasks import Task
 from deepspeed_sdp.plan import UnitSpace
 
 
 @dataclass(frozen=True)
-class PartitionedLinear:
-    """How an ``nn.Linear``, or a ``Conv1D`` of transformers, follows the units of its space.
+class PartitionedTensor:
+    """How a parameter, or a buffer, of the model follows the units of its space.
 
     Attributes:
-        name: name relative to the space's module, e.g. ``"gate_proj"``.
-        cut: ``"out"``: a unit is ``features_per_unit`` rows of the weight (and of the bias);
-            ``"in"``: it is ``features_per_unit`` columns, the bias is shared, and the output joins the residual stream.
-        features_per_unit: features of one unit along the cut dimension.
-        groups: the cut dimension is so many equal parts, in each of which a unit has its features; 3 where queries,
-            keys and values of all heads lie one after the other.
-        is_input_kept: whether what computes its input keeps that for its own backward pass, as attention kernels do.
+        name: in the model.
+        dim: along which the units lie.
+        width: entries of one unit along ``dim``.
+        groups: ``dim`` is so many equal parts, in each of which a unit has its entries; 3 where queries, keys and
+            values of all heads lie one after the other.
+        is_write: whether its product is added to the residual stream, and nothing else is.
+        is_input_kept: whether what computes that product's other factor keeps it for its own backward pass, as
+            attention kernels do.
     """
 
     name: str
-    cut: Literal["out", "in"]
-    features_per_unit: int
-    is_input_kept: bool = False
+    dim: int
+    width: int = 1
     groups: int = 1
+    is_write: bool = False
+    is_input_kept: bool = False
+
+    @property
+    def module(self) -> str:
+        """Name of the module that has it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def local(self) -> str:
+        """Its name there."""
+        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class PartitionedModule:
-    """One unit space at neuron granularity and the linears that it cuts; the space's name is the module's.
+    """One unit space at neuron granularity and the tensors that it cuts; the space's name is that of a module.
 
     Attributes:
         space: of its units.
-        linears: that they cut.
+        tensors: that they cut, of this module or beside it in the layer.
         is_gated: whether the module computes ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` with SiLU as activation,
             and nothing else.
         widths: attributes of the module that count features, with the number per unit; a smaller module gets smaller
             ones.
+        positions: how often a sample uses the weights: 1 for the token of a text, the tokens or pixels of an image.
+        norm: the module behind the space's writes that normalises their sum, and joins the residual stream in their
+            place; what scales them acts behind it.
     """
 
     space: UnitSpace
-    linears: tuple[PartitionedLinear, ...]
+    tensors: tuple[PartitionedTensor, ...]
     is_gated: bool = False
     widths: tuple[tuple[str, int], ...] = ()
+    positions: float = 1.0
+    norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +76,14 @@ class Block:
     Attributes:
         space: one unit; its name is the module's that adds to the residual stream.
         norms: modules beside it that serve it alone (its input norm), absent with it.
+        writes: names of the parameters in it by which everything that it adds to the residual stream is multiplied.
+        positions: see :class:`PartitionedModule`.
     """
 
     space: UnitSpace
     norms: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    positions: float = 1.0
 
 
 BlockUnit = Literal["layer", "branch"]
@@ -86,6 +108,13 @@ class AbsentModule(nn.Module):
         return zero if self.bias is None else zero + self.bias
 
 
+class Layer(NamedTuple):
+    """A layer of the model: its name, and the module."""
+
+    name: str
+    module: nn.Module
+
+
 class Adapter(Protocol):
     """A model family. One file each; see ``llama.py``."""
 
@@ -101,42 +130,60 @@ class Adapter(Protocol):
     def units(self) -> Mapping[str, str]:
         """Kind of unit -> what one is, for people."""
 
+    @property
+    def task(self) -> Task:
+        """What its models are trained for."""
+
     def knows(self, model: nn.Module) -> bool:
         """Whether the attribute names of ``model`` are those of this family."""
 
     def partitioned_modules(
-        self, model: nn.Module, kinds: Sequence[str], seq_length: int = 2048
+        self, model: nn.Module, kinds: Sequence[str], size: int | None = None
     ) -> list[PartitionedModule]:
-        """The unit spaces of the kinds asked for, in forward order; FLOPs are counted at ``seq_length``."""
+        """The unit spaces of the kinds asked for, in forward order.
+
+        FLOPs are those of a sample of ``size``: tokens of a sequence, pixels of an image's side; ``None``: as the
+        model's config says, or a usual one.
+        """
 
     def blocks(
-        self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str], seq_length: int = 2048
+        self, model: nn.Module, block_unit: BlockUnit, kinds: Sequence[str], size: int | None = None
     ) -> list[Block]:
-        """The residual blocks, in forward order: decoder layers, or their branches of the kinds asked for."""
+        """The residual blocks, in forward order: layers, or their branches of the kinds asked for."""
 
-    def layers(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers, in forward order."""
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """The layers, in forward order; each is called once, on what the one before returned or what became of it."""
 
-    def absent(self, kind: str) -> "type[AbsentModule]":
-        """What stands in for a module of which a worker owns no unit."""
+    def absent(self, kind: str, module: nn.Module) -> "type[AbsentModule]":
+        """What stands in for ``module``, of which a worker owns no unit."""
 
     def init_scale(self, model: nn.Module, parameter: str) -> float:
         """What initial values of one full parameter are multiplied by, where no module of its own says it."""
 
+    def tiny(self, config: Any) -> tuple[Any, int]:
+        """A copy of ``config`` with few layers and features, to try the adapter on, and the size of a sample.
 
-def matmul_flops(numel: int) -> float:
-    """Training FLOPs per token of ``numel`` weights: 2 forward, 4 backward each."""
-    return 6.0 * numel
+        Raises:
+            AttributeError: it says its sizes in other words.
+        """
+
+    def with_layers(self, config: Any, kept: Sequence[int]) -> Any:
+        """A copy of ``config`` with the layers of these numbers alone; ``None`` where it cannot say that."""
 
 
-def weight_gradient_flops(numel: int) -> float:
+def matmul_flops(numel: int, positions: float = 1.0) -> float:
+    """Training FLOPs of a sample that uses ``numel`` weights so often: 2 forward, 4 backward each."""
+    return 6.0 * numel * positions
+
+
+def weight_gradient_flops(numel: int, positions: float = 1.0) -> float:
     """The part of :func:`matmul_flops` that computes the gradient of the weights."""
-    return 2.0 * numel
+    return 2.0 * numel * positions
 
 
-def attention_flops(heads: int, head_dim: int, seq_length: int) -> float:
-    """Training FLOPs per token of scores and weighted values, without use of the causal half."""
-    return 12.0 * heads * head_dim * seq_length
+def attention_flops(heads: int, head_dim: int, length: int) -> float:
+    """Training FLOPs per token of scores and weighted values over ``length``, without use of the causal half."""
+    return 12.0 * heads * head_dim * length
 
 
 def is_linear(module: object) -> bool:
@@ -144,15 +191,42 @@ def is_linear(module: object) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def features_of(linear: nn.Module) -> tuple[int, int]:
-    """Input and output features."""
-    assert isinstance(linear, nn.Linear | Conv1D)
-    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer or a convolution."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
 
 
-def linear_numel(linear: nn.Module, spec: PartitionedLinear) -> int:
-    """Parameters of one unit in ``linear`` (the shared bias of an ``"in"`` cut belongs to no unit)."""
-    in_features, out_features = features_of(linear)
-    if spec.cut == "in":
-        return spec.features_per_unit * out_features
-    return spec.features_per_unit * spec.groups * (in_features + (linear.bias is not None))
+def outputs_of(name: str, module: nn.Module, width: int = 1, groups: int = 1) -> tuple[PartitionedTensor, ...]:
+    """A unit is ``width`` outputs of ``module`` (with ``groups``: of each of so many parts): rows of its weight, and
+    of its bias."""
+    names = [f"{name}.weight"] + [f"{name}.bias"] * (module.bias is not None)
+    # GPT-2's linears hold their weights as [in, out].
+    dims = [int(isinstance(module, Conv1D)), 0]
+    return tuple(PartitionedTensor(n, dim, width, groups) for n, dim in zip(names, dims, strict=False))
+
+
+def inputs_of(
+    name: str, module: nn.Module, width: int = 1, *, is_input_kept: bool = False, is_write: bool = True
+) -> tuple[PartitionedTensor, ...]:
+    """A unit is ``width`` inputs of ``module``: columns of its weight. Its bias is shared, and its output joins the
+    residual stream."""
+    dim = int(not isinstance(module, Conv1D))
+    return (PartitionedTensor(f"{name}.weight", dim, width, 1, is_write, is_input_kept),)
+
+
+def channels_of(name: str, norm: nn.Module) -> tuple[PartitionedTensor, ...]:
+    """A unit is one channel of ``norm``: of its weights and of its running statistics."""
+    tensors = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
+    return tuple(PartitionedTensor(f"{name}.{local}", 0) for local, tensor in tensors if tensor.dim())
+
+
+def unit_numel(model: nn.Module, module: PartitionedModule) -> int:
+    """Parameters of one unit; buffers are none, and the shared bias behind its inputs is no unit's."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = [parameters[tensor.name].numel() for tensor in module.tensors if tensor.name in parameters]
+    return sum(own) // module.space.num_units

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from deepspeed_sdp.adapters.base import PartitionedLinear, PartitionedModule, attention_flops, features_of
-from deepspeed_sdp.adapters.decoder import DecoderAdapter, attention_of, keeps_output, mlp_of
+from deepspeed_sdp.adapters.base import PartitionedModule, attention_flops, features_of, inputs_of, outputs_of
+from deepspeed_sdp.adapters.transformer import DecoderAdapter, attention_of, keeps_output, mlp_of, neurons_of
 
 
 class GPTNeoXAdapter(DecoderAdapter):
@@ -20,15 +20,15 @@ class GPTNeoXAdapter(DecoderAdapter):
     def is_known_layer(self, layer: nn.Module) -> bool:
         return hasattr(layer, "use_parallel_residual")
 
-    def attention(self, name: str, index: int, attention: nn.Module, seq_length: int) -> PartitionedModule:
+    def attention(self, name: str, index: int, attention: nn.Module, length: int) -> PartitionedModule:
         size = int(attention.head_size)  # type: ignore[arg-type]
-        heads = features_of(attention.get_submodule("dense"))[0] // size
-        linears = (
-            PartitionedLinear("query_key_value", "out", 3 * size),
-            PartitionedLinear("dense", "in", size, is_input_kept=keeps_output(attention)),
+        fused, dense = (attention.get_submodule(linear) for linear in self.linears["attention"])
+        tensors = (
+            *outputs_of(f"{name}.query_key_value", fused, 3 * size),
+            *inputs_of(f"{name}.dense", dense, size, is_input_kept=keeps_output(attention)),
         )
-        return attention_of(name, index, heads, attention, linears, attention_flops(1, size, seq_length))
+        heads = features_of(dense)[0] // size
+        return attention_of(name, index, heads, attention, tensors, attention_flops(1, size, length))
 
     def mlp(self, name: str, index: int, mlp: nn.Module) -> PartitionedModule:
-        linears = (PartitionedLinear("dense_h_to_4h", "out", 1), PartitionedLinear("dense_4h_to_h", "in", 1))
-        return mlp_of(name, index, mlp, linears)
+        return mlp_of(name, index, mlp, neurons_of(name, mlp, *self.linears["mlp"]))

@@ -5,13 +5,14 @@ column of ``down_proj``. Norms, embeddings, the output head, and per-head norms 
 """
 
 import inspect
+import itertools
 from dataclasses import replace
 from typing import ClassVar
 
 from torch import nn
 
-from deepspeed_sdp.adapters.base import PartitionedLinear, PartitionedModule, attention_flops, features_of
-from deepspeed_sdp.adapters.decoder import DecoderAdapter, attention_of, keeps_output, mlp_of
+from deepspeed_sdp.adapters.base import PartitionedModule, attention_flops, features_of, inputs_of, outputs_of
+from deepspeed_sdp.adapters.transformer import DecoderAdapter, attention_of, keeps_output, mlp_of, neurons_of
 from deepspeed_sdp.errors import ModelError
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -23,7 +24,7 @@ class LlamaAdapter(DecoderAdapter):
 
     name = "llama"
     families = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
-    units: ClassVar = {"attention": "a KV head with its query heads", "mlp": "a neuron (gate, up and down)"}
+    units: ClassVar = {"mlp": "a neuron (gate, up and down)", "attention": "a KV head with its query heads"}
     layers_name = "model.layers"
     branches: ClassVar = {"attention": ("self_attn", _NORMS[0]), "mlp": ("mlp", _NORMS[1])}
     linears: ClassVar = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": _MLP}
@@ -45,31 +46,26 @@ class LlamaAdapter(DecoderAdapter):
             for parameter in norm.parameters()
         )
 
-    def attention(self, name: str, index: int, attention: nn.Module, seq_length: int) -> PartitionedModule:
+    def attention(self, name: str, index: int, attention: nn.Module, length: int) -> PartitionedModule:
         head_dim = int(attention.head_dim)  # type: ignore[arg-type]
-        outputs = {linear: features_of(attention.get_submodule(linear))[1] for linear in ("q_proj", "k_proj")}
-        kv_heads, kv_rest = divmod(outputs["k_proj"], head_dim)
-        queries, rest = divmod(outputs["q_proj"], head_dim * max(kv_heads, 1))
+        features = {linear: features_of(attention.get_submodule(linear))[1] for linear in ("q_proj", "k_proj")}
+        kv_heads, kv_rest = divmod(features["k_proj"], head_dim)
+        queries, rest = divmod(features["q_proj"], head_dim * max(kv_heads, 1))
         if kv_rest or rest or not kv_heads:
             raise ModelError(
-                f"{name}: q_proj has {outputs['q_proj']} and k_proj {outputs['k_proj']} outputs; takes whole KV groups "
-                f"of heads of size {head_dim}"
+                f"{name}: q_proj has {features['q_proj']} and k_proj {features['k_proj']} outputs; takes whole KV "
+                f"groups of heads of size {head_dim}"
             )
-        linears = (
-            PartitionedLinear("q_proj", "out", queries * head_dim),
-            PartitionedLinear("k_proj", "out", head_dim),
-            PartitionedLinear("v_proj", "out", head_dim),
-            PartitionedLinear("o_proj", "in", queries * head_dim, is_input_kept=keeps_output(attention)),
-        )
-        return attention_of(name, index, kv_heads, attention, linears, attention_flops(queries, head_dim, seq_length))
+        widths = {"q_proj": queries * head_dim, "k_proj": head_dim, "v_proj": head_dim}
+        outputs = [outputs_of(f"{name}.{n}", attention.get_submodule(n), width) for n, width in widths.items()]
+        output = attention.get_submodule("o_proj")
+        kept = keeps_output(attention)
+        inputs = inputs_of(f"{name}.o_proj", output, queries * head_dim, is_input_kept=kept)
+        tensors = (*itertools.chain(*outputs), *inputs)
+        return attention_of(name, index, kv_heads, attention, tensors, attention_flops(queries, head_dim, length))
 
     def mlp(self, name: str, index: int, mlp: nn.Module) -> PartitionedModule:
-        linears = (
-            PartitionedLinear("gate_proj", "out", 1),
-            PartitionedLinear("up_proj", "out", 1),
-            PartitionedLinear("down_proj", "in", 1),
-        )
-        return replace(mlp_of(name, index, mlp, linears), is_gated=_is_gated(mlp))
+        return replace(mlp_of(name, index, mlp, neurons_of(name, mlp, *_MLP)), is_gated=_is_gated(mlp))
 
 
 def _is_gated(mlp: nn.Module) -> bool:

@@ -1,12 +1,12 @@
 """One worker's subnetwork as a smaller model of the same family."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepspeed_sdp.adapters import PartitionedLinear, PartitionedModule, find_adapter
+from deepspeed_sdp.adapters import PartitionedModule, PartitionedTensor, find_adapter
 from deepspeed_sdp.checkpoint.meta import read_plan
 from deepspeed_sdp.errors import CheckpointError
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -52,26 +52,27 @@ def _carve_layers(
             "no weight of a layer scales what it adds"
         )
     model = meta_model(config, "meta.json")
-    layers = find_adapter(model).layers(model)
-    prefix = next(name for name, module in model.named_modules() if module is layers)
+    adapter = find_adapter(model)
+    names = [layer.name for layer in adapter.layers(model)]
     absent = {p.space.name for p in plan.spaces if not plan.owned(p.space.name, worker)}
-    kept = [i for i in range(len(layers)) if f"{prefix}.{i}" not in absent]
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
-    return _renumbered(prefix, {old: new for new, old in enumerate(kept)}, weights)
+    kept = [i for i, name in enumerate(names) if name not in absent]
+    fewer = adapter.with_layers(config, kept)
+    if fewer is None:
+        raise CheckpointError("--subnetwork: a config of this family has no words for fewer layers")
+    config.__dict__.update(fewer.__dict__)
+    return _renumbered({f"{names[old]}.": f"{names[new]}." for new, old in enumerate(kept)}, names, weights)
 
 
 def _renumbered(
-    prefix: str, numbers: dict[int, int], weights: Iterable[tuple[str, torch.Tensor]]
+    prefixes: dict[str, str], layers: Sequence[str], weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    every = {f"{name}." for name in layers}
     for name, value in weights:
-        if not name.startswith(f"{prefix}."):
+        prefix = next((prefix for prefix in every if name.startswith(prefix)), None)
+        if prefix is None:
             yield name, value
-            continue
-        number, _, rest = name.removeprefix(f"{prefix}.").partition(".")
-        if int(number) in numbers:
-            yield f"{prefix}.{numbers[int(number)]}.{rest}", value
+        elif prefix in prefixes:
+            yield prefixes[prefix] + name.removeprefix(prefix), value
 
 
 def _carve_units(
@@ -84,7 +85,8 @@ def _carve_units(
             f"{type(config).__name__} lacks {', '.join(lacking)}"
         )
     model = meta_model(config, "meta.json")
-    modules = {m.space.name: m for m in find_adapter(model).partitioned_modules(model, ("mlp", "attention"))}
+    adapter = find_adapter(model)
+    modules = {m.space.name: m for m in adapter.partitioned_modules(model, tuple(adapter.units))}
     planned = {p.space.name: p.space.num_units for p in plan.spaces}
     other = [name for name, units in planned.items() if name not in modules or modules[name].space.num_units != units]
     if other:
@@ -117,20 +119,17 @@ def _sliced(
     modules: list[PartitionedModule],
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    linears = {f"{m.space.name}.{spec.name}": (m, spec) for m in modules for spec in m.linears}
+    tensors = {tensor.name: (module, tensor) for module in modules for tensor in module.tensors}
     for name, value in weights:
-        linear, _, kind = name.rpartition(".")
-        if linear not in linears:
+        if name not in tensors:
             yield name, value
             continue
-        module, spec = linears[linear]
+        module, tensor = tensors[name]
         scale = output_scale(block["output_scaling"], plan, worker, module.space.kind)
-        yield name, _slice(value, kind, spec, plan.owned(module.space.name, worker), scale)
+        yield name, _slice(value, tensor, plan.owned(module.space.name, worker), scale)
 
 
-def _slice(value: torch.Tensor, kind: str, spec: PartitionedLinear, owned: Any, scale: float) -> torch.Tensor:
-    if spec.cut == "in" and kind == "bias":
-        return value
-    dim, width = (0 if spec.cut == "out" else 1), spec.features_per_unit
-    pieces = [value.narrow(dim, chunk.start * width, (chunk.stop - chunk.start) * width) for chunk in owned]
-    return torch.cat(pieces, dim) * (scale if spec.cut == "in" else 1.0)
+def _slice(value: torch.Tensor, tensor: PartitionedTensor, owned: Any, scale: float) -> torch.Tensor:
+    width = tensor.width
+    pieces = [value.narrow(tensor.dim, chunk.start * width, (chunk.stop - chunk.start) * width) for chunk in owned]
+    return torch.cat(pieces, tensor.dim) * (scale if tensor.is_write else 1.0)

@@ -32,7 +32,8 @@ def read_coverage(value: Any) -> Any:
     return float(Fraction(value.replace(" ", ""))) if is_fraction else value
 
 
-Kind = Literal["mlp", "attention"]
+# Which ones there are, the model's adapter says.
+Kind = Annotated[str, Field(pattern="^[a-z][a-z_]{0,63}$")]
 # Bounds far above any use: what is made from a number must not grow out of hand, or out of what libraries can take.
 MAX_WORKERS = 2**14
 _MAX_OWNER_SETS = 1024

@@ -61,8 +61,10 @@ class SDPConfig(Block):
     num_subnetworks: int | None = Field(
         None, ge=1, le=MAX_WORKERS, description="N; divides the world size, default: the largest divisor up to 8"
     )
-    partition: tuple[Kind, ...] = Field(
-        ("mlp", "attention"), min_length=1, description="kinds of units that are partitioned"
+    partition: tuple[Kind, ...] | None = Field(
+        None,
+        min_length=1,
+        description="kinds of units that are partitioned, as mlp and attention of a transformer; default: all",
     )
     shared_modules: tuple[str, ...] = Field((), description="name patterns of modules that all workers own")
     share_ends: int = Field(
@@ -154,11 +156,6 @@ class SDPConfig(Block):
                 f'"{self.granularity}"; takes masking "backward" and granularity "branch" or "layer", where whole '
                 "blocks are frozen"
             )
-        if self.granularity == "layer" and set(self.partition) != {"mlp", "attention"}:
-            raise ConfigError(
-                f"{BLOCK}.partition: got {list(self.partition)} with whole layers as units; takes both kinds, or "
-                'granularity "branch"'
-            )
         return self
 
     @classmethod
@@ -234,15 +231,14 @@ class SDPConfig(Block):
         """``K`` for ``N`` subnetworks, or ``K`` for every kind of unit.
 
         Raises:
-            ConfigError: the coverage gives no whole ``K``, or a kind is missing.
+            ConfigError: the coverage gives no whole ``K``, or is one for each kind where whole layers are units.
         """
         if not isinstance(self.coverage, Mapping):
             note = "" if "coverage" in self.model_fields_set else " (the default)"
             return self._whole_owners(f"{BLOCK}.coverage", self.coverage, num_subnetworks, note)
-        if set(self.coverage) != set(self.partition) or self.granularity == "layer":
-            takes = "one number" if self.granularity == "layer" else f"a number for {' and '.join(self.partition)}"
+        if self.granularity == "layer":
             raise ConfigError(
-                f"{BLOCK}.coverage: got {json.dumps(self.coverage)}; takes {takes}, as these are the kinds of units"
+                f"{BLOCK}.coverage: got {json.dumps(self.coverage)} with whole layers as units; takes one number"
             )
         return {
             kind: self._whole_owners(f"{BLOCK}.coverage.{kind}", share, num_subnetworks)

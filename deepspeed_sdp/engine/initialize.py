@@ -42,6 +42,7 @@ from deepspeed_sdp.subnetwork import (
     check_as_configured,
     cut_model,
     is_meta,
+    kinds_of,
     materialize,
     plan_for,
     unit_spaces,
@@ -279,7 +280,9 @@ def _describe_units(job: _Job, adapter: Adapter) -> dict[str, Any]:
     block = job.sdp.block_unit
     units = unit_spaces(job.model, job.sdp, adapter)
     described: dict[str, Any] = {
-        "adapter": claims_digest(job.model, adapter, job.sdp.partition, block, job.sdp.plan.seq_length),
+        "adapter": claims_digest(
+            job.model, adapter, kinds_of(job.sdp, adapter), block, adapter.task.size(job.sdp.plan.seq_length)
+        ),
         "units": f"{len(units)} spaces ({digest(units)})",
     }
     if job.sdp.plan.rank_order.startswith("owners"):

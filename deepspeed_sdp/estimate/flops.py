@@ -24,8 +24,6 @@ from deepspeed_sdp.errors import ConfigError
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.subnetwork import plan_for
 
-_KINDS = ("mlp", "attention")
-
 
 @dataclass(frozen=True)
 class FlopsPerToken:
@@ -65,11 +63,14 @@ class _ModuleFlops:
 
     @classmethod
     def of(cls, model: nn.Module, module: PartitionedModule) -> "_ModuleFlops":
-        space = module.space
-        linears = [model.get_parameter(f"{space.name}.{spec.name}.weight") for spec in module.linears]
-        weights = sum(weight.numel() for weight in linears)
-        attention = space.num_units * (space.unit_flops - matmul_flops(space.unit_numel))
-        return cls(space.name, matmul_flops(weights) + attention, weight_gradient_flops(weights))
+        space, at = module.space, module.positions
+        parameters = dict(model.named_parameters())
+        # Biases and norms are no matrix products.
+        matrices = [
+            parameters[t.name].numel() for t in module.tensors if t.name in parameters and parameters[t.name].dim() > 1
+        ]
+        attention = space.num_units * (space.unit_flops - matmul_flops(space.unit_numel, at))
+        return cls(space.name, matmul_flops(sum(matrices), at) + attention, weight_gradient_flops(sum(matrices), at))
 
 
 def flops_per_token(
@@ -90,7 +91,8 @@ def flops_per_token(
     """
     if seq_length < 1:
         raise ConfigError(f"seq_length: got {seq_length}; takes a number from 1 on")
-    modules = [_ModuleFlops.of(model, m) for m in find_adapter(model).partitioned_modules(model, _KINDS, seq_length)]
+    adapter = find_adapter(model)
+    modules = [_ModuleFlops.of(model, m) for m in adapter.partitioned_modules(model, tuple(adapter.units), seq_length)]
     dense = _head_flops(model) + sum(module.total for module in modules)
     sdp = SDPConfig.of(sdp) if sdp is not None else None
     if sdp is None or not sdp.enabled:

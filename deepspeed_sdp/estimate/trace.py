@@ -5,7 +5,7 @@ followed (:mod:`~deepspeed_sdp.estimate.live_bytes`). What a layer does is seen 
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -85,14 +85,14 @@ def _moments(model: WorkerModel, profiles: dict[int, Profile]) -> Iterator[Momen
         if part != last and of_part[part].backward:
             yield Moment("backward", part, "", live, peak)
             peak = live
-        prefix = f"{model.layers_name}.{model.stand_in[part - 1]}." if 0 < part < last else ""
+        prefix = f"{model.kept[model.stand_in[part - 1]]}." if 0 < part < last else ""
         for weight, at, most in of_part[part].backward:
             live, most = bases[part] + at, bases[part] + most
             if weight == _BEGIN:
                 yield Moment("backward", part, "", live, max(peak, most))
                 peak = live
             elif weight:
-                name = f"{model.layers_name}.{part - 1}.{weight.removeprefix(prefix)}" if prefix else weight
+                name = f"{model.layers[part - 1]}.{weight.removeprefix(prefix)}" if prefix else weight
                 yield Moment("gradient", part, name, live, max(peak, most))
                 peak = live
             else:
@@ -107,11 +107,11 @@ def profiles(model: WorkerModel, micro_batch: int, seq_length: int, checkpointin
         _checkpoint(module, True)
     module.train()
     recorder = _Recorder(LiveBytes([*module.parameters(), *module.buffers()]))
-    hooks = recorder.hook(module, module.get_submodule(model.layers_name))
-    ids = torch.zeros(micro_batch, seq_length, dtype=torch.long, device="meta")
+    hooks = recorder.hook(module, [module.get_submodule(name) for name in model.kept])
+    inputs = model.task.example(module.config, micro_batch, seq_length, next(module.parameters()))
     try:
         with fused_attention(), recorder.live:
-            loss = module(input_ids=ids, labels=ids).loss
+            loss = module(**inputs).loss
             recorder.end_forward()
             torch.autograd.backward(loss)
             recorder.leave()
@@ -145,13 +145,13 @@ class _Recorder:
         self._is_past_layers = False
         self._has_begun = False
 
-    def hook(self, module: nn.Module, layers: Any) -> list[Any]:
+    def hook(self, module: nn.Module, layers: Sequence[nn.Module]) -> list[Any]:
         self._last = len(layers) + 1
         hooks: list[Any] = [layers[0].register_forward_pre_hook(self._watch_input, with_kwargs=True)]
         for index, layer in enumerate(layers):
             hooks.append(layer.register_forward_pre_hook(self._enter(index + 1), prepend=True))
             hooks.append(layer.register_forward_hook(self._leave_layer(index + 1)))
-        inside = {id(submodule) for submodule in layers.modules()}
+        inside = {id(submodule) for layer in layers for submodule in layer.modules()}
         hooks += [
             m.register_forward_pre_hook(self._after_layers, prepend=True)
             for m in module.modules()

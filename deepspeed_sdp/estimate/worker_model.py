@@ -2,15 +2,16 @@
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from deepspeed_sdp.adapters import find_adapter
+from deepspeed_sdp.adapters.tasks import Task
 from deepspeed_sdp.config import SDPConfig, SDPSource
 from deepspeed_sdp.engine.zero.rounds import Use, first_places, uses
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -47,7 +48,9 @@ class WorkerModel:
 
     Attributes:
         module: on the meta device, with the layers that were kept.
-        layers_name: of the list of decoder layers.
+        task: what it is trained for.
+        layers: names of the full model's layers.
+        kept: names of the module's layers.
         stand_in: for every layer of the full model, the kept one that is like it.
         kinds: what tells the kept layers from others; workers with the same ones compute alike.
         numels: elements of every full parameter, in forward order.
@@ -60,7 +63,9 @@ class WorkerModel:
     """
 
     module: nn.Module
-    layers_name: str
+    task: Task
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
     stand_in: tuple[int, ...]
     kinds: tuple[tuple[Any, ...], ...]
     numels: tuple[int, ...]
@@ -90,31 +95,40 @@ def worker_model(
         full: the full model, on the meta device; it stays as it is.
         dtype: of the weights.
     """
-    layers = find_adapter(full).layers(full)
-    layers_name = next(name for name, module in full.named_modules() if module is layers)
-    kinds = [_kind(plan, worker, f"{layers_name}.{layer}.") for layer in range(len(layers))]
-    kept = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < _KEPT]
-    stand_in = tuple(_stand_in(kinds, kept, i) for i in range(len(kinds)))
-    module = _with_layers(full, kept).to(dtype)
+    adapter = find_adapter(full)
+    found = adapter.layers(full)
+    layers = tuple(layer.name for layer in found)
+    kinds = [_kind(plan, worker, f"{layer}.") for layer in layers]
+    numbers = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < _KEPT]
+    config = adapter.with_layers(cast(Any, full).config, numbers)
+    if config is None:  # every layer is of its own kind
+        numbers, kinds = list(range(len(layers))), [(*kind, i) for i, kind in enumerate(kinds)]
+        config = copy.deepcopy(cast(Any, full).config)
+    stand_in = tuple(_stand_in(kinds, numbers, i) for i in range(len(kinds)))
+    module = _built(full, config).to(dtype)
+    kept = tuple(layer.name for layer in adapter.layers(module))
+    renamed = {layers[number]: name for number, name in zip(numbers, kept, strict=True)}
     subnetwork = None
     if plan is not None and sdp is not None:
-        subnetwork = _cut(module, SDPConfig.of(sdp), _restricted(plan, layers_name, kept), worker)
+        subnetwork = _cut(module, SDPConfig.of(sdp), _restricted(plan, renamed), worker)
     names = [name for name, _ in full.named_parameters()]
-    places = first_places(names, layers_name, len(kinds))
+    places = first_places(names, layers)
     place_of = {id(parameter): place for place, parameter in enumerate(full.parameters())}
     weights = _Weights(
-        module, subnetwork, plan, worker, layers_name, kept, dict(zip(names, range(len(names)), strict=True))
+        module, subnetwork, plan, worker, layers, kept, numbers, dict(zip(names, range(len(names)), strict=True))
     )
     trained, held = weights.collect(stand_in)
     return WorkerModel(
         module,
-        layers_name,
+        adapter.task,
+        layers,
+        kept,
         stand_in,
-        tuple(kinds[layer] for layer in kept),
+        tuple(kinds[number] for number in numbers),
         tuple(parameter.numel() for parameter in full.parameters()),
         places,
-        tuple(uses(full, list(layers), place_of, places)),
-        _spaces(names, places, subnetwork, layers_name, stand_in),
+        tuple(uses(full, [layer.module for layer in found], place_of, places)),
+        _spaces(names, places, subnetwork, layers, kept, stand_in),
         tuple(sorted(trained, key=lambda weight: (weight.place, weight.start))),
         held,
         sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()),
@@ -142,27 +156,21 @@ def _stand_in(kinds: Sequence[Any], kept: Sequence[int], layer: int) -> int:
     return max(place for place, index in enumerate(kept) if kinds[index] == kinds[layer])
 
 
-def _with_layers(full: nn.Module, kept: Sequence[int]) -> nn.Module:
-    model: Any = full
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(kept)
-    types = getattr(config, "layer_types", None)
-    if types:
-        config.layer_types = [types[layer] for layer in kept]
+def _built(full: nn.Module, config: Any) -> nn.Module:
     config.use_cache = False
+    model: Any = type(full)
     with torch.device("meta"):
-        return type(model)(config)  # type: ignore[no-any-return]
+        return model(config)  # type: ignore[no-any-return]
 
 
-def _restricted(plan: SubnetworkPlan, layers_name: str, kept: Sequence[int]) -> SubnetworkPlan:
-    """The plan of the kept layers alone, under their new numbers."""
+def _restricted(plan: SubnetworkPlan, renamed: Mapping[str, str]) -> SubnetworkPlan:
+    """The plan of the kept layers alone, under their new names."""
     spaces = []
-    for place, layer in enumerate(kept):
-        prefix = f"{layers_name}.{layer}."
+    for number, (old, new) in enumerate(renamed.items()):
         for planned in plan.spaces:
-            if f"{planned.space.name}.".startswith(prefix):
-                name = _renamed(f"{planned.space.name}.", prefix, f"{layers_name}.{place}.").removesuffix(".")
-                spaces.append(replace(planned, space=replace(planned.space, name=name, layer=place)))
+            if f"{planned.space.name}.".startswith(f"{old}."):
+                name = _renamed(f"{planned.space.name}.", f"{old}.", f"{new}.").removesuffix(".")
+                spaces.append(replace(planned, space=replace(planned.space, name=name, layer=number)))
     return replace(plan, spaces=tuple(spaces))
 
 
@@ -183,7 +191,8 @@ def _spaces(
     names: Sequence[str],
     first_places: Sequence[int],
     subnetwork: Subnetwork | None,
-    layers_name: str,
+    layers: Sequence[str],
+    kept: Sequence[str],
     stand_in: Sequence[int],
 ) -> tuple[str | None, ...]:
     spaces: list[str | None] = []
@@ -191,7 +200,7 @@ def _spaces(
         part = bisect_right(first_places[:-1], place) - 1
         found = None
         if subnetwork is not None and 0 < part <= len(stand_in):
-            old, new = f"{layers_name}.{stand_in[part - 1]}.", f"{layers_name}.{part - 1}."
+            old, new = f"{kept[stand_in[part - 1]]}.", f"{layers[part - 1]}."
             full = subnetwork.partitioned.get(_renamed(name, new, old))
             found = _renamed(f"{full.space}.", old, new).removesuffix(".") if full else None
         spaces.append(found)
@@ -210,15 +219,15 @@ class _Weights:
     subnetwork: Subnetwork | None
     plan: SubnetworkPlan | None
     worker: int
-    layers_name: str
-    kept: Sequence[int]
+    layers: Sequence[str]
+    kept: Sequence[str]
+    numbers: Sequence[int]
     places: dict[str, int]
 
     def collect(self, stand_in: Sequence[int]) -> tuple[list[Weight], int]:
         by_place: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.module.named_parameters():
-            inside = name.startswith(f"{self.layers_name}.")
-            place = int(name.removeprefix(f"{self.layers_name}.").partition(".")[0]) if inside else None
+            place = next((i for i, layer in enumerate(self.kept) if name.startswith(f"{layer}.")), None)
             by_place.setdefault(place, []).append((name, parameter))
         frozen = self.subnetwork.frozen if self.subnetwork else set()
         trained, held = [], 0
@@ -236,7 +245,9 @@ class _Weights:
 
     def _weight(self, local: str, numel: int, layer: int | None, place: int | None) -> Weight:
         fragment = self.subnetwork.fragments[local] if self.subnetwork else None
-        old, new = f"{self.layers_name}.{place}.", f"{self.layers_name}.{layer}."
+        old = new = ""
+        if place is not None and layer is not None:
+            old, new = f"{self.kept[place]}.", f"{self.layers[layer]}."
         full_name = _renamed(fragment.full_name if fragment else local, old, new)
         start, owner_set, in_place = 0, SHARED, False
         if fragment is not None and fragment.dim is not None:
@@ -246,7 +257,7 @@ class _Weights:
             parameter = self.subnetwork.partitioned[fragment.full_name]
             first = fragment.start // parameter.features_per_unit
             space = f"{parameter.space}."
-            like = _renamed(space, old, f"{self.layers_name}.{self.kept[place]}.").removesuffix(".")
+            like = _renamed(space, old, f"{self.layers[self.numbers[place]]}.").removesuffix(".")
             index = [chunk.start for chunk in self.plan.owned(like, self.worker)].index(first)
             chunk = self.plan.owned(_renamed(space, old, new).removesuffix("."), self.worker)[index]
             start, owner_set = chunk.start * parameter.features_per_unit, chunk.owner_set

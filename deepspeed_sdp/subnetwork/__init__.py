@@ -6,7 +6,7 @@ from deepspeed_sdp.subnetwork.cut import cut_model
 from deepspeed_sdp.subnetwork.hf_config import meta_model, read_model_config
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter, partitioned_by_space
 from deepspeed_sdp.subnetwork.materialize import is_meta, materialize
-from deepspeed_sdp.subnetwork.planning import plan_for, unit_spaces
+from deepspeed_sdp.subnetwork.planning import kinds_of, plan_for, unit_spaces
 from deepspeed_sdp.subnetwork.recut import give_memory, graft, recut
 from deepspeed_sdp.subnetwork.subnetwork import Subnetwork
 
@@ -21,6 +21,7 @@ __all__ = [
     "give_memory",
     "graft",
     "is_meta",
+    "kinds_of",
     "materialize",
     "meta_model",
     "partitioned_by_space",

@@ -18,15 +18,13 @@ def cut_block(cutting: Cutting, block: Block, scale: float) -> None:
     """Keep or remove ``block``; ``scale`` multiplies what an owned one adds to the residual stream."""
     model, space = cutting.module, block.space
     names = (space.name, *block.norms)
-    weights = [parameter.name for parameter in cutting.full.by_unit.values() if parameter.is_write]
-    writes = {*weights, *(f"{name.removesuffix('.weight')}.bias" for name in weights)}
     owned = cutting.plan.owned(space.name, cutting.index)
     for name in names:
         for local, parameter in model.get_submodule(name).named_parameters():
             full_name = f"{name}.{local}"
             # One unit, as wide as the parameter.
             shape = tuple(parameter.shape)
-            full = FullParameter(full_name, shape, 0, shape[0], space.name, is_write=full_name in writes)
+            full = FullParameter(full_name, shape, 0, shape[0], space.name)
             cutting.partitioned[full_name] = full
             if owned:
                 cutting.fragments[full_name] = full.fragment(0, 1, owned[0].owner_set)
@@ -35,14 +33,14 @@ def cut_block(cutting: Cutting, block: Block, scale: float) -> None:
     if not owned:
         _remove(cutting, block)
     elif scale != 1.0:
-        hook = _scale_layer if space.kind == "layer" else _scale_branch
-        model.get_submodule(space.name).register_forward_hook(hook(scale), with_kwargs=True)
+        hook = _scale_layer(scale) if space.kind == "layer" else scale_output(scale)
+        model.get_submodule(space.name).register_forward_hook(hook, with_kwargs=space.kind == "layer")
 
 
 def _remove(cutting: Cutting, block: Block) -> None:
     model = cutting.module
     layer = model.get_submodule(block.space.name)
-    absent = cutting.full.adapter.absent(block.space.kind)()
+    absent = cutting.full.adapter.absent(block.space.kind, layer)()
     if hasattr(layer, "attention_type"):  # the model asks its layers which attention mask they take
         absent.attention_type = layer.attention_type
     replace_module(model, block.space.name, absent)
@@ -50,18 +48,22 @@ def _remove(cutting: Cutting, block: Block) -> None:
         replace_module(model, norm, nn.Identity())
 
 
-def _scale_layer(scale: float) -> Any:
-    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        residual: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-        return residual + scale * (output - residual)
+def scale_output(scale: float) -> Any:
+    """A forward hook that multiplies what a branch adds to the residual stream."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] * scale, *output[1:])
+        return output * scale
 
     return hook
 
 
-def _scale_branch(scale: float) -> Any:
+def _scale_layer(scale: float) -> Any:
     def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        residual: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         if isinstance(output, tuple):
-            return (output[0] * scale, *output[1:])
-        return output * scale
+            return (residual + scale * (output[0] - residual), *output[1:])
+        return residual + scale * (output - residual)
 
     return hook

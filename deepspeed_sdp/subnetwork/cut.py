@@ -4,26 +4,27 @@ The model is cut in place, as ``fully_shard`` shards in place: the modules stay 
 """
 
 import copy
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedLinear, PartitionedModule, find_adapter
-from deepspeed_sdp.errors import ModelError
-from deepspeed_sdp.plan import SubnetworkPlan
+from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedModule, PartitionedTensor, find_adapter
+from deepspeed_sdp.adapters.base import is_linear
+from deepspeed_sdp.errors import ModelError, PlanError
+from deepspeed_sdp.plan import Chunk, SubnetworkPlan
 from deepspeed_sdp.subnetwork.as_configured import check_hooks
-from deepspeed_sdp.subnetwork.blocks import cut_block
+from deepspeed_sdp.subnetwork.blocks import cut_block, scale_output
 from deepspeed_sdp.subnetwork.client_map import ClientMap
 from deepspeed_sdp.subnetwork.cutting import Cutting, replace_module
 from deepspeed_sdp.subnetwork.full_model import FullModel
 from deepspeed_sdp.subnetwork.layout import SHARED, Fragment, FullParameter
-from deepspeed_sdp.subnetwork.linear import LinearForm, SubnetworkLinear, is_transposed, weight_and_bias
+from deepspeed_sdp.subnetwork.linear import SubnetworkLinear, form_of, weight_and_bias
 from deepspeed_sdp.subnetwork.mask import mask_block, mask_units
+from deepspeed_sdp.subnetwork.pieces import cut_tensors
 from deepspeed_sdp.subnetwork.subnetwork import Masking, Subnetwork
-
-KINDS = ("mlp", "attention")
 
 OutputScaling = Literal["none", "inverse_sqrt_coverage", "inverse_coverage"]
 
@@ -53,11 +54,14 @@ def cut_model(
         ModelError: no adapter knows the model, or the plan was made for other shapes.
     """
     adapter = adapter or find_adapter(model)
-    modules = {module.space.name: module for module in adapter.partitioned_modules(model, KINDS)}
-    by_unit: dict[str, FullParameter] = {}
-    for module in modules.values():
-        for spec in module.linears:
-            by_unit.update(_full_parameters(model, module, spec))
+    kinds = tuple(adapter.units)
+    modules = {module.space.name: module for module in adapter.partitioned_modules(model, kinds)}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    by_unit = {
+        t.name: FullParameter(t.name, tuple(tensors[t.name].shape), t.dim, t.width, module.space.name, t.groups)
+        for module in modules.values()
+        for t in module.tensors
+    }
     full = FullModel(
         adapter,
         type(model),
@@ -70,7 +74,7 @@ def cut_model(
     cutting = Cutting(model, plan, index, full, masking, client or ClientMap(model))
     planned_names = {planned.space.name for planned in plan.spaces}
     check_hooks(model, (name for name, full in by_unit.items() if full.space in planned_names))
-    blocks = {block.space.name: block for block in adapter.blocks(model, block_unit, KINDS)} if block_unit else {}
+    blocks = {block.space.name: block for block in adapter.blocks(model, block_unit, kinds)} if block_unit else {}
     for planned in plan.spaces:
         found = (blocks if block_unit else modules).get(planned.space.name)
         if found is None or found.space.num_units != planned.space.num_units:
@@ -78,6 +82,7 @@ def cut_model(
             raise ModelError(
                 f"plan: made for {planned.space.name} with {planned.space.num_units} units; the model has {got}"
             )
+        cutting.writes.update(_writes(model, found))
         if masking == "backward" and isinstance(found, PartitionedModule):
             mask_units(cutting, found, planned.chunks)
         elif masking == "backward":
@@ -102,73 +107,81 @@ def output_scale(output_scaling: OutputScaling, plan: SubnetworkPlan, worker: in
     return math.pow(plan.shares(kind)[worker], -powers[output_scaling])
 
 
+def _writes(model: nn.Module, found: PartitionedModule | Block) -> Iterable[str]:
+    if isinstance(found, Block):
+        return found.writes
+    if found.norm is not None:
+        return [f"{found.norm}.{local}" for local, _ in model.get_submodule(found.norm).named_parameters()]
+    return [tensor.name for tensor in found.tensors if tensor.is_write]
+
+
 def _cut_module(cutting: Cutting, spec: PartitionedModule, scale: float) -> None:
     name = spec.space.name
     module = cutting.module.get_submodule(name)
     owned = cutting.plan.owned(name, cutting.index)
-    for linear_spec in spec.linears:
-        full_name = f"{name}.{linear_spec.name}"
-        linear = module.get_submodule(linear_spec.name)
-        full = {kind: cutting.full.by_unit.get(f"{full_name}.{kind}") for kind in ("weight", "bias")}
-        cutting.partitioned.update({parameter.name: parameter for parameter in full.values() if parameter})
-        if not owned:
-            continue
-        pieces = {
-            kind: [parameter.fragment(c.start, c.stop, c.owner_set) for c in owned]
-            for kind, parameter in full.items()
-            if parameter
-        }
-        _replace_linear(cutting, full_name, linear, linear_spec, pieces, scale)
     if not owned:
         _replace_by_absent(cutting, spec, module)
         return
+    for of_module, grouped in itertools.groupby(spec.tensors, lambda tensor: tensor.module):
+        tensors = list(grouped)
+        part = cutting.module.get_submodule(of_module)
+        if is_linear(part):
+            _replace_linear(cutting, of_module, part, tensors, owned, scale if spec.norm is None else 1.0)
+        else:
+            cut_tensors(cutting, of_module, tensors, owned)
+            if scale != 1.0 and spec.norm is None and tensors[0].is_write:
+                part.register_forward_hook(scale_output(scale))
+    if scale != 1.0 and spec.norm is not None:
+        cutting.module.get_submodule(spec.norm).register_forward_hook(scale_output(scale))
     for attribute, width in spec.widths:
         setattr(module, attribute, width * sum(chunk.stop - chunk.start for chunk in owned))
 
 
 def _replace_by_absent(cutting: Cutting, spec: PartitionedModule, module: nn.Module) -> None:
     name = spec.space.name
-    partitioned = {name for name in cutting.partitioned if name.startswith(f"{spec.space.name}.")}
+    of_units = {tensor.name for tensor in spec.tensors}
+    outside = next((tensor for tensor in of_units if not tensor.startswith(f"{name}.")), None)
+    if outside is not None:
+        raise PlanError(
+            f"plan: worker {cutting.index} owns none of the {spec.space.num_units} units of {name}; takes plans in "
+            f"which it owns some, as {outside} cannot be without"
+        )
+    writes = {f"{tensor.module}.bias" for tensor in spec.tensors if tensor.is_write}
     bias: nn.Parameter | None = None
     unused: list[nn.Parameter] = []
     for local, parameter in module.named_parameters():
-        if f"{name}.{local}" in partitioned:
+        full_name = f"{name}.{local}"
+        if full_name in of_units:
+            cutting.partitioned[full_name] = cutting.full.by_unit[full_name]
             cutting.client.replaced.setdefault(id(parameter), [])
-        elif bias is None and any(local == f"{linear.name}.bias" for linear in spec.linears):
+        elif full_name in writes:
             bias = parameter
-            cutting.fragments[f"{name}.bias"] = Fragment(f"{name}.{local}", SHARED)
+            cutting.fragments[f"{name}.bias"] = Fragment(full_name, SHARED)
         else:
-            cutting.fragments[f"{name}.unused.{len(unused)}"] = Fragment(f"{name}.{local}", SHARED)
+            cutting.fragments[f"{name}.unused.{len(unused)}"] = Fragment(full_name, SHARED)
             unused.append(parameter)
-    replace_module(cutting.module, name, cutting.full.adapter.absent(spec.space.kind)(bias, unused))
-
-
-def _full_parameters(model: nn.Module, module: PartitionedModule, spec: PartitionedLinear) -> dict[str, FullParameter]:
-    name = f"{module.space.name}.{spec.name}"
-    linear = model.get_submodule(name)
-    weight, bias = weight_and_bias(linear)
-    width, space = spec.features_per_unit, module.space.name
-    dim = 0 if (spec.cut == "out") != is_transposed(linear) else 1
-    is_write = spec.cut == "in"
-    parameters = [FullParameter(f"{name}.weight", tuple(weight.shape), dim, width, space, spec.groups, is_write)]
-    if bias is not None and spec.cut == "out":
-        parameters.append(FullParameter(f"{name}.bias", tuple(bias.shape), 0, width, space, spec.groups))
-    return {parameter.name: parameter for parameter in parameters}
+    replace_module(cutting.module, name, cutting.full.adapter.absent(spec.space.kind, module)(bias, unused))
 
 
 def _replace_linear(
     cutting: Cutting,
     full_name: str,
     linear: nn.Module,
-    spec: PartitionedLinear,
-    pieces: dict[str, list[Fragment]],
+    tensors: Sequence[PartitionedTensor],
+    owned: Sequence[Chunk],
     scale: float,
 ) -> None:
     fragments = cutting.fragments
+    form = form_of(linear, tensors[0])
     weight, bias = weight_and_bias(linear)
-    weights = [_slice(cutting, weight, fragment) for fragment in pieces["weight"]]
-    biases = [_slice(cutting, bias, fragment) for fragment in pieces.get("bias", []) if bias is not None]
-    if isinstance(linear, nn.Linear) and len(weights) == spec.groups == 1 and (spec.cut == "out" or scale == 1.0):
+    pieces: dict[str, list[Fragment]] = {}
+    for tensor in tensors:
+        full = cutting.full.by_unit[tensor.name]
+        cutting.partitioned[tensor.name] = full
+        pieces[tensor.local] = [full.fragment(chunk.start, chunk.stop, chunk.owner_set) for chunk in owned]
+    weights = [cutting.slice(weight, fragment) for fragment in pieces["weight"]]
+    biases = [cutting.slice(bias, fragment) for fragment in pieces.get("bias", []) if bias is not None]
+    if isinstance(linear, nn.Linear) and len(weights) == form.groups == 1 and (form.cut == "out" or scale == 1.0):
         linear.weight = weights[0]
         fragments[f"{full_name}.weight"] = pieces["weight"][0]
         if biases:
@@ -176,20 +189,12 @@ def _replace_linear(
             fragments[f"{full_name}.bias"] = pieces["bias"][0]
         linear.out_features, linear.in_features = linear.weight.shape
         return
-    if spec.cut == "in" and bias is not None:
+    if form.cut == "in" and bias is not None:
         biases = [bias]
         fragments[f"{full_name}.biases.0"] = Fragment(f"{full_name}.bias", SHARED)
     for kind in pieces:
         plural = "weights" if kind == "weight" else "biases"
         for i, fragment in enumerate(pieces[kind]):
             fragments[f"{full_name}.{plural}.{i}"] = fragment
-    form = LinearForm(spec.cut, is_transposed(linear), spec.groups)
-    replacement = SubnetworkLinear(weights, biases, form, scale if spec.cut == "in" else 1.0)
+    replacement = SubnetworkLinear(weights, biases, form, scale if form.cut == "in" else 1.0)
     replace_module(cutting.module, full_name, replacement)
-
-
-def _slice(cutting: Cutting, parameter: torch.Tensor, fragment: Fragment) -> nn.Parameter:
-    view = cutting.partitioned[fragment.full_name].part_of(parameter.detach(), fragment)
-    piece = nn.Parameter(view.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
-    cutting.client.replaced.setdefault(id(parameter), []).append(piece)
-    return piece

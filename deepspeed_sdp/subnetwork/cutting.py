@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from torch import nn
 
 from deepspeed_sdp.plan import SubnetworkPlan
@@ -26,6 +27,15 @@ class Cutting:
     partitioned: dict[str, FullParameter] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    buffers: dict[str, tuple[FullParameter, tuple[Fragment, ...]]] = field(default_factory=dict)
+    writes: set[str] = field(default_factory=set)
+
+    def slice(self, parameter: torch.Tensor, fragment: Fragment) -> nn.Parameter:
+        """A parameter of its own for ``fragment`` of a full parameter."""
+        view = self.full.by_unit[fragment.full_name].part_of(parameter.detach(), fragment)
+        piece = nn.Parameter(view.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
+        self.client.replaced.setdefault(id(parameter), []).append(piece)
+        return piece
 
     def done(self) -> Subnetwork:
         """The subnetwork; parameters of which nothing was said are shared."""
@@ -41,6 +51,8 @@ class Cutting:
             MappingProxyType(self.partitioned),
             MappingProxyType(self.views),
             frozenset(self.frozen),
+            MappingProxyType(self.buffers),
+            frozenset(self.writes),
         )
 
 

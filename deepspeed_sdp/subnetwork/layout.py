@@ -30,7 +30,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class FullParameter:
-    """A parameter of the full model that falls into units.
+    """A parameter, or a buffer, of the full model that falls into units.
 
     Attributes:
         name: HuggingFace name.
@@ -39,7 +39,6 @@ class FullParameter:
         features_per_unit: width of one unit along ``dim``.
         space: name of its unit space.
         groups: ``dim`` is so many equal parts, each with features of all units.
-        is_write: whether its product is added to the residual stream, and nothing else is.
     """
 
     name: str
@@ -48,7 +47,6 @@ class FullParameter:
     features_per_unit: int
     space: str
     groups: int = 1
-    is_write: bool = False
 
     @property
     def unit_shape(self) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deepspeed_sdp.adapters import PartitionedTensor
+
 
 @dataclass(frozen=True)
 class LinearForm:
@@ -81,9 +83,10 @@ class SubnetworkLinear(nn.Module):
         return f"cut={self.form.cut}, widths={self.widths}, scale={self.scale:g}"
 
 
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether its weight is ``[in, out]``."""
-    return isinstance(linear, Conv1D)
+def form_of(linear: nn.Module, weight: PartitionedTensor) -> LinearForm:
+    """How a linear layer whose weight is cut so falls into units."""
+    is_transposed = isinstance(linear, Conv1D)
+    return LinearForm("out" if (weight.dim == 0) != is_transposed else "in", is_transposed, weight.groups)
 
 
 def weight_and_bias(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:

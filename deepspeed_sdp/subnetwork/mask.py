@@ -1,31 +1,36 @@
 """Backward masking: the model stays whole, and only what a worker owns takes gradients."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 from torch.utils.checkpoint import checkpoint
 
-from deepspeed_sdp.adapters import Block, PartitionedLinear, PartitionedModule
+from deepspeed_sdp.adapters import Block, PartitionedModule, PartitionedTensor
+from deepspeed_sdp.adapters.base import is_linear
 from deepspeed_sdp.plan import Chunk
 from deepspeed_sdp.subnetwork.cutting import Cutting, replace_module
 from deepspeed_sdp.subnetwork.gated_mlp import MaskedGatedMLP
 from deepspeed_sdp.subnetwork.layout import FullParameter
-from deepspeed_sdp.subnetwork.linear import LinearForm, is_transposed
+from deepspeed_sdp.subnetwork.linear import form_of
 from deepspeed_sdp.subnetwork.masked_linear import MaskedLinear
+from deepspeed_sdp.subnetwork.pieces import mask_tensor
 
 
 def mask_units(cutting: Cutting, spec: PartitionedModule, chunks: Sequence[Chunk]) -> None:
     """Leave gradients to what this worker owns of one unit space; ``chunks`` are those of its plan."""
-    for linear_spec in spec.linears:
-        name = f"{spec.space.name}.{linear_spec.name}"
-        fulls = [cutting.full.by_unit[n] for n in (f"{name}.weight", f"{name}.bias") if n in cutting.full.by_unit]
-        for full in fulls:
+    for name, grouped in itertools.groupby(spec.tensors, lambda tensor: tensor.module):
+        # Statistics of the whole model: every worker computes them.
+        parameters = cutting.module.get_submodule(name)._parameters
+        tensors = [tensor for tensor in grouped if tensor.local in parameters]
+        for tensor in tensors:
+            full = cutting.full.by_unit[tensor.name]
             if len(chunks) == 1:
                 _hold_whole(cutting, full, chunks[0])
             else:
                 _hold_parts(cutting, full)
         if len(chunks) > 1:
-            _mask_linear(cutting, name, linear_spec, fulls)
+            _mask_parts(cutting, name, tensors)
     if len(chunks) > 1:
         _keep_less(cutting, spec)
 
@@ -77,16 +82,21 @@ def _hold_parts(cutting: Cutting, full: FullParameter) -> None:
     cutting.client.replaced.setdefault(id(parameter), [])
 
 
-def _mask_linear(cutting: Cutting, name: str, spec: PartitionedLinear, fulls: Sequence[FullParameter]) -> None:
+def _mask_parts(cutting: Cutting, name: str, tensors: Sequence[PartitionedTensor]) -> None:
+    fulls = [cutting.full.by_unit[tensor.name] for tensor in tensors]
     owned = cutting.plan.owned(fulls[0].space, cutting.index)
     if not owned:
         for full in fulls:
             _freeze(cutting, full)
         return
-    linear = cutting.module.get_submodule(name)
-    width = spec.features_per_unit
+    module = cutting.module.get_submodule(name)
+    if not is_linear(module):
+        for full in fulls:
+            mask_tensor(cutting, full, owned)
+        return
+    width = tensors[0].width
     ranges = [(chunk.start * width, chunk.stop * width) for chunk in owned]
-    masked = MaskedLinear(linear, LinearForm(spec.cut, is_transposed(linear), spec.groups), ranges, spec.is_input_kept)
+    masked = MaskedLinear(module, form_of(module, tensors[0]), ranges, tensors[0].is_input_kept)
     for full, kind, views in zip(fulls, ("weights", "biases"), (masked.weights, masked.biases), strict=False):
         cutting.client.replaced[id(cutting.module.get_parameter(full.name))] += views
         for i, chunk in enumerate(owned):

@@ -48,7 +48,9 @@ def materialize(
     """
     model = subnetwork.module
     tied = _tied(model)
-    branches = {full.space for full in subnetwork.full.by_unit.values()}
+    owners = _owners(subnetwork)
+    # What a family says of a whole branch, the adapter says of its parameters.
+    drawn_in_parts = owners | {full.space for full in subnetwork.full.by_unit.values()}
     fresh: dict[int, nn.Parameter] = {}
     with torch.random.fork_rng(devices=[]):
         for module_name, module in model.named_modules():
@@ -58,19 +60,21 @@ def materialize(
                 fresh[id(parameter)] = (_without_memory if is_view else _real)(module, local, parameter)
             parameters = [item for item in parameters if _join(module_name, item[0]) not in subnetwork.views]
             _realize_buffers(module)
-            if not any(_is_special(subnetwork, _join(module_name, local)) for local, _ in parameters):
-                # What a family says of a whole branch, the adapter says of its parameters.
-                if module_name not in branches:
+            _init_parts_of_buffers(subnetwork, module_name, module, seed)
+            if not any(_is_special(subnetwork, owners, _join(module_name, local)) for local, _ in parameters):
+                if module_name not in drawn_in_parts:
                     with _seeded(seed, module_name):
                         _family_init(model, module)
                 _move(module, device)
                 continue
             for local, _ in parameters:
-                name = _join(module_name, local)
-                if subnetwork.fragments[name].full_name in subnetwork.full.by_unit:
-                    _init_fragment(subnetwork, name, module.get_parameter(local), seed)
+                fragment = subnetwork.fragments[_join(module_name, local)]
+                if fragment.full_name not in subnetwork.full.by_unit:
+                    _init_shared(subnetwork, fragment, module.get_parameter(local), seed)
+                elif is_linear(subnetwork.full.skeleton.get_submodule(fragment.full_name.rpartition(".")[0])):
+                    _init_units(subnetwork, fragment, module.get_parameter(local), seed)
                 else:
-                    _init_shared(subnetwork, name, module.get_parameter(local), seed)
+                    _init_part(subnetwork, fragment, module.get_parameter(local), seed)
             _move(module, device)
     for names in tied:
         for name in names[1:]:
@@ -88,15 +92,19 @@ def family_buffers(model: nn.Module, module: nn.Module) -> None:
         _family_init(model, module)
 
 
-def _is_special(subnetwork: Subnetwork, name: str) -> bool:
-    """Whether a parameter is drawn on its own: it sits in a linear that falls into units, or was moved by the cut."""
+def _owners(subnetwork: Subnetwork) -> set[str]:
+    """Names of the full model's modules with tensors that fall into units."""
+    return {name.rpartition(".")[0] for name in subnetwork.full.by_unit}
+
+
+def _is_special(subnetwork: Subnetwork, owners: set[str], name: str) -> bool:
+    """Whether a parameter is drawn on its own: it sits in a module that falls into units, or was moved by the cut."""
     full_name = subnetwork.fragments[name].full_name
-    return full_name != name or f"{full_name.rpartition('.')[0]}.weight" in subnetwork.full.by_unit
+    return full_name != name or full_name.rpartition(".")[0] in owners
 
 
-def _init_fragment(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: int) -> None:
-    """Draw the units of a fragment one by one."""
-    fragment = subnetwork.fragments[name]
+def _init_units(subnetwork: Subnetwork, fragment: Fragment, value: torch.Tensor, seed: int) -> None:
+    """Draw the units of a fragment of a linear layer one by one."""
     full = subnetwork.full.by_unit[fragment.full_name]
     width, dim = full.features_per_unit, full.unit_dim
     start = fragment.start if fragment.dim is not None else 0
@@ -119,9 +127,31 @@ def _init_fragment(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed:
     value.copy_((drawn * scale if scale != 1.0 else drawn).view(value.shape))
 
 
-def _init_shared(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: int) -> None:
+def _init_part(subnetwork: Subnetwork, fragment: Fragment, value: torch.Tensor, seed: int) -> None:
+    """A part of what its whole module is drawn with: the spread of a convolution goes by all of its outputs."""
+    full = subnetwork.full.by_unit[fragment.full_name]
+    owner_name, _, local = fragment.full_name.rpartition(".")
+    drawn = _drawn(subnetwork, owner_name, seed, value.dtype).get_parameter(local).detach()
+    value.copy_(drawn if fragment.dim is None else full.part_of(drawn, fragment))
+
+
+def _init_parts_of_buffers(subnetwork: Subnetwork, name: str, module: nn.Module, seed: int) -> None:
+    """Buffers of a module of which parts are owned, from those of the whole module."""
+    names = {local: _join(name, local) for local, _ in module.named_buffers(recurse=False)}
+    if not names or name not in _owners(subnetwork):
+        return
+    drawn = _drawn(subnetwork, name, seed, torch.float32)
+    for local, full_name in names.items():
+        whole = drawn.get_buffer(local)
+        if full_name in subnetwork.buffers:
+            full, fragments = subnetwork.buffers[full_name]
+            whole = torch.cat([full.part_of(whole, fragment) for fragment in fragments], full.unit_dim)
+        buffer = module.get_buffer(local)
+        buffer.copy_(whole)
+
+
+def _init_shared(subnetwork: Subnetwork, fragment: Fragment, value: torch.Tensor, seed: int) -> None:
     """Draw a shared parameter that sits in a module with partitioned ones: a bias, or a norm of an absent module."""
-    fragment: Fragment = subnetwork.fragments[name]
     owner_name, _, local = fragment.full_name.rpartition(".")
     owner = subnetwork.full.skeleton.get_submodule(owner_name)
     if is_linear(owner):
@@ -130,6 +160,14 @@ def _init_shared(subnetwork: Subnetwork, name: str, value: torch.Tensor, seed: i
     with _seeded(seed, fragment.full_name):
         _family_init(subnetwork.module, owner)
     value.copy_(owner.get_parameter(local))
+
+
+def _drawn(subnetwork: Subnetwork, name: str, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The whole module ``name`` of the full model with its initial values, on the CPU."""
+    module = copy.deepcopy(subnetwork.full.skeleton.get_submodule(name)).to(dtype).to_empty(device="cpu")
+    with _seeded(seed, name):
+        _family_init(subnetwork.module, module)
+    return module
 
 
 def _family_init(model: nn.Module, module: nn.Module) -> None:

@@ -2,16 +2,17 @@
 
 import fnmatch
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from deepspeed_sdp.adapters import Adapter, find_adapter
+from deepspeed_sdp.adapters import Adapter, Block, Layer, PartitionedModule, find_adapter
 from deepspeed_sdp.adapters.base import matmul_flops, weight_gradient_flops
 from deepspeed_sdp.adapters.claims import check_claims
-from deepspeed_sdp.config import MOST_UNASKED_SUBNETWORKS, SDPConfig, SDPSource
+from deepspeed_sdp.config import BLOCK, MOST_UNASKED_SUBNETWORKS, SDPConfig, SDPSource
 from deepspeed_sdp.errors import ConfigError, PlanError
 from deepspeed_sdp.plan import SubnetworkPlan, UnitSpace, make_plan
 from deepspeed_sdp.subnetwork.trial import try_adapter
@@ -28,14 +29,19 @@ def plan_for(model: nn.Module, sdp: SDPSource, world_size: int, backend: str = "
     """
     sdp = SDPConfig.of(sdp)
     adapter = find_adapter(model)
-    check_claims(model, adapter, sdp.partition, sdp.block_unit)
-    try_adapter(model, adapter, sdp.partition, sdp.block_unit, sdp.masking)
-    spaces = unit_spaces(model, sdp, adapter)
+    kinds = kinds_of(sdp, adapter)
+    check_claims(model, adapter, kinds, sdp.block_unit)
+    try_adapter(model, adapter, kinds, sdp.block_unit, sdp.masking)
+    found = partitioned(model, sdp, adapter)
+    spaces = [item.space for item in found]
     shared = shared_flops(model, sdp, spaces)
     if sdp.masking == "backward":
         # Whoever owns a unit, all compute with it; its owners compute the gradient of its weights besides.
         full = sum(space.num_units * space.unit_flops for space in spaces)
-        spaces = [replace(space, unit_flops=weight_gradient_flops(space.unit_numel)) for space in spaces]
+        spaces = [
+            replace(item.space, unit_flops=weight_gradient_flops(item.space.unit_numel, item.positions))
+            for item in found
+        ]
         shared += full - sum(space.num_units * space.unit_flops for space in spaces)
     if sdp.plan.file is not None:
         return read_plan(sdp, spaces, world_size)
@@ -101,8 +107,37 @@ def _identity(space: UnitSpace) -> tuple[object, ...]:
     return space.name, space.kind, space.num_units, space.unit_numel
 
 
+def kinds_of(sdp: SDPConfig, adapter: Adapter) -> tuple[str, ...]:
+    """The kinds of units that are partitioned.
+
+    Raises:
+        ConfigError: the block names one that the family does not have, or says a coverage for others.
+    """
+    known = tuple(adapter.units)
+    kinds = sdp.partition or known
+    named = f"{' and '.join(known)} in models of {adapter.name}"
+    for kind in kinds:
+        if kind not in known:
+            raise ConfigError(f"{BLOCK}.partition: got {kind!r}; takes {named}")
+    if sdp.granularity == "layer" and set(kinds) != set(known):
+        raise ConfigError(
+            f'{BLOCK}.partition: got {list(kinds)} with whole layers as units; takes {named}, or granularity "branch"'
+        )
+    if isinstance(sdp.coverage, Mapping) and sdp.granularity != "layer" and set(sdp.coverage) != set(kinds):
+        raise ConfigError(
+            f"{BLOCK}.coverage: got {json.dumps(sdp.coverage)}; takes a number for {' and '.join(kinds)}, as these are "
+            "the kinds of units"
+        )
+    return kinds
+
+
 def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[UnitSpace]:
-    """The unit spaces of ``model`` that are partitioned: all but those that all workers own.
+    """The unit spaces of :func:`partitioned`."""
+    return [item.space for item in partitioned(model, sdp, adapter)]
+
+
+def partitioned(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> Sequence[PartitionedModule | Block]:
+    """What of ``model`` is partitioned: all but what all workers own.
 
     A pattern of ``shared_modules`` (``fnmatch``) shares a module and everything in it, e.g. ``"model.layers.0"`` or
     ``"*.self_attn"``; ``share_ends`` shares whole layers.
@@ -110,13 +145,14 @@ def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[Unit
     Raises:
         ConfigError: a pattern matches no module, or only a part of a unit, or nothing is left to partition.
     """
-    block_unit = sdp.block_unit
-    if block_unit:
-        spaces = [block.space for block in adapter.blocks(model, block_unit, sdp.partition, sdp.plan.seq_length)]
-    else:
-        spaces = [module.space for module in adapter.partitioned_modules(model, sdp.partition, sdp.plan.seq_length)]
+    kinds, size = kinds_of(sdp, adapter), adapter.task.size(sdp.plan.seq_length)
+    found: Sequence[PartitionedModule | Block] = (
+        adapter.blocks(model, sdp.block_unit, kinds, size)
+        if sdp.block_unit
+        else adapter.partitioned_modules(model, kinds, size)
+    )
     names = [name for name, _ in model.named_modules() if name]
-    units = [space.name for space in spaces]
+    units = [item.space.name for item in found]
     for pattern in sdp.shared_modules:
         matched = fnmatch.filter(names, pattern)
         if not matched:
@@ -131,28 +167,28 @@ def unit_spaces(model: nn.Module, sdp: SDPConfig, adapter: Adapter) -> list[Unit
                     f"subnetwork_data_parallel.shared_modules: got {pattern!r}, which matches {name}, a part of a "
                     f"unit; takes patterns of whole units such as {unit!r}"
                 )
-    patterns = (*sdp.shared_modules, *_ends(model, sdp.share_ends, adapter))
-    left = [space for space in spaces if not any(_shares(pattern, space.name) for pattern in patterns)]
+    patterns = (*sdp.shared_modules, *_ends(sdp.share_ends, adapter.layers(model), found))
+    left = [item for item in found if not any(_shares(pattern, item.space.name) for pattern in patterns)]
     if not left:
         raise ConfigError("subnetwork_data_parallel.shared_modules: shares every unit; takes fewer patterns")
     return left
 
 
-def _ends(model: nn.Module, number: int, adapter: Adapter) -> list[str]:
-    """Names of the first ``number`` layers, and of the last."""
-    layers = adapter.layers(model)
-    if 2 * number >= len(layers):
+def _ends(number: int, layers: Sequence[Layer], found: Sequence[PartitionedModule | Block]) -> list[str]:
+    """Names of the first ``number`` layers with units, and of the last."""
+    with_units = sorted({item.space.layer for item in found})
+    if 2 * number >= len(with_units):
         raise ConfigError(
-            f"subnetwork_data_parallel.share_ends: got {number} with {len(layers)} layers, of which none would be "
-            f"left; takes up to {(len(layers) - 1) // 2}"
+            f"subnetwork_data_parallel.share_ends: got {number} with {len(with_units)} layers, of which none would be "
+            f"left; takes up to {(len(with_units) - 1) // 2}"
         )
-    ends = {id(layer) for layer in (*layers[:number], *layers[len(layers) - number :])}
-    return [name for name, module in model.named_modules() if id(module) in ends]
+    return [layers[layer].name for layer in (*with_units[:number], *with_units[len(with_units) - number :])]
 
 
 def shared_flops(model: nn.Module, sdp: SDPConfig, spaces: Sequence[UnitSpace]) -> float:
-    """Training FLOPs per token that every worker computes whatever it owns: the output head and shared modules."""
-    every = find_adapter(model).partitioned_modules(model, ("mlp", "attention"), sdp.plan.seq_length)
+    """Training FLOPs per sample that every worker computes whatever it owns: the output head and shared modules."""
+    adapter = find_adapter(model)
+    every = adapter.partitioned_modules(model, tuple(adapter.units), adapter.task.size(sdp.plan.seq_length))
     partitioned = sum(space.num_units * space.unit_flops for space in spaces)
     head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
     head_flops = matmul_flops(sum(p.numel() for p in head.parameters())) if head is not None else 0.0

@@ -31,6 +31,9 @@ class Subnetwork:
         views: for backward masking, parameters of ``module`` that are views of another one: name -> name of the other.
         frozen: for backward masking, names of parameters of ``module`` that are held, and not trained, by this worker:
             those not owned, and the full weights of which only views are trained.
+        buffers: for every buffer of ``module`` that is a part of the full model's: that one, and which parts, in order.
+        writes: names of the full parameters by which what the partitioned units add to the residual stream is
+            multiplied.
         group_of: the client's parameter group of every full parameter that is in one, by name.
     """
 
@@ -43,6 +46,8 @@ class Subnetwork:
     partitioned: Mapping[str, FullParameter]
     views: Mapping[str, str]
     frozen: frozenset[str]
+    buffers: Mapping[str, tuple[FullParameter, tuple[Fragment, ...]]] = field(default_factory=dict)
+    writes: frozenset[str] = frozenset()
     group_of: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -55,15 +60,15 @@ class Subnetwork:
         """Names of all full parameters, in forward order."""
         return self.full.order
 
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers, in forward order."""
+        return tuple(layer.name for layer in self.adapter.layers(self.full.skeleton))
+
     @property
     def is_louder(self) -> bool:
         """Whether the full model adds more to the residual stream than the subnetworks that were trained."""
         return self.masking == "forward" and self.plan.coverage < 1.0
-
-    @property
-    def writes(self) -> frozenset[str]:
-        """Names of the partitioned parameters whose products are added to the residual stream."""
-        return frozenset(name for name, parameter in self.partitioned.items() if parameter.is_write)
 
     @property
     def owned_numel(self) -> int:

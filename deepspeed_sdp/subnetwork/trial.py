@@ -12,17 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, PartitionedModule
+from deepspeed_sdp.adapters import Adapter, Block, BlockUnit, Layer, PartitionedModule
 from deepspeed_sdp.errors import ModelError
 from deepspeed_sdp.plan import Chunk, PlannedSpace, SubnetworkPlan, UnitSpace
 from deepspeed_sdp.subnetwork.cut import cut_model
-from deepspeed_sdp.subnetwork.layout import FullParameter
 from deepspeed_sdp.subnetwork.subnetwork import Masking
 
 T = TypeVar("T")
 
-_HEAD_DIM, _LAYERS, _VOCABULARY = 16, 2, 32
 # Where a config says its sizes in other words, its model may not have become tiny.
 _MOST_PARAMETERS = 5_000_000
 # Of the largest logit: rounding is far below, and anything that is computed differently far above.
@@ -46,7 +45,9 @@ def try_adapter(
             else than the full model from which the outputs of the missing units are taken away.
     """
     try:
-        config = tiny_config(getattr(model, "config", None))
+        config, size = adapter.tiny(getattr(model, "config", None))
+        if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
+            config._attn_implementation = "eager"
     except AttributeError:
         return
     key = (type(model), repr(config), id(adapter), tuple(kinds), block_unit, masking)
@@ -55,7 +56,7 @@ def try_adapter(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():
         # Not torch.manual_seed, which seeds accelerators too.
         torch.default_generator.manual_seed(0)
-        trial = _Trial.of(type(model), config, adapter)
+        trial = _Trial.of(type(model), config, adapter, size)
         if trial is not None:
             for kind in ("layer",) if block_unit == "layer" else kinds:
                 trial.check(kind, block_unit, masking)
@@ -63,31 +64,30 @@ def try_adapter(
 
 
 class _Trial:
-    def __init__(self, full: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, full: nn.Module, adapter: Adapter, size: int) -> None:
         self.full, self.adapter = full, adapter
-        self.ids = torch.randint(0, _VOCABULARY, (2, 7))
+        self.inputs = adapter.task.example(full.config, 2, size, next(full.parameters()))
         self.calls: list[tuple[nn.Module, Any, Any]] = []
         with _watched(adapter.layers(full), self.calls):
             self.logits(full)
 
     @classmethod
-    def of(cls, model_class: type[nn.Module], config: Any, adapter: Adapter) -> "_Trial | None":
+    def of(cls, model_class: type[nn.Module], config: Any, adapter: Adapter, size: int) -> "_Trial | None":
         try:
             with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
-            if size > _MOST_PARAMETERS:
+                numel = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
+            if numel > _MOST_PARAMETERS:
                 return None
             full = model_class(copy.deepcopy(config)).double().eval()
             _randomize(full)
-            trial = cls(full, adapter)
+            trial = cls(full, adapter, size)
         except Exception:  # whatever a model's own code may raise: it says nothing of the adapter
             return None
         trial.check_layers()
         return trial
 
     def logits(self, model: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        inputs = {"input_ids": self.ids, "use_cache": False}
-        output: Any = torch.func.functional_call(model, dict(weights or {}), (), inputs)
+        output: Any = torch.func.functional_call(model, dict(weights or {}), (), self.inputs)
         return output.logits.detach()  # type: ignore[no-any-return]
 
     def fail(self, message: str) -> ModelError:
@@ -96,13 +96,13 @@ class _Trial:
 
     def check_layers(self) -> None:
         """Evaluation and ZeRO-3 take the layers one by one, each applied to what the one before it returned."""
-        layers = list(self.adapter.layers(self.full))
+        layers = [layer.module for layer in self.adapter.layers(self.full)]
         if [layer for layer, _, _ in self.calls] != layers:
             raise self.fail("the model does not call its layers once each, in their order")
         for _, _, output in self.calls:
             if not isinstance(output, torch.Tensor):
                 raise self.fail(
-                    f"a layer returns {type(output).__name__}; takes layers that return hidden states alone"
+                    f"a layer returns {type(output).__name__}; takes layers that return hidden states first"
                 )
         for (_, _, output), (_, given, _) in itertools.pairwise(self.calls):
             if not torch.equal(output, given):
@@ -120,8 +120,8 @@ class _Trial:
             owns = "no unit" if worker == len(_OWNER_SETS) - 1 else "some units"
             who = f"a worker that owns {owns} of {kind!r} under {masking} masking"
             cut = self.tried(lambda w=worker: self.cut(plan, w, block_unit, masking), who)  # type: ignore[misc]
-            actual = self.tried(lambda c=cut: self.logits(c[0]), who)  # type: ignore[misc]
-            silent = {} if masking == "backward" else self.silenced(cut[1], plan, worker, block_unit is not None)
+            actual = self.tried(lambda c=cut: self.logits(c), who)  # type: ignore[misc]
+            silent = {} if masking == "backward" else self.silenced(found, plan, worker)
             expected = self.logits(self.full, silent)
             if actual.shape != expected.shape or (actual - expected).abs().max() > _TOLERANCE * expected.abs().max():
                 raise self.fail(
@@ -129,12 +129,10 @@ class _Trial:
                     "add nothing, and nothing else may read what is cut or removed with them"
                 )
 
-    def cut(
-        self, plan: SubnetworkPlan, worker: int, block_unit: BlockUnit | None, masking: Masking
-    ) -> tuple[nn.Module, Mapping[str, FullParameter]]:
+    def cut(self, plan: SubnetworkPlan, worker: int, block_unit: BlockUnit | None, masking: Masking) -> nn.Module:
         model = copy.deepcopy(self.full)
-        made = cut_model(model, plan, worker, masking=masking, block_unit=block_unit, adapter=self.adapter)
-        return model, made.full.by_unit
+        cut_model(model, plan, worker, masking=masking, block_unit=block_unit, adapter=self.adapter)
+        return model
 
     def tried(self, work: Callable[[], T], who: str) -> T:
         try:
@@ -144,51 +142,23 @@ class _Trial:
             raise self.fail(f"{who} cannot be computed: {type(error).__name__}: {reason}") from error
 
     def silenced(
-        self, by_unit: Mapping[str, FullParameter], plan: SubnetworkPlan, worker: int, is_block: bool
+        self, found: Sequence[PartitionedModule | Block], plan: SubnetworkPlan, worker: int
     ) -> dict[str, torch.Tensor]:
         """Weights with which what ``worker`` does not own adds zero to the residual stream."""
         own = dict(self.full.named_parameters())
         weights: dict[str, torch.Tensor] = {}
-        for full, planned in itertools.product(by_unit.values(), plan.spaces):
-            if not full.is_write or not f"{full.space}.".startswith(f"{planned.space.name}."):
-                continue
-            weight = weights[full.name] = own[full.name].detach().clone()
+        for item, planned in zip(found, plan.spaces, strict=True):
             absent = [chunk for chunk in planned.chunks if worker not in plan.owner_sets[chunk.owner_set]]
-            for chunk in absent:
-                part = full.fragment(chunk.start, chunk.stop, chunk.owner_set)
-                (weight if is_block else full.part_of(weight, part)).zero_()
-            bias = f"{full.name.removesuffix('.weight')}.bias"
-            if is_block and absent and bias in own:
-                weights[bias] = torch.zeros_like(own[bias])
+            if isinstance(item, Block):
+                weights.update({name: torch.zeros_like(own[name]) for name in item.writes if absent})
+                continue
+            for tensor in item.tensors:
+                if tensor.is_write:
+                    weight = weights[tensor.name] = own[tensor.name].detach().clone()
+                    for chunk in absent:
+                        start, stop = chunk.start * tensor.width, chunk.stop * tensor.width
+                        weight.narrow(tensor.dim, start, stop - start).zero_()
         return weights
-
-
-def tiny_config(config: Any) -> Any:
-    """A copy with few layers, heads, features and tokens, by the names that transformers has for them.
-
-    Raises:
-        AttributeError: it lacks one of these names.
-    """
-    small = copy.deepcopy(config)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    queries, kv_heads = min(heads // kv_heads, 2), min(kv_heads, 4)
-    small.num_attention_heads = queries * kv_heads
-    small.hidden_size = small.num_attention_heads * _HEAD_DIM
-    if getattr(config, "num_key_value_heads", None):
-        small.num_key_value_heads = kv_heads
-    if getattr(config, "head_dim", None):
-        small.head_dim = _HEAD_DIM
-    for width in ("intermediate_size", "n_inner"):
-        if getattr(config, width, None):
-            setattr(small, width, 3 * _HEAD_DIM + 1)
-    small.num_hidden_layers = min(config.num_hidden_layers, _LAYERS)
-    if getattr(config, "layer_types", None):
-        small.layer_types = list(config.layer_types)[: small.num_hidden_layers]
-    small.vocab_size, small.pad_token_id = _VOCABULARY, None
-    if getattr(config, "_attn_implementation", None) not in ("eager", "sdpa"):
-        small._attn_implementation = "eager"
-    return small
 
 
 def _plan(spaces: Sequence[UnitSpace]) -> SubnetworkPlan:
@@ -207,19 +177,24 @@ def _randomize(model: nn.Module) -> None:
     """Values by which every weight shows: no zeros and ones as at the start."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            parameter.normal_(std=parameter.shape[1:].numel() ** -0.5)
         else:
             parameter.add_(0.3 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
 
 
 @contextmanager
-def _watched(layers: nn.ModuleList, calls: list[tuple[nn.Module, Any, Any]]) -> Iterator[None]:
+def _watched(layers: Sequence[Layer], calls: list[tuple[nn.Module, Any, Any]]) -> Iterator[None]:
     """Notes each call of a layer: its hidden states before and after."""
 
     def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((layer, args[0] if args else kwargs["hidden_states"], output))
+        hidden = output[0] if isinstance(output, tuple) else output
+        calls.append((layer, args[0] if args else kwargs["hidden_states"], hidden))
 
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    handles = [layer.module.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.adapters.llama import LlamaAdapter
 from deepspeed_sdp.config import SDPConfig
-from deepspeed_sdp.errors import ModelError
+from deepspeed_sdp.errors import ConfigError, ModelError
 from deepspeed_sdp.subnetwork import plan_for, trial
 from tests.support.adapters import (
     ChangedBlocks,
@@ -22,11 +22,11 @@ from tests.support.adapters import (
     PhiAdapter,
     ScaledStandIn,
     WrongStandIn,
-    linear,
     phi_model,
     space,
+    tensor,
     use,
-    without_linear,
+    without_tensor,
 )
 from tests.support.models import FAMILIES, OTHERS, tiny_config, tiny_model
 
@@ -97,25 +97,32 @@ def unknown(_):
     raise AttributeError("no such thing")
 
 
-TWICE = linear(1, name="gate_proj")
+MLP = "model.layers.0.mlp"
+TWICE = tensor(1, name=f"{MLP}.gate_proj.weight")
 SAID = [
     pytest.param(ChangedMLP(TWICE), same, NEURONS, "gate_proj.weight is in model.layers.0.mlp twice", id="twice"),
     pytest.param(
-        ChangedMLP(linear(1, name="down")), same, NEURONS, "no module model.layers.0.mlp.down", id="no-linear"
+        ChangedMLP(tensor(1, name=f"{MLP}.down.weight")), same, NEURONS, f"no module {MLP}.down", id="no-linear"
+    ),
+    pytest.param(
+        ChangedMLP(tensor(1, name=f"{MLP}.up_proj.bias")), same, NEURONS, "up_proj (Linear) has no bias", id="no-bias"
+    ),
+    pytest.param(
+        ChangedMLP(tensor(1, name="lm_head.weight")), same, NEURONS, "of model.layers.0.mlp is outside", id="elsewhere"
     ),
     pytest.param(ChangedMLP(space(name="model.mlp")), same, NEURONS, "said to be of layer 0", id="no-module"),
     pytest.param(
         ChangedMLP(space(name="model.layers.0.self_attn", layer=0)), same, NEURONS, "listed twice", id="one-module"
     ),
     pytest.param(ChangedMLP(space(layer=1)), same, NEURONS, "model.layers.0.mlp is said to be of layer 1", id="layer"),
-    pytest.param(ChangedMLP(linear(1, features_per_unit=2)), same, NEURONS, "has 53 outputs; said to be 2", id="width"),
-    pytest.param(ChangedMLP(linear(1, cut="in")), same, NEURONS, "up_proj has 32 inputs; said to be 1", id="dimension"),
-    pytest.param(ChangedMLP(linear(2, groups=3)), same, NEURONS, "inputs in 3 groups", id="groups"),
+    pytest.param(ChangedMLP(tensor(1, width=2)), same, NEURONS, "has 53 along dimension 0; said to be 2", id="width"),
+    pytest.param(ChangedMLP(tensor(1, dim=1)), same, NEURONS, "has 32 along dimension 1; said to be 1", id="dimension"),
+    pytest.param(ChangedMLP(tensor(2, groups=3)), same, NEURONS, "inputs in 3 groups", id="groups"),
     pytest.param(ChangedMLP(space(num_units=52)), same, NEURONS, "for each of 52 units, which is 52", id="units"),
     pytest.param(ChangedMLP(space(unit_numel=95)), same, NEURONS, "said to be 95 parameters, and has 96", id="numel"),
     pytest.param(ChangedMLP(unknown), same, NEURONS, "AttributeError: no such thing", id="raises"),
     pytest.param(
-        ChangedMLP(without_linear(1)), same, NEURONS, "a worker that owns some units of 'mlp'", id="forgotten"
+        ChangedMLP(without_tensor(1)), same, NEURONS, "a worker that owns some units of 'mlp'", id="forgotten"
     ),
     pytest.param(WrongStandIn(), same, NEURONS, "owns no unit of 'mlp' under forward masking cannot", id="stand-in"),
     pytest.param(ScaledStandIn(), same, LAYERS, "a worker that owns some units of 'layer'", id="scaled-stand-in"),
@@ -151,6 +158,21 @@ def test_what_is_not_so_is_refused(using, adapter, change, units, words):
 def test_branches_that_share_a_norm_take_other_units(using, units):
     using(PhiAdapter())
     assert plan(phi_model(), **units).coverage == 0.5
+
+
+@pytest.mark.parametrize(
+    ("sdp", "words"),
+    [
+        ({"partition": ["mlp", "norm"]}, "partition: got 'norm'; takes mlp and attention in models of llama"),
+        ({"granularity": "layer", "partition": ["mlp"]}, "partition: got ['mlp'] with whole layers as units"),
+        ({"coverage": {"mlp": 0.5}}, "takes a number for mlp and attention"),
+        ({"coverage": {"mlp": 0.5, "moe": 0.5}}, "takes a number for mlp and attention"),
+    ],
+)
+def test_kinds_are_those_of_the_family(sdp, words):
+    with pytest.raises(ConfigError) as caught:
+        plan(tiny_model(meta=True), **sdp)
+    assert words in str(caught.value)
 
 
 class Backwards(nn.ModuleList):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed_sdp
+from deepspeed_sdp.adapters.tasks import CausalLM
 from deepspeed_sdp.engine.full.calibration import halves, scales_to_try
 from tests.engine.cases import build_model, ds_config, owned_weights, run_steps
 from tests.support.models import token_batches
@@ -41,7 +42,7 @@ def _warnings():
 def calibrate(**values):
     engine = _start(**values)
     batches = _batches()
-    fitted, held_back, _ = halves(batches)
+    fitted, held_back, _ = halves(batches, CausalLM())
 
     def at(scale, part):
         engine.full_scale = scale
@@ -88,7 +89,7 @@ def split(rows, without=()):
     ids = torch.arange(24)[:, None].expand(24, 5)
     labels = torch.where(torch.isin(ids, torch.tensor(without)), -100, ids)
     mine = [slice(first, first + rows) for first in range(rank * rows, 24, world * rows)]
-    fitted, held_back, count = halves({"input_ids": ids[each], "labels": labels[each]} for each in mine)
+    fitted, held_back, count = halves(({"input_ids": ids[each], "labels": labels[each]} for each in mine), CausalLM())
     return *(
         [row for batch in half for row in batch["input_ids"][:, 0].tolist()] for half in (fitted, held_back)
     ), count

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 import deepspeed_sdp
 from deepspeed_sdp.engine.comm import mesh
-from deepspeed_sdp.engine.full.gather import layers_name
 from tests.support.models import tiny_model, token_batches
 
 
@@ -84,16 +83,15 @@ def face(engine):
 
 def owned_weights(engine, dtype=torch.float32):
     """This rank's weights, at any ZeRO stage."""
-    layers = len(engine._subnetwork.adapter.layers(engine.module))
-    inside = layers_name(engine._subnetwork)
+    layers = tuple(f"{name}." for name in engine._subnetwork.layer_names)
     values = {}
-    for layer in [None, *range(layers)]:
+    for layer in [None, *range(len(layers))]:
         with engine.gathered_weights(layer):
             values.update(
                 {
                     name: p.detach().to(dtype, copy=True)
                     for name, p in engine.module.named_parameters()
-                    if (f"{inside}." not in name if layer is None else f"{inside}.{layer}." in name)
+                    if (not name.startswith(layers) if layer is None else name.startswith(layers[layer]))
                 }
             )
     return {name: values[name] for name, _ in engine.module.named_parameters()}

@@ -126,8 +126,8 @@ NOISE = {"initializer_range": 0.5}
     ("values", "said"),
     [
         ({"sdp": HALF}, "is the least that is tried"),
-        ({"sdp": {"coverage": 0.25, "output_scaling": "none"}}, "is no better on text held back for it"),
-        ({"sdp": HALF, "few": True}, "got 1 sequences over all ranks, takes 2 or more"),
+        ({"sdp": {"coverage": 0.25, "output_scaling": "none"}}, "is no better on samples held back for it"),
+        ({"sdp": HALF, "few": True}, "got 1 samples over all ranks, takes 2 or more"),
     ],
     ids=["at_the_bound", "no_better", "too_little_text"],
 )

@@ -7,12 +7,11 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM
 
 from deepspeed_sdp import adapters
-from deepspeed_sdp.adapters import PartitionedLinear
-from deepspeed_sdp.adapters.base import AbsentModule, features_of
-from deepspeed_sdp.adapters.decoder import DecoderAdapter, attention_of, mlp_of
+from deepspeed_sdp.adapters.base import AbsentModule, features_of, inputs_of, outputs_of
 from deepspeed_sdp.adapters.gpt2 import GPT2Adapter
 from deepspeed_sdp.adapters.gpt_neox import GPTNeoXAdapter
 from deepspeed_sdp.adapters.llama import LlamaAdapter
+from deepspeed_sdp.adapters.transformer import DecoderAdapter, attention_of, mlp_of, neurons_of
 
 
 class PhiAdapter(DecoderAdapter):
@@ -24,18 +23,18 @@ class PhiAdapter(DecoderAdapter):
     branches: ClassVar = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "input_layernorm")}
     linears: ClassVar = {"attention": ("q_proj", "k_proj", "v_proj", "dense"), "mlp": ("fc1", "fc2")}
 
-    def attention(self, name, index, attention, seq_length):
+    def attention(self, name, index, attention, length):
         size, queries = attention.head_dim, attention.num_key_value_groups
-        linears = (
-            PartitionedLinear("q_proj", "out", queries * size),
-            PartitionedLinear("k_proj", "out", size),
-            PartitionedLinear("v_proj", "out", size),
-            PartitionedLinear("dense", "in", queries * size),
+        tensors = (
+            *outputs_of(f"{name}.q_proj", attention.q_proj, queries * size),
+            *outputs_of(f"{name}.k_proj", attention.k_proj, size),
+            *outputs_of(f"{name}.v_proj", attention.v_proj, size),
+            *inputs_of(f"{name}.dense", attention.dense, queries * size),
         )
-        return attention_of(name, index, features_of(attention.k_proj)[1] // size, attention, linears, 0.0)
+        return attention_of(name, index, features_of(attention.k_proj)[1] // size, attention, tensors, 0.0)
 
     def mlp(self, name, index, mlp):
-        return mlp_of(name, index, mlp, (PartitionedLinear("fc1", "out", 1), PartitionedLinear("fc2", "in", 1)))
+        return mlp_of(name, index, mlp, neurons_of(name, mlp, "fc1", "fc2"))
 
 
 class OneNorm(PhiAdapter):
@@ -77,14 +76,14 @@ class TupleMLP(AbsentModule):
 
 
 class WrongStandIn(LlamaAdapter):
-    def absent(self, kind):
-        return TupleMLP if kind == "mlp" else super().absent(kind)
+    def absent(self, kind, module):
+        return TupleMLP if kind == "mlp" else super().absent(kind, module)
 
 
 class ScaledStandIn(LlamaAdapter):
     """Where a layer is absent, it doubles the residual stream."""
 
-    def absent(self, kind):
+    def absent(self, kind, module):
         return type("Doubled", (AbsentModule,), {"forward": lambda self, x, *_, **__: 2 * x})
 
 
@@ -93,8 +92,11 @@ class HeadsInThirds(GPTNeoXAdapter):
 
     def attention(self, *args):
         made = super().attention(*args)
-        fused = replace(made.linears[0], features_per_unit=made.linears[0].features_per_unit // 3, groups=3)
-        return replace(made, linears=(fused, *made.linears[1:]))
+        fused = [
+            replace(tensor, width=tensor.width // 3, groups=3) if "query_key_value" in tensor.name else tensor
+            for tensor in made.tensors
+        ]
+        return replace(made, tensors=tuple(fused))
 
 
 class NoWidths(GPT2Adapter):
@@ -102,21 +104,21 @@ class NoWidths(GPT2Adapter):
         return replace(super().attention(*args), widths=())
 
 
-def linear(number, **changes):
-    """A change of one of a module's linears."""
+def tensor(number, **changes):
+    """A change of one of a module's tensors."""
 
     def change(module):
-        linears = list(module.linears)
-        linears[number] = replace(linears[number], **changes)
-        return replace(module, linears=tuple(linears))
+        tensors = list(module.tensors)
+        tensors[number] = replace(tensors[number], **changes)
+        return replace(module, tensors=tuple(tensors))
 
     return change
 
 
-def without_linear(number):
+def without_tensor(number):
     def change(module):
-        left = tuple(spec for i, spec in enumerate(module.linears) if i != number)
-        return replace(module, linears=left, space=replace(module.space, unit_numel=module.space.unit_numel * 2 // 3))
+        left = tuple(tensor for i, tensor in enumerate(module.tensors) if i != number)
+        return replace(module, tensors=left, space=replace(module.space, unit_numel=module.space.unit_numel * 2 // 3))
 
     return change
 

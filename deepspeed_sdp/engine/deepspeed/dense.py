@@ -18,6 +18,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 from torch import nn
 
+from deepspeed_sdp.adapters import find_adapter
 from deepspeed_sdp.agreement import agreed, from_first_rank
 from deepspeed_sdp.checkpoint import FolderLocks, model_folder
 from deepspeed_sdp.checkpoint import folder as folders
@@ -79,12 +80,12 @@ class DenseEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     @torch.no_grad()
     def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
-        """Collective. Mean loss per predicted token over the batches of all ranks, in nats."""
-        total = nothing(self.device)
+        """Collective. Mean loss of a prediction over the batches of all ranks, in nats."""
+        total, task = nothing(self.device), find_adapter(self.module).task
         with eval_mode(self.module):
             for batch in batches:
                 mine = {name: value.to(self.device) for name, value in batch.items()}
-                total += sum_of_losses(self.module(**mine).loss, mine)
+                total += sum_of_losses(self.module(**mine).loss, mine, task)
         return mean_over_ranks(total)
 
     def save_hf(self, folder: str | Path) -> None:

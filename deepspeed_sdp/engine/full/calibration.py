@@ -8,18 +8,16 @@ One number says it, the *full scale*: what the full model's writes (``o_proj``, 
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 import torch.distributed as dist
 
+from deepspeed_sdp.adapters.tasks import Batch, Task
 from deepspeed_sdp.config import SDPConfig
 from deepspeed_sdp.plan import SubnetworkPlan
 from deepspeed_sdp.ranks import gather_objects
 
 log = logging.getLogger(__name__)
-
-Batch = Mapping[str, torch.Tensor]
 
 # Of neighbours in the search, a quarter of an octave: between them a parabola is as good as the loss.
 _STEP = 2.0**0.25
@@ -27,32 +25,34 @@ _STEP = 2.0**0.25
 _POWERS = {"none": 0.0, "inverse_sqrt_coverage": 0.5, "inverse_coverage": 1.0}
 
 
-def calibrated(loss: Callable[[float, Sequence[Batch]], float], batches: Sequence[Batch], scales: list[float]) -> float:
+def calibrated(
+    loss: Callable[[float, Sequence[Batch]], float], batches: Sequence[Batch], scales: list[float], task: Task
+) -> float:
     """Collective. The full scale with the least loss on one half of the text, if the other half bears it out; else 1.
 
     Says in words, on rank 0, where the text is too little, the scale is at a bound, or no better than none.
 
     Args:
         loss: collective; of the full model at a scale, over the batches of all ranks.
-        batches: this rank's, ``labels`` ``[B, T]`` in each.
+        batches: this rank's, with ``labels`` in each.
         scales: what is tried, see :func:`scales_to_try`.
     """
-    fitted, held_back, count = halves(batches)
+    fitted, held_back, count = halves(batches, task)
     if count < 2:
-        _warn(f"calibrate: got {count} sequences over all ranks, takes 2 or more; the full model's scale is 1")
+        _warn(f"calibrate: got {count} samples over all ranks, takes 2 or more; the full model's scale is 1")
         return 1.0
     found = best_scale(lambda scale: loss(scale, fitted), scales)
     before, after = (loss(scale, held_back) for scale in (1.0, found))
     if not after < before:
         _warn(
-            f"calibrate: scale {found:.3f} is no better on text held back for it (loss {after:.4f}, {before:.4f} "
+            f"calibrate: scale {found:.3f} is no better on samples held back for it (loss {after:.4f}, {before:.4f} "
             "without); the full model's scale is 1"
         )
         return 1.0
     if found in (scales[0], scales[-1]):
         _warn(
             f"calibrate: scale {found:.3f} is the {'least' if found == scales[0] else 'largest'} that is tried (loss "
-            f"{after:.4f}, {before:.4f} without): the model is trained too little, or the text too short, to find one"
+            f"{after:.4f}, {before:.4f} without): the model is trained too little, or samples are too few, to find one"
         )
     return found
 
@@ -89,33 +89,32 @@ def best_scale(loss: Callable[[float], float], scales: Sequence[float]) -> float
     return float(scales[middle - 1] * _STEP**vertex)
 
 
-def halves(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch], int]:
-    """Collective. Every other sequence of all ranks, the others, and how many there are.
+def halves(batches: Iterable[Batch], task: Task) -> tuple[list[Batch], list[Batch], int]:
+    """Collective. Every other sample of all ranks, the others, and how many there are.
 
-    Sequences count in the order in which a step deals them, micro-batch by micro-batch over all ranks, so that the
-    halves are the same on any number of ranks. Those without a token to predict are left out. A batch that cannot be
-    cut into sequences, as not all of its tensors begin with their number, counts as one.
+    Samples count in the order in which a step deals them, micro-batch by micro-batch over all ranks, so that the
+    halves are the same on any number of ranks. Those with nothing to predict are left out. A batch that cannot be
+    cut into samples, as not all of its tensors begin with their number, counts as one.
     """
-    mine = [(batch, _sequences(batch)) for batch in batches]
-    counts: list[list[int]] = gather_objects([len(sequences) for _, sequences in mine], "halving the text")
+    mine = [(batch, _samples(batch, task)) for batch in batches]
+    counts: list[list[int]] = gather_objects([len(samples) for _, samples in mine], "halving the samples")
     found: tuple[list[Batch], list[Batch]] = ([], [])
-    for number, (batch, sequences) in enumerate(mine):
+    for number, (batch, samples) in enumerate(mine):
         first = sum(sum(ranks[:number]) for ranks in counts)
         first += sum(ranks[number] for ranks in counts[: dist.get_rank()] if number < len(ranks))
         for parity, half in enumerate(found):
-            rows = [row for place, row in enumerate(sequences, first) if place % 2 == parity]
+            rows = [row for place, row in enumerate(samples, first) if place % 2 == parity]
             if rows:
                 half.append(_part(batch, rows))
     return *found, sum(map(sum, counts))
 
 
-def _sequences(batch: Batch) -> list[int | None]:
-    """Rows of a batch with a token to predict; ``None``: the batch as it is."""
-    labels = batch["labels"]
-    is_predicted = (labels[:, 1:] != -100).any(1)
-    if any(not value.ndim or len(value) != len(labels) for value in batch.values()):
-        return [None] if is_predicted.any() else []
-    return list(is_predicted.nonzero().flatten().tolist())
+def _samples(batch: Batch, task: Task) -> list[int | None]:
+    """Rows of a batch with something to predict; ``None``: the batch as it is."""
+    has_targets = task.has_targets(batch)
+    if any(not value.ndim or len(value) != len(has_targets) for value in batch.values()):
+        return [None] if has_targets.any() else []
+    return list(has_targets.nonzero().flatten().tolist())
 
 
 def _part(batch: Batch, rows: list[int | None]) -> Batch:

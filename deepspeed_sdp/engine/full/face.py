@@ -78,7 +78,7 @@ class FullModelFace:
 
     @while_alive
     def evaluate_full(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
-        """Collective. Mean loss per predicted token of the *full* model over the batches of all ranks, in nats.
+        """Collective. Mean loss of a prediction of the *full* model over the batches of all ranks, in nats.
 
         Ranks may bring different numbers of batches. Layers are gathered one at a time, so no rank needs more memory
         than its subnetwork, one full layer, and the hidden states of its batches. Under backward masking every rank has
@@ -116,7 +116,7 @@ class FullModelFace:
 
         scale = self.full_scale
         try:
-            scale = calibrated(loss, mine, scales_to_try(self.plan, self.sdp_config))
+            scale = calibrated(loss, mine, scales_to_try(self.plan, self.sdp_config), self._subnetwork.adapter.task)
         finally:
             self.full_scale = scale
         return scale

@@ -38,33 +38,37 @@ class Access:
     readable: Callable[[int | None], AbstractContextManager[None]]
     full_scale: float
 
-
-def layers_name(subnetwork: Subnetwork) -> str:
-    """Name of the list of decoder layers."""
-    layers = subnetwork.adapter.layers(subnetwork.module)
-    names: dict[int, str] = {id(module): name for name, module in subnetwork.module.named_modules()}
-    return names[id(layers)]
+    def scales(self, subnetwork: Subnetwork, name: str) -> bool:
+        """Whether the full parameter ``name`` is multiplied by it."""
+        return self.full_scale != 1.0 and subnetwork.masking == "forward" and name in subnetwork.writes
 
 
-def shared_parameters(subnetwork: Subnetwork, layer: int | None) -> dict[str, torch.Tensor]:
-    """The parameters of one layer (``None``: outside of the layers) that every rank owns whole, by full name."""
-    inside = f"{layers_name(subnetwork)}."
-    prefix = inside if layer is None else f"{inside}{layer}."
+def shared_parameters(subnetwork: Subnetwork, layer: int | None, access: Access) -> dict[str, torch.Tensor]:
+    """The full model's parameters of one layer (``None``: outside of the layers) that every rank owns whole, by name.
+
+    Those that are not scaled are the rank's own, not copies.
+    """
+    layers = subnetwork.layer_names if layer is None else subnetwork.layer_names[layer : layer + 1]
+    inside = tuple(f"{name}." for name in layers)
     shared = {
         subnetwork.fragments[name].full_name: p
         for name, p in subnetwork.module.named_parameters()
         if subnetwork.fragments[name].dim is None
     }
-    return {name: p.detach() for name, p in shared.items() if name.startswith(prefix) != (layer is None)}
+    # Those of other layers are not in memory at ZeRO-3.
+    found = {name: p.detach() for name, p in shared.items() if name.startswith(inside) != (layer is None)}
+    return {
+        name: value * access.full_scale if access.scales(subnetwork, name) else value for name, value in found.items()
+    }
 
 
 def full_parameters(subnetwork: Subnetwork, access: Access) -> Iterator[Mapping[str, torch.Tensor]]:
     """Every parameter of the full model, on every rank, by full name: a few at a time, to be read before the next."""
     with access.readable(None):
-        yield shared_parameters(subnetwork, None)
-    for layer in range(len(subnetwork.adapter.layers(subnetwork.module))):
+        yield shared_parameters(subnetwork, None, access)
+    for layer in range(len(subnetwork.layer_names)):
         with access.readable(layer):
-            yield shared_parameters(subnetwork, layer)
+            yield shared_parameters(subnetwork, layer, access)
             for planned in subnetwork.plan.spaces:
                 if planned.space.layer == layer:
                     yield gather_space(subnetwork, planned, access)
@@ -89,10 +93,9 @@ def gather_space(subnetwork: Subnetwork, planned: PlannedSpace, access: Access) 
         if subnetwork.fragments[name].dim is not None
     }
     full = {p.name: _gather_parameter(subnetwork, planned, p, mine, access) for p in parameters}
-    if access.full_scale != 1.0:
-        for parameter in parameters:
-            if parameter.is_write:
-                full[parameter.name].mul_(access.full_scale)
+    for parameter in parameters:
+        if access.scales(subnetwork, parameter.name):
+            full[parameter.name].mul_(access.full_scale)
     return full
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from deepspeed_sdp.engine.comm.mesh import OwnerGroups, Owners
-from deepspeed_sdp.engine.full.gather import layers_name
 from deepspeed_sdp.engine.zero.flat_bucket import FlatBucket, flat_buckets
 from deepspeed_sdp.engine.zero.in_place_bucket import InPlaceBucket
 from deepspeed_sdp.engine.zero.owner_bucket import OwnerBucket
@@ -106,7 +105,8 @@ def make_parts(subnetwork: Subnetwork, layout: Layout) -> list[Part]:
     place_of = {
         id(p): positions[name][0] for name, p in module.named_parameters(remove_duplicate=False) if name in positions
     }
-    found = uses(module, list(subnetwork.adapter.layers(module)), place_of, layout.first_places)
+    layers = [layer.module for layer in subnetwork.adapter.layers(module)]
+    found = uses(module, layers, place_of, layout.first_places)
     return [
         Part(use, rounds, [b for round_ in rounds for b in layout.rounds[round_] if isinstance(b, FlatBucket)])
         for use, rounds in zip(found, layout.parts, strict=True)
@@ -126,5 +126,4 @@ def _full_numels(subnetwork: Subnetwork) -> list[int]:
 
 
 def _first_places(subnetwork: Subnetwork) -> tuple[int, ...]:
-    layers = subnetwork.adapter.layers(subnetwork.module)
-    return first_places(subnetwork.full_order, layers_name(subnetwork), len(layers))
+    return first_places(subnetwork.full_order, subnetwork.layer_names)

@@ -116,14 +116,14 @@ def by_round(
     return tuple(map(tuple, found))
 
 
-def first_places(order: Sequence[str], layers_name: str, layers: int) -> tuple[int, ...]:
+def first_places(order: Sequence[str], layers: Sequence[str]) -> tuple[int, ...]:
     """Where the parts of a model begin: before the layers, each layer, after the layers; and the end.
 
     Args:
         order: names of the full parameters, in forward order.
-        layers_name: of the list of ``layers`` decoder layers.
+        layers: names of the layers.
     """
-    inside = [[i for i, name in enumerate(order) if name.startswith(f"{layers_name}.{k}.")] for k in range(layers)]
+    inside = [[i for i, name in enumerate(order) if name.startswith(f"{layer}.")] for layer in layers]
     return (0, *(places[0] for places in inside), inside[-1][-1] + 1, len(order))
 
 
