@@ -101,7 +101,7 @@ def wrong_adapter(kind, ds=None, sdp=None):
     adapter = {
         "one_norm": adapters.PhiAdapter(),
         "one_norm_of_attention": adapters.OneNorm(),
-        "forgotten": adapters.ChangedMLP(adapters.without_linear(1)),
+        "forgotten": adapters.ChangedMLP(adapters.without_tensor(1)),
         "other_on_a_rank": adapters.ChangedMLP(lambda module: replace(module, is_gated=dist.get_rank() != 2)),
     }[kind]
     model = adapters.phi_model() if isinstance(adapter, adapters.PhiAdapter) else build_model()

@@ -141,9 +141,8 @@ QUICK = [
     ("backward", 0, "bf16", {}),
     ("backward", 1, "fp32", {}),
     ("backward", 2, "bf16", {"backward": {"overlap_refresh": True}}),
-    ("forward", 0, "bf16", {"schedule": {"outer_optimizer": {}, "moments_sync": True}}),
+    ("forward", 0, "bf16", {"schedule": {"outer_optimizer": {}}}),
     ("forward", 1, "bf16", {"num_subnetworks": 2, "coverage": 1.0, "schedule": {"outer_optimizer": {}}}),
-    ("backward", 0, "fp32", {"schedule": {"outer_optimizer": {}}}),
 ]
 
 
@@ -207,6 +206,9 @@ def test_plain_deepspeed(ranks4, stage, shape, precision):
         (1, OVERLAPPED, {"checkpointing": True}),
         (1, {"coverage": 0.5, "masking": "backward"}, {"checkpointing": True}),
         (1, {"coverage": 0.5, "granularity": "layer"}, {"checkpointing": True}),
+        (0, {"coverage": 0.5, "masking": "backward", "schedule": {"outer_optimizer": {}}}, {"precision": "fp32"}),
+        # Many collectives with nothing between them, of which gloo's threads hold several a while longer.
+        (0, {"coverage": 0.5, "schedule": {"outer_optimizer": {}, "moments_sync": True}}, {"tolerance": 0.15}),
     ],
 )
 @pytest.mark.parametrize("shape", SHAPES)
